@@ -1,0 +1,160 @@
+"""Which backend serves a call, by which strategy, and why.
+
+Two questions, each answered by one function. `choose_backend`: Triton or torch, by the precedence context manager >
+`patch(backend=)` > `set_backend` > FASTPEFT_BACKEND > "auto". `lora_linear_plan`: how the Triton path divides the work
+with the vendor's matrix product, from a table that says of each row whether a GPU measured it.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+from fastpeft.errors import BackendError
+
+BACKENDS = ("auto", "triton", "torch")
+MAX_RANK = 256
+
+_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastpeft_backend", default=None)
+_default: str | None = None
+
+
+class Choice(NamedTuple):
+    """The backend that serves a call, and the reason in words."""
+
+    backend: str
+    reason: str
+
+
+class Plan(NamedTuple):
+    """How the rank-r terms meet the base products x Wᵀ (forward) and dY W (backward).
+
+    prewrite: a kernel writes the rank-r term, the vendor's product accumulates onto it (beta = 1). addmm: the vendor's
+    product first, the rank-r term added to it by the vendor. fused: one Triton product carries both.
+    """
+
+    forward: str
+    backward: str
+    source: str
+
+
+PREWRITE = Plan("prewrite", "prewrite", "predicted: the vendor's product is the faster one on wide matrices")
+SHORT = Plan("addmm", "prewrite", "predicted: few rows, so launches count more than passes")
+FUSED = Plan("fused", "fused", "the interpreter has no vendor product worth keeping")
+_plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_plan", default=None)
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{where}: unknown backend {name!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def set_backend(name: str) -> None:
+    """Set the process's default backend: "auto", "triton" or "torch". Raises BackendError for any other name."""
+    global _default
+    _default = _checked(name, "set_backend")
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Within the `with` block (of this thread or task), every fastpeft op runs on this backend.
+
+    "auto": Triton on GPU tensors, torch elsewhere. "triton": demand it; a call it cannot serve raises BackendError
+    with the reason. "torch": the pure-PyTorch path. A backward pass uses what its forward used.
+    """
+    token = _context.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def requested_backend(patched: str | None = None) -> str:
+    """The backend asked for, by the precedence in this module's docstring; `patched` is what `patch` was given."""
+    if (name := _context.get() or patched or _default) is not None:
+        return name
+    return _checked(os.environ.get("FASTPEFT_BACKEND", "auto"), "FASTPEFT_BACKEND")
+
+
+@functools.cache
+def triton_unavailable() -> str | None:
+    """Why Triton cannot run at all in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, which serves CPU tensors."""
+    if triton_unavailable():
+        return False
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has compute capability below 8.0"
+    return None
+
+
+def triton_refusal(x: torch.Tensor, dtype: torch.dtype, rank: int) -> str | None:
+    """Why Triton cannot serve this call, or None."""
+    if reason := triton_unavailable():
+        return reason
+    if x.is_cuda:
+        if interpreting():
+            return "TRITON_INTERPRET=1 serves CPU tensors only"
+        if reason := _too_old(x.device):
+            return reason
+    elif x.device.type != "cpu":
+        return f"{x.device.type} tensors are not served"
+    elif not interpreting():
+        return "CPU tensors need TRITON_INTERPRET=1 in the environment before triton is imported"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{dtype} is not served"
+    if rank > MAX_RANK:
+        return f"rank {rank} is above {MAX_RANK}"
+    return None
+
+
+def choose_backend(x: torch.Tensor, dtype: torch.dtype, rank: int, patched: str | None = None) -> Choice:
+    """The backend of one call on `x` computing in `dtype`. Raises BackendError where "triton" is demanded in vain."""
+    asked = requested_backend(patched)
+    if asked == "torch":
+        return Choice("torch", "asked for")
+    if asked == "auto" and x.device.type == "cpu":
+        return Choice("torch", "CPU tensors run in torch unless Triton is demanded")
+    reason = triton_refusal(x, dtype, rank)
+    if reason is None:
+        return Choice("triton", "asked for" if asked == "triton" else f"{x.device.type} tensors")
+    if asked == "triton":
+        raise BackendError(f"the triton backend was demanded but cannot serve this call: {reason}")
+    return Choice("torch", reason)
+
+
+def lora_linear_plan(x: torch.Tensor) -> Plan:
+    """The strategy for x [M, K] on the Triton backend. No row is measured yet, and each says so."""
+    if (plan := _plan.get()) is not None:
+        return plan
+    if not x.is_cuda:
+        return FUSED
+    return SHORT if len(x) <= 64 else PREWRITE
+
+
+@contextlib.contextmanager
+def override_plan(plan: Plan):
+    """Force one strategy within the block, for benchmarks and tests."""
+    token = _plan.set(plan)
+    try:
+        yield
+    finally:
+        _plan.reset(token)

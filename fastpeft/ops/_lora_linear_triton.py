@@ -1,0 +1,70 @@
+"""`lora_linear` on the Triton kernels: which launcher runs when, by the plan of `dispatch.lora_linear_plan`.
+
+Only the base products x Wᵀ and dY W may belong to the vendor's library; every rank-r term and every adapter gradient
+is a kernel's. Nothing here is written into but what was allocated here.
+"""
+
+import torch
+
+from fastpeft.dispatch import Plan
+from fastpeft.kernels import lora_linear as kernels
+from fastpeft.kernels._common import Dropout
+
+# Above this rank a rectangle of dB no longer stays in registers beside T: dY is then read twice.
+ONE_READ_RANK = 64
+
+
+def draw_seed(x: torch.Tensor) -> torch.Tensor:
+    """One int64 drawn on x's device from torch's generator: no synchronisation, safe under CUDA graphs."""
+    return torch.empty(1, dtype=torch.int64, device=x.device).random_()
+
+
+def _dropout(seed, p) -> Dropout | None:
+    return None if seed is None else Dropout(seed, p)
+
+
+def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """[rows, columns] booleans: the mask that the kernels generate, element by element."""
+    one = torch.ones(max(rows, columns), 1, device=device)
+    return kernels.tail(one[:rows], one[:columns], torch.float32, dropout=Dropout(seed, p)) > 0
+
+
+def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
+    """(y [M, N], S [M, R]): as the torch path's."""
+    s = kernels.shrink(x, a, scale, a.dtype, _dropout(seed, p))
+    if weight is None:
+        return kernels.tail(s, b, residual.dtype, residual=residual), s
+    if plan.forward == "fused":
+        return kernels.tail(s, b, x.dtype, base=(x, weight), bias=bias), s
+    if plan.forward == "addmm":
+        y = torch.nn.functional.linear(x, weight, bias)
+        return (y.addmm_(s, b.t()) if s.dtype == y.dtype else kernels.tail(s, b, y.dtype, residual=y)), s
+    return kernels.tail(s, b, x.dtype, bias=bias).addmm_(x, weight.t()), s
+
+
+def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool):
+    """(dB [N, R], T [M, R], dbias [N] in fp32), each None where not wanted; one read of dY up to rank 64."""
+    if need_b and need_t and b.shape[1] <= ONE_READ_RANK:
+        return kernels.grad_b_and_t(dy, s, b, scale, need_bias)
+    t = kernels.shrink(dy, b.t(), scale, b.dtype) if need_t else None
+    if not (need_b or need_bias):
+        return None, t, None
+    db, _, dbias = kernels.grad_columns(s if need_b else None, dy, b.dtype, with_sum=need_bias, transposed=True)
+    return db, t, dbias
+
+
+def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, need_a: bool, need_x: bool):
+    """(dA [R, K], dX [M, K]), each None where not wanted. The pass over x that makes dA also seeds dX."""
+    dropout = _dropout(seed, p)
+    prewrite = need_x and need_a and (weight is None or plan.backward == "prewrite")
+    da = seeded = None
+    if need_a:
+        da, seeded, _ = kernels.grad_columns(t, x, a.dtype, tail_of=a if prewrite else None, dropout=dropout)
+    if not need_x:
+        return da, None
+    if weight is not None and plan.backward == "fused":
+        return da, kernels.tail(t, a.t(), dy.dtype, base=(dy, weight.t()), dropout=dropout)
+    if weight is not None and plan.backward == "addmm" and dropout is None and t.dtype == dy.dtype:
+        return da, (dy @ weight).addmm_(t, a)
+    dx = seeded if seeded is not None else kernels.tail(t, a.t(), dy.dtype, dropout=dropout)
+    return da, dx if weight is None else dx.addmm_(dy, weight)

@@ -1,0 +1,199 @@
+"""A frozen linear layer with a low-rank update (LoRA, Hu et al., arXiv 2106.09685, equation 3):
+
+    y = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ
+
+With S = s·drop(x) Aᵀ and T = s·dY B, drop(x) = mask⊙x/(1 - p):
+
+    dX = dY W + mask⊙(T A)/(1 - p)      dA = Tᵀ drop(x)      dB = dYᵀ S      dbias = Σ dY      dW = dYᵀ x
+
+Saved for backward: x where A wants a gradient, S where B does, and a seed in place of the mask. The adapter's matrices
+are never rounded: in fp32 on a half-precision x (HF peft's default) the kernels multiply them in fp32 precision.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
+from fastpeft.ops import _lora_linear_torch as torch_path
+
+# Letters of the shape suffixes in this file: M rows (all leading dimensions of x), K inputs, N outputs, R rank.
+
+
+class Call(NamedTuple):
+    """What a call computes besides its tensors; `dtype` is that of the base product, `plan` None on the torch path."""
+
+    scaling: float
+    dropout: float
+    dtype: torch.dtype
+    plan: Plan | None
+
+
+def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, p=0.0):
+    """The definition, for autograd: x (..., K), keep a (M, K) mask or None. The order of HF peft's own forward:
+    the adapter in its own dtype, the sum in the wider one, one cast to the base's dtype at the end."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    z = x.to(lora_A.dtype)
+    if keep is not None:
+        z = z * keep.view(z.shape) / (1 - p)
+    return (y + (z @ lora_A.t()) @ lora_B.t() * scaling).to(y.dtype)
+
+
+def dropout_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device, backend: str) -> torch.Tensor:
+    """[rows, columns] booleans, True where `lora_linear` keeps x under this seed on this backend."""
+    return _path(backend == "triton").keep_mask(seed, p, rows, columns, torch.device(device))
+
+
+def _path(triton: bool):
+    if not triton:
+        return torch_path
+    from fastpeft.ops import _lora_linear_triton as triton_path
+
+    return triton_path
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """Flat tensors in; all reshaping, casting to a common adapter dtype and choosing is before `apply`.
+
+    weight None: y = residual + the low-rank term, for a base layer whose product somebody else computes.
+    """
+
+    @staticmethod
+    def forward(ctx, x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, call: Call):
+        path = _path(call.plan is not None)
+        seed = path.draw_seed(x_MK) if call.dropout else None
+        x, weight, bias = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK, bias_N))
+        extra = () if call.plan is None else (call.plan,)
+        y_MN, s_MR = path.forward(
+            x, weight, bias, residual_MN, a_RK, b_NR, call.scaling, seed, call.dropout, *extra
+        )
+        need_x, need_w, _, _, need_a, need_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x_MK if need_a or need_w else None,
+            weight_NK if need_x else None,
+            a_RK if need_x else None,
+            b_NR if need_x or need_a else None,
+            s_MR if need_b else None,
+            seed,
+        )
+        ctx.call = call
+        ctx.input_dtype, ctx.bias_dtype = x_MK.dtype, None if bias_N is None else bias_N.dtype
+        return y_MN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy_MN):
+        if torch.is_autocast_enabled(dy_MN.device.type):
+            with torch.autocast(dy_MN.device.type, enabled=False):
+                return _backward(ctx, dy_MN)
+        return _backward(ctx, dy_MN)
+
+
+def _backward(ctx, dy_MN):
+    call: Call = ctx.call
+    x_MK, weight_NK, a_RK, b_NR, s_MR, seed = ctx.saved_tensors
+    need_x, need_w, need_bias, need_residual, need_a, need_b, _ = ctx.needs_input_grad
+    dy = dy_MN.to(call.dtype)
+    x, weight = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK))
+    if call.plan is None:
+        db, t_MR = torch_path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a)
+        da, dx = torch_path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, need_a, need_x)
+        dbias = dy.sum(0) if need_bias else None
+    else:
+        path = _path(True)
+        db, t_MR, dbias = path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a, need_bias)
+        da, dx = path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, call.plan, need_a, need_x)
+    dw = dy.t() @ x if need_w else None
+    dx = None if dx is None else dx.to(ctx.input_dtype)
+    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+    return dx, dw, dbias, dy_MN if need_residual else None, da, db, None
+
+
+def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):
+    """`lora_linear` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`.
+
+    Exactly one of `weight` (N, K) and `residual` (..., N) is given; `dropout` is the probability in force.
+    """
+    device_type = x.device.type
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device_type) if autocast and weight is not None else x.dtype
+    wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), dtype)
+    lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+    empty = not x.numel()  # a kernel has no grid over nothing; torch's products of no rows are zeros
+    choice = choose_backend(x, dtype, len(lora_A), patched_backend) if not empty else None
+    triton = choice is not None and choice.backend == "triton"
+    x_MK = x.reshape(-1, x.shape[-1])
+    residual_MN = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    call = Call(float(scaling), dropout, dtype, lora_linear_plan(x_MK) if triton else None)
+    arguments = (x_MK, weight, bias, residual_MN, lora_A, lora_B, call)
+    if autocast:
+        with torch.autocast(device_type, enabled=False):
+            y_MN = LoraLinearFunction.apply(*arguments)
+    else:
+        y_MN = LoraLinearFunction.apply(*arguments)
+    return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+
+
+def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):
+    for name, tensor, shape in (
+        ("weight", weight, ("N", x.shape[-1] if x.ndim else "K")),
+        ("lora_A", lora_A, ("r", x.shape[-1] if x.ndim else "K")),
+        ("lora_B", lora_B, (len(weight), len(lora_A))),
+        *((("bias", bias, (len(weight),)),) if bias is not None else ()),
+    ):
+        fits = tensor.ndim == len(shape) and all(
+            isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"lora_linear: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(map(str, shape))}) "
+                f"for x of shape {tuple(x.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"lora_linear: {name} is on {tensor.device}, x on {x.device}; move one of them")
+        if not tensor.is_floating_point():
+            raise ValueError(f"lora_linear: {name} is {tensor.dtype}; floating point is needed")
+    if not x.is_floating_point():
+        raise ValueError(f"lora_linear: x is {x.dtype}; floating point is needed")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"lora_linear: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
+    if not math.isfinite(scaling):
+        raise ValueError(f"lora_linear: scaling is {scaling}; a finite number is needed")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"lora_linear: dropout is {dropout}; a probability in [0, 1) is needed")
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> torch.Tensor:
+    """x Wᵀ + bias + scaling·drop(x) Aᵀ Bᵀ, with the gradients of every argument that wants one.
+
+    Args:
+        x: (..., K), any strides; fp32, fp16 or bf16 (fp64 on the torch backend).
+        weight: (N, K) in x's dtype (any, under autocast); its gradient, if wanted, is the vendor's product.
+        bias: (N,) or None.
+        lora_A: (r, K), r from 1 to 256 (beyond: the torch backend); x's dtype or a wider one, which is not rounded.
+        lora_B: (N, r), likewise.
+        scaling: alpha / r, or alpha / sqrt(r).
+        dropout: probability that an element of x is left out of the low-rank term, honoured to within 2**-17; the
+            mask is drawn from torch's generator in forward and drawn again in backward, never stored.
+        training: dropout acts only if True.
+
+    Returns:
+        (..., N) in x's dtype, or autocast's.
+
+    Raises:
+        ValueError: a shape, device or dtype does not fit, scaling is not finite, or dropout is outside [0, 1).
+        BackendError: the triton backend was demanded and cannot serve the call.
+    """
+    _check(x, weight, bias, lora_A, lora_B, scaling, dropout)
+    return apply_lora(x, weight, bias, None, lora_A, lora_B, scaling, dropout if training else 0.0)
