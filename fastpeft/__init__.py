@@ -1,1 +1,77 @@
-"""fastpeft."""
+"""fastpeft: parameter-efficient fine-tuning of Hugging Face models through fused kernels, exact and interchangeable
+with Hugging Face peft.
+
+    model = fastpeft.patch(model, fastpeft.LoraConfig(r=16, target_modules="all-linear"))
+    ...train as ever...
+    fastpeft.save_adapter(model, "my-adapter")
+"""
+
+from fastpeft import ops
+from fastpeft.adapters import (
+    count_parameters,
+    delete_adapter,
+    disable_adapter,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    print_trainable_parameters,
+    save_adapter,
+    set_adapter,
+    unmerge,
+    use_adapter,
+)
+from fastpeft.configs import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    TaskType,
+    get_peft_config,
+)
+from fastpeft.dispatch import backend, set_backend
+from fastpeft.errors import (
+    AdapterFileError,
+    BackendError,
+    ConfigError,
+    FastpeftError,
+    PatchError,
+    TargetError,
+)
+from fastpeft.patching import patch, unpatch
+from fastpeft.reporting import report
+from fastpeft.state import adapter_state_dict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "AdapterFileError",
+    "BackendError",
+    "ConfigError",
+    "FastpeftError",
+    "LoraConfig",
+    "PatchError",
+    "PeftConfig",
+    "PeftType",
+    "TargetError",
+    "TaskType",
+    "adapter_state_dict",
+    "backend",
+    "count_parameters",
+    "delete_adapter",
+    "disable_adapter",
+    "get_peft_config",
+    "load_adapter",
+    "merge",
+    "merge_and_unload",
+    "ops",
+    "patch",
+    "print_trainable_parameters",
+    "report",
+    "save_adapter",
+    "set_adapter",
+    "set_backend",
+    "unmerge",
+    "unpatch",
+    "use_adapter",
+]

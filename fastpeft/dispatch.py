@@ -48,7 +48,8 @@ FUSED = Plan("fused", "fused", "the interpreter has no vendor product worth keep
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_plan", default=None)
 
 
-def _checked(name: str, where: str) -> str:
+def checked_backend(name: str, where: str) -> str:
+    """`name`, if it is a backend's. Raises BackendError."""
     if name not in BACKENDS:
         raise BackendError(f"{where}: unknown backend {name!r}; choose one of {', '.join(map(repr, BACKENDS))}")
     return name
@@ -57,7 +58,7 @@ def _checked(name: str, where: str) -> str:
 def set_backend(name: str) -> None:
     """Set the process's default backend: "auto", "triton" or "torch". Raises BackendError for any other name."""
     global _default
-    _default = _checked(name, "set_backend")
+    _default = checked_backend(name, "set_backend")
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def backend(name: str):
     "auto": Triton on GPU tensors, torch elsewhere. "triton": demand it; a call it cannot serve raises BackendError
     with the reason. "torch": the pure-PyTorch path. A backward pass uses what its forward used.
     """
-    token = _context.set(_checked(name, "backend"))
+    token = _context.set(checked_backend(name, "backend"))
     try:
         yield
     finally:
@@ -78,7 +79,7 @@ def requested_backend(patched: str | None = None) -> str:
     """The backend asked for, by the precedence in this module's docstring; `patched` is what `patch` was given."""
     if (name := _context.get() or patched or _default) is not None:
         return name
-    return _checked(os.environ.get("FASTPEFT_BACKEND", "auto"), "FASTPEFT_BACKEND")
+    return checked_backend(os.environ.get("FASTPEFT_BACKEND", "auto"), "FASTPEFT_BACKEND")
 
 
 @functools.cache

@@ -1,0 +1,130 @@
+"""What a patched model can do: the mixin in front of the model's own class, with peft's verbs."""
+
+import functools
+
+from fastpeft.selection import carrying_choice
+
+
+class PatchedModel:
+    """Methods that scripts written for peft call, with peft's names and meaning. Each is one function of fastpeft."""
+
+    @property
+    def peft_config(self) -> dict:
+        """Adapter name -> configuration."""
+        return self._fastpeft.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that calls use, unless a `with` block overrides them."""
+        return list(self._fastpeft.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The one active adapter's name, or the list of them."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def save_pretrained(self, save_directory, *, selected_adapters=None, **kwargs) -> None:
+        """Write the adapters, and only them, in HF peft's layout. Other arguments of transformers' method of this name
+        (a state dict, shard sizes, …) have nothing to act on; pushing to a hub is refused."""
+        from fastpeft import adapters
+
+        adapters.save_all(self, save_directory, selected_adapters, **kwargs)
+
+    def load_adapter(self, model_id, adapter_name="default", is_trainable=False, *, autocast_adapter_dtype=True):
+        """Add an adapter from a directory; it becomes active only by `set_adapter`."""
+        from fastpeft import adapters
+
+        return adapters.load_adapter(
+            self, model_id, adapter_name=adapter_name, trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )  # fmt: skip
+
+    def add_adapter(self, adapter_name, peft_config) -> None:
+        """Add a new adapter; it becomes active only by `set_adapter`."""
+        from fastpeft import adapters
+
+        adapters.add_adapter(self, adapter_name, peft_config)
+
+    def set_adapter(self, adapter_name) -> None:
+        """Make one adapter (or a list, added up) the active one, and train it unless it was loaded for inference."""
+        from fastpeft import adapters
+
+        adapters.set_adapter(self, adapter_name)
+
+    def delete_adapter(self, adapter_name) -> None:
+        """Remove an adapter; if it was the active one, another takes its place."""
+        from fastpeft import adapters
+
+        adapters.delete_adapter(self, adapter_name)
+
+    def disable_adapter(self):
+        """A context manager: inside, this thread's calls compute the base model."""
+        from fastpeft import adapters
+
+        return adapters.disable_adapter(self)
+
+    def merge_adapter(self) -> None:
+        """Add the active adapters to the base weights, until `unmerge_adapter`."""
+        from fastpeft import adapters
+
+        adapters.merge(self)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights, bit for bit."""
+        from fastpeft import adapters
+
+        adapters.unmerge(self)
+
+    def merge_and_unload(self):
+        """The plain model, with the active adapters in its weights."""
+        from fastpeft import adapters
+
+        return adapters.merge_and_unload(self)
+
+    def unload(self):
+        """The plain model, without the adapters."""
+        from fastpeft.patching import unpatch
+
+        return unpatch(self)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; packed 4-bit ones count twice their storage."""
+        from fastpeft import adapters
+
+        return adapters.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """peft's line."""
+        from fastpeft import adapters
+
+        adapters.print_trainable_parameters(self)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
+        """transformers' own method, with the checkpoint function made to carry the choice of adapters along."""
+        from fastpeft.patching import enable_input_grads
+
+        state = self._fastpeft
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = carrying_choice(gradient_checkpointing_func, state)
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+        if enable:
+            enable_input_grads(self, state)
+        elif state.input_grads_enabled:
+            self.disable_input_require_grads()
+            state.input_grads_enabled = False
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (type(self).__bases__[1],), self.__dict__
+
+
+def _rebuild(original: type):
+    cls = patched_model_class(original)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def patched_model_class(original: type) -> type:
+    """The subclass of a model's class with a patched model's methods, under the same name: transformers asks for it."""
+    namespace = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (PatchedModel, original), namespace)

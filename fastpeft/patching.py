@@ -1,0 +1,238 @@
+"""`patch` and `unpatch`: the only place that changes a user's model.
+
+A patch is planned and checked first; then classes are swapped on the instances concerned, parameters are attached, and
+what was there is remembered. If anything fails on the way, the model is put back before the error leaves.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpeft.configs import PeftConfig, as_config
+from fastpeft.dispatch import checked_backend
+from fastpeft.errors import ConfigError, PatchError
+from fastpeft.files import adapter_directory
+from fastpeft.mapping import tuner_of
+from fastpeft.model import patched_model_class
+from fastpeft.selection import carrying_choice
+from fastpeft.tuners.layer import AdapterLayer, detach
+
+
+@dataclass
+class PatchState:
+    """What a patched model knows of its adapters and of itself before the patch."""
+
+    original_class: type
+    backend: str | None
+    hf_quirks: bool
+    autocast: bool
+    requires_grad: dict[str, bool]
+    configs: dict[str, PeftConfig] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    trained_biases: dict[str, torch.Tensor] = field(default_factory=dict)  # base parameters trained in place, as before
+    input_grads_enabled: bool = False
+
+
+def state_of(model: nn.Module) -> PatchState:
+    """The model's PatchState. Raises PatchError if it is not a patched model."""
+    state = model.__dict__.get("_fastpeft") if isinstance(model, nn.Module) else None
+    if not isinstance(state, PatchState):
+        raise PatchError(f"this {type(model).__name__} is not patched; call fastpeft.patch(model, config) first")
+    return state
+
+
+def layers(model: nn.Module):
+    """(path, layer) of every patched layer, in `named_modules()` order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdapterLayer))
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise PatchError(f"patch: model is a {type(model).__name__}; a torch.nn.Module is needed")
+    if any(cls.__module__.split(".")[0] == "peft" for cls in type(model).__mro__):
+        raise PatchError(
+            f"patch: this {type(model).__name__} belongs to peft already; pass its base model, "
+            "`model.get_base_model()` before any adapter was injected, and the configuration"
+        )
+    if "_fastpeft" in model.__dict__:
+        names = ", ".join(map(repr, state_of(model).configs)) or "no adapter"
+        raise PatchError(
+            f"patch: this model is already patched and has {names}; add another one with "
+            "model.add_adapter(name, config), or fastpeft.unpatch(model) first"
+        )
+    for name, module in model.named_modules():
+        owner = type(module).__module__.split(".")[0]
+        if owner in ("peft", "unsloth", "axolotl", "lorafusion"):
+            raise PatchError(f"patch: {name} is a {owner} layer; a model patched by another library is not patched again")
+        if isinstance(module, AdapterLayer):
+            raise PatchError(f"patch: {name} is patched as part of another model; unpatch that one first")
+
+
+def patch(
+    model: nn.Module,
+    config: Any = None,
+    *,
+    adapter_name: str = "default",
+    backend: str | None = None,
+    autocast_adapter_dtype: bool = True,
+    hf_quirks: bool = False,
+) -> nn.Module:
+    """Give a model trainable adapters, in place, and freeze everything else.
+
+    Args:
+        model: any transformers model (or torch module), with its weights loaded.
+        config: a `fastpeft.LoraConfig`, the `peft` object of the same name, or the dict of an adapter_config.json.
+        adapter_name: what the adapter is called.
+        backend: "auto", "triton" or "torch" for this model; None leaves it to `set_backend` and the environment.
+        autocast_adapter_dtype: adapters on a half-precision base are fp32 (HF peft's default); False: the base's dtype.
+        hf_quirks: reproduce HF peft where it is wrong.
+
+    Returns:
+        The same object, still of its own class, with peft's methods (`save_pretrained` writes the adapter alone, …).
+
+    Raises:
+        ConfigError: a field's value cannot be honoured.
+        TargetError: the targets match nothing, or something that cannot carry the adapter.
+        PatchError: the model is patched already, by fastpeft or another library.
+        The model is then as it was.
+    """
+    check_model(model)
+    if config is None:
+        raise ConfigError("patch: a configuration is needed, for example fastpeft.LoraConfig(r=16)")
+    if backend is not None:
+        checked_backend(backend, "patch(backend=)")
+    config = as_config(config)
+    adapter_directory("", adapter_name)
+    plan = tuner_of(config.peft_type).plan(model, config)
+    state = begin(model, backend, autocast_adapter_dtype, hf_quirks)
+    try:
+        add_planned(model, state, plan, adapter_name, init=True)
+        activate(model, state, (adapter_name,))
+    except BaseException:
+        unpatch(model)
+        raise
+    return model
+
+
+def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool) -> PatchState:
+    """Make the root a patched model without adapters: class swapped, everything frozen, checkpointing bound."""
+    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    state = PatchState(type(model), backend, hf_quirks, autocast, requires_grad)
+    model.__dict__["_fastpeft"] = state
+    model.__class__ = patched_model_class(type(model))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if getattr(model, "is_gradient_checkpointing", False):
+        for module in model.modules():
+            if "_gradient_checkpointing_func" in module.__dict__:
+                module._gradient_checkpointing_func = carrying_choice(module._gradient_checkpointing_func, state)
+        enable_input_grads(model, state)
+    return state
+
+
+def enable_input_grads(model: nn.Module, state: PatchState) -> None:
+    """Reentrant checkpointing needs an input that wants a gradient, and with a frozen base there is none."""
+    if not state.input_grads_enabled and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+        state.input_grads_enabled = True
+
+
+def add_planned(model: nn.Module, state: PatchState, plan, adapter_name: str, *, init: bool) -> None:
+    """Inject a planned adapter and note its configuration; it is not active yet."""
+    config = plan.config
+    if config.bias != "none":
+        others = [name for name, other in state.configs.items() if other.bias != "none"]
+        if others:
+            raise ConfigError(
+                f"adapter {adapter_name!r} has bias={config.bias!r} and so has {others[0]!r}: both would train the same "
+                "biases; set bias='none' in one of them"
+            )
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    tuner_of(config.peft_type).inject(plan, adapter_name, state, init=init, autocast=state.autocast)
+    state.configs[adapter_name] = config
+    for name, parameter in _biases(model, plan):
+        state.trained_biases[name] = parameter.detach().to("cpu", copy=True)
+    for _, layer in layers(model):
+        if adapter_name in layer._fastpeft.adapters:
+            layer.train(layer.training)
+    _set_trainable(model, state)
+
+
+def _biases(model: nn.Module, plan):
+    """(name, parameter) of the base parameters that `bias="all"` or `"lora_only"` trains in place; HF peft's rule for
+    "all" is that the name contains "bias"."""
+    if plan.config.bias == "all":
+        owned = tuple(f"{path}.{held}." for path, layer in layers(model) for held in layer.containers)
+        return [(n, p) for n, p in model.named_parameters() if "bias" in n and not n.startswith(owned)]
+    if plan.config.bias == "lora_only":
+        return [
+            (f"{target.name}.bias", target.module.bias)
+            for target, _, _ in plan.targets
+            if getattr(target.module, "bias", None) is not None
+        ]
+    return []
+
+
+def _set_trainable(model: nn.Module, state: PatchState) -> None:
+    """The active adapters' parameters train, unless loaded for inference; all others are frozen."""
+    for _, layer in layers(model):
+        for name in layer._fastpeft.adapters:
+            wanted = name in state.active and not state.configs[name].inference_mode
+            for parameter in layer.parameters_of(name).values():
+                if isinstance(parameter, nn.Parameter):
+                    parameter.requires_grad_(wanted)
+    train_biases = any(
+        state.configs[name].bias != "none" and not state.configs[name].inference_mode
+        for name in state.active
+        if name in state.configs
+    )
+    if state.trained_biases:
+        for name, parameter in model.named_parameters():
+            if name in state.trained_biases:
+                parameter.requires_grad_(train_biases)
+
+
+def activate(model: nn.Module, state: PatchState, names: tuple[str, ...]) -> None:
+    """Make these the adapters that every call uses from now on."""
+    unknown = [name for name in names if name not in state.configs]
+    if unknown:
+        raise PatchError(
+            f"set_adapter: there is no adapter {unknown[0]!r}; there are {', '.join(map(repr, state.configs)) or 'none'}"
+        )
+    state.active = tuple(names)
+    _set_trainable(model, state)
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Take every adapter out and restore what `patch` found: objects, classes, parameters bit for bit, requires_grad,
+    input hooks. Returns the same model. Raises PatchError if it is not patched."""
+    state = state_of(model)
+    restore(model, state, keep_weights=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+    return model
+
+
+def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
+    """Put classes and hooks back as they were before the patch; with `keep_weights` merged weights and trained biases stay."""
+    for _, layer in list(layers(model)):
+        if keep_weights:
+            layer._fastpeft.unmerged.clear()
+            layer._fastpeft.kept.clear()
+        detach(layer)
+    if not keep_weights:
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in state.trained_biases.items():
+                parameters[name].copy_(tensor)
+    for module in model.modules():
+        carried = module.__dict__.get("_gradient_checkpointing_func")
+        if hasattr(carried, "without_choice"):
+            module._gradient_checkpointing_func = carried.without_choice
+    if state.input_grads_enabled:
+        model.disable_input_require_grads()
+    model.__class__ = state.original_class
+    del model.__dict__["_fastpeft"]

@@ -1,0 +1,116 @@
+"""The tensors of an adapter under HF peft's names, out of a patched model and into one."""
+
+import torch
+from torch import nn
+
+from fastpeft.errors import AdapterFileError, PatchError
+from fastpeft.patching import layers, state_of
+
+PREFIX = "base_model.model."
+EMBEDDINGS = ("embed_tokens", "lm_head")  # the names for which HF peft also saves a targeted module's base weight
+
+
+def only_adapter(state, adapter_name: str | None) -> str:
+    """`adapter_name`, or the active adapter, or the only one. Raises PatchError if that is not one adapter."""
+    if adapter_name is None:
+        names = state.active if len(state.active) == 1 else tuple(state.configs)
+        if len(names) != 1:
+            raise PatchError(f"which adapter? There are {', '.join(map(repr, state.configs)) or 'none'}; name one")
+        return names[0]
+    if adapter_name not in state.configs:
+        raise PatchError(f"no adapter {adapter_name!r}; there are {', '.join(map(repr, state.configs)) or 'none'}")
+    return adapter_name
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, under exactly the keys of HF peft's file; the tensors are the live ones.
+
+    `adapter_name` None: the active adapter, or the only one. Raises PatchError if the model is not patched or the
+    name is not one adapter's.
+    """
+    state = state_of(model)
+    name = only_adapter(state, adapter_name)
+    out = {}
+    for path, layer in layers(model):
+        if name in layer._fastpeft.adapters:
+            for key, tensor in layer.parameters_of(name).items():
+                out[f"{PREFIX}{path}.{key}"] = tensor.detach()
+    out.update({key: tensor.detach() for key, tensor in base_tensors(model, state.configs[name]).items()})
+    return out
+
+
+def base_tensors(model: nn.Module, config) -> dict[str, torch.Tensor]:
+    """The tensors of the base that belong into the adapter's file: trained biases, and the weights of targeted
+    `embed_tokens` and `lm_head`. Those of an adapted layer stand under its `base_layer`."""
+    adapted = dict(layers(model))
+    out = {}
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if name in state_of(model).trained_biases and config.bias != "none":
+            out[_base_key(path, leaf, adapted)] = parameter
+    for path in targeted_embeddings(model, config):
+        out[f"{PREFIX}{path}.base_layer.weight"] = adapted[path].weight
+        if getattr(adapted[path], "bias", None) is not None:
+            out[f"{PREFIX}{path}.base_layer.bias"] = adapted[path].bias
+    return out
+
+
+def _base_key(path: str, leaf: str, adapted: dict) -> str:
+    inner = "base_layer." if path in adapted else ""
+    return f"{PREFIX}{path}.{inner}{leaf}"
+
+
+def targeted_embeddings(model: nn.Module, config) -> list[str]:
+    """Paths of the input and output embeddings that carry a LoRA and are called by a name HF peft knows."""
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return [
+        path
+        for path, layer in layers(model)
+        if id(layer) in ends and path.rpartition(".")[2] in EMBEDDINGS and hasattr(layer, "factors")
+    ]
+
+
+def check_tensors(expected: dict[str, tuple], optional: dict[str, tuple], found: dict[str, tuple], where: str) -> None:
+    """The file's names and shapes must be the expected ones; `optional` ones may be there. Raises AdapterFileError."""
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys() - optional.keys())
+    if missing and extra and not expected.keys() & found.keys():
+        raise AdapterFileError(
+            f"{where}: none of its {len(found)} tensors fits this model; it has {extra[0]!r}, expected {missing[0]!r}"
+        )
+    if missing:
+        raise AdapterFileError(f"{where}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}")
+    if extra:
+        raise AdapterFileError(
+            f"{where}: {len(extra)} tensors that the configuration does not declare: {_some(extra)}; an adapter may "
+            "hold only its own tensors, its modules_to_save, its trained biases, and targeted embeddings"
+        )
+    for name, shape in found.items():
+        wanted = expected.get(name, optional.get(name))
+        if tuple(shape) != tuple(wanted):
+            raise AdapterFileError(
+                f"{where}: {name} has shape {tuple(shape)}, but this model and configuration need {tuple(wanted)}; "
+                "is it the right base model, and is r what the adapter was trained with?"
+            )
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy a file's checked tensors into the parameters of an adapter just built. A base weight that the file holds
+    and that differs from the model's is kept for `unpatch` before it is replaced."""
+    targets = adapter_state_dict(model, adapter_name)
+    adapted = {f"{PREFIX}{path}": layer for path, layer in layers(model)}
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            target = targets[key]
+            owner, _, leaf = key.rpartition(".base_layer.")
+            if owner in adapted and leaf == "weight":
+                if torch.equal(target.cpu(), tensor.to(target.dtype)):
+                    continue
+                adapted[owner].keep("weight")
+            target.copy_(tensor)

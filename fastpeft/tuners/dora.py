@@ -1,0 +1,56 @@
+"""DoRA (Liu et al., arXiv 2402.09353, equation 5): a low-rank update of the weight's direction, and its magnitude m.
+
+    V = W + s·B A        y = m/‖V‖ ⊙ (V x) + bias        ‖V‖: of each output row, a constant to the gradient
+
+The row norms come without V: ‖V_n‖² = ‖W_n‖² + 2s·B_n·(W Aᵀ)_n + s²·B_n (A Aᵀ) B_nᵀ, which is N×r work.
+"""
+
+import torch
+from torch import nn
+
+BLOCK_ELEMENTS = 1 << 22  # of W at a time, so that widening a half-precision weight never copies all of it
+
+
+class Magnitude(nn.Module):
+    """The magnitudes m, one for each output; its `weight` is HF peft's `lora_magnitude_vector`."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def _blocks(weight_NK: torch.Tensor) -> list[slice]:
+    step = max(1, BLOCK_ELEMENTS // max(1, weight_NK.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(weight_NK), step)]
+
+
+@torch.no_grad()
+def row_norms(weight_NK: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """‖W_n + s·B_n A‖ for each row n: weight (N, K), lora_A (r, K), lora_B (N, r) -> (N,) in fp32 (fp64 in fp64).
+
+    Nothing of N×K elements is built.
+    """
+    wide = torch.promote_types(torch.promote_types(weight_NK.dtype, lora_A.dtype), torch.float32)
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    gram = scaling**2 * (a @ a.t())
+    squares = torch.empty(len(weight_NK), dtype=wide, device=weight_NK.device)
+    for rows in _blocks(weight_NK):
+        w = weight_NK[rows].to(wide)
+        cross = (w @ a.t()).mul_(2 * scaling).addmm_(b[rows], gram)
+        squares[rows] = torch.linalg.vector_norm(w, dim=1).square_() + (cross * b[rows]).sum(1)
+    return squares.clamp_(min=0).sqrt_()
+
+
+@torch.no_grad()
+def initial_magnitude(weight_NK: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float):
+    """‖W + s·B A‖ of each row, in the weight's dtype and HF peft's own order of operations, bit for bit."""
+    norms = [
+        torch.linalg.norm(weight_NK[rows] + scaling * (lora_B[rows] @ lora_A).to(weight_NK.dtype), dim=1)
+        for rows in _blocks(weight_NK)
+    ]
+    return torch.cat(norms)
+
+
+def factor(weight_NK, lora_A, lora_B, scaling: float, magnitude: torch.Tensor) -> torch.Tensor:
+    """m/‖W + s·B A‖ (N,), differentiable in m alone."""
+    return magnitude / row_norms(weight_NK, lora_A, lora_B, scaling).to(magnitude.dtype)

@@ -1,0 +1,97 @@
+"""What every injected tuner's layer shares: how a module becomes one and ceases to be one.
+
+A targeted module object is kept and its class is swapped, on the instance, for a subclass of its own class that adds
+the tuner's forward. The path of every base parameter is unchanged, and taking the class back restores the module.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpeft.selection import active_names
+
+
+@dataclass
+class LayerState:
+    """What a patched module remembers beside its parameters."""
+
+    model: Any  # the PatchState of the model, shared by its layers
+    original_class: type
+    original_forward: Any  # an instance-level forward that stood in front of the class, such as accelerate's, or None
+    adapters: dict[str, Any] = field(default_factory=dict)  # name -> the tuner's settings for it
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)  # base tensors as they were before patching, on CPU
+    unmerged: dict[str, nn.Parameter | torch.Tensor] = field(default_factory=dict)  # base tensors before the merge
+    merged: tuple[str, ...] = ()
+
+
+@functools.cache
+def patched_class(mixin: type, original: type) -> type:
+    """The subclass of `original` that computes with the mixin's forward; one for each pair."""
+    name = f"{mixin.prefix}{original.__name__}"
+    return type(name, (mixin, original), {"__module__": original.__module__, "__doc__": mixin.__doc__})
+
+
+def _rebuild(mixin: type, original: type):
+    cls = patched_class(mixin, original)
+    return cls.__new__(cls)
+
+
+class AdapterLayer:
+    """Mixin in front of a module's own class; `self._fastpeft` is its LayerState."""
+
+    prefix = "Adapter"
+    containers: dict[str, type[nn.Module]] = {}  # the children that hold the adapters' parameters, by name
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time, so pickle and spawn are told how to make it again.
+        mixin, original = type(self).__bases__
+        return _rebuild, (mixin, original), self.__dict__
+
+    def active_adapters(self) -> list[str]:
+        """The adapters that this call uses and that this layer has."""
+        adapters = self._fastpeft.adapters
+        return [name for name in active_names(self._fastpeft.model) if name in adapters]
+
+    def base_forward(self, *args, **kwargs):
+        """The layer as it was: its class's own forward, or the instance-level one that stood in front of it."""
+        state = self._fastpeft
+        if state.original_forward is not None:
+            return state.original_forward(*args, **kwargs)
+        return state.original_class.forward(self, *args, **kwargs)
+
+    def keep(self, name: str) -> None:
+        """Remember a base tensor as it is now, on the CPU, for `unpatch`; the first memory counts."""
+        kept = self._fastpeft.kept
+        if name not in kept:
+            kept[name] = getattr(self, name).detach().to("cpu", copy=True)
+
+
+def attach(module: nn.Module, mixin: type, model_state) -> None:
+    """Make `module` a patched one, in place. Its class's forward gives way; an instance-level forward is called."""
+    original_forward = module.__dict__.pop("forward", None)
+    module.__dict__["_fastpeft"] = LayerState(model_state, type(module), original_forward)
+    module.__class__ = patched_class(mixin, type(module))
+    for name, container in mixin.containers.items():
+        module.add_module(name, container())
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`: children, tensors, class and instance-level forward are what they were, bit for bit."""
+    state: LayerState = module._fastpeft
+    module.unmerge()
+    for name in module.containers:
+        module._modules.pop(name, None)
+    for name, tensor in state.kept.items():
+        with torch.no_grad():
+            getattr(module, name).copy_(tensor)
+    module.__class__ = state.original_class
+    del module.__dict__["_fastpeft"]
+    if state.original_forward is not None:
+        module.__dict__["forward"] = state.original_forward
+    elif getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
+        # accelerate hooked the module after patching and remembers our forward as the module's own
+        module._old_forward = MethodType(state.original_class.forward, module)

@@ -1,0 +1,321 @@
+"""LoRA layers (Hu et al., arXiv 2106.09685), one class for each kind of base module, in front of the module's own class.
+
+Parameter names, shapes, scaling and the order of random draws are HF peft's; the arithmetic is `lora_linear`'s.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastpeft.configs import LoraConfig
+from fastpeft.errors import PatchError
+from fastpeft.ops.lora_linear import apply_lora
+from fastpeft.tuners import dora, lora_init
+from fastpeft.tuners.layer import AdapterLayer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One adapter's numbers in one layer."""
+
+    r: int
+    scaling: float
+    dropout: float
+    use_dora: bool
+    bias: bool
+
+
+def settings_of(config: LoraConfig, r: int, alpha: float) -> Settings:
+    """scaling = alpha/r, or alpha/√r for rank-stabilised LoRA (arXiv 2312.03732)."""
+    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+    return Settings(r, scaling, config.lora_dropout, config.use_dora, config.lora_bias)
+
+
+class LoraLayer(AdapterLayer):
+    """What the kinds share. Each says how its parameters are built, and its forward for one adapter."""
+
+    prefix = "Lora"
+    containers = {"lora_A": nn.ModuleDict, "lora_B": nn.ModuleDict, "lora_magnitude_vector": nn.ModuleDict}
+
+    # What a kind provides: the base weight as the matrix (N, K) that acts on a column, and the adapter's two matrices.
+    def matrix(self) -> torch.Tensor:
+        return self.weight
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [r, K], B [N, r])"""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def magnitude(self, name: str) -> torch.Tensor:
+        return self.lora_magnitude_vector[name].weight
+
+    @staticmethod
+    def shapes(base: nn.Module, settings: Settings) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of the tensors that HF's file holds for one adapter of this module."""
+        raise NotImplementedError
+
+    def add_adapter(self, name: str, settings: Settings, init: bool | str | None, autocast: bool) -> None:
+        """Build, initialise and place one adapter's parameters; `init` None leaves them unset, for a file to fill."""
+        base = self.weight
+        device = torch.device("meta") if init is None else None
+        self.build(name, settings, device)
+        a, b = self.factors(name)
+        if isinstance(init, str) and init != "gaussian":
+            self._decompose(name, settings, init)
+        elif init is not None:
+            lora_init.reset(a, b, self._bias_of(name), init, settings.r)
+        place = {"device": base.device, "dtype": base.dtype if base.is_floating_point() else None}
+        for container in self.parameter_holders():
+            if name in container:
+                _place(container, name, place, empty=init is None)
+        if settings.use_dora:
+            self._add_magnitude(name, settings, empty=init is None)
+        if autocast:
+            for container in (*self.parameter_holders(), self.lora_magnitude_vector):
+                if name in container:
+                    _widen(container, name)
+        self._fastpeft.adapters[name] = settings
+
+    def parameter_holders(self) -> tuple[nn.Module, ...]:
+        return self.lora_A, self.lora_B
+
+    def _bias_of(self, name: str) -> torch.Tensor | None:
+        return self.lora_B[name].bias
+
+    def _decompose(self, name: str, settings: Settings, init: str) -> None:
+        """PiSSA or OLoRA: the adapter takes over a part of the base weight, which is changed to the rest."""
+        weight = self.matrix()
+        if init == "olora":
+            a, b = lora_init.olora(weight, settings.r)
+        else:
+            a, b = lora_init.pissa(weight, settings.r, settings.scaling, init)
+        self.lora_A[name].weight.data, self.lora_B[name].weight.data = a, b
+        self.keep("weight")
+        rest = (weight.detach().float() - settings.scaling * b @ a).to(weight.dtype)
+        weight.data.copy_(rest)
+
+    def _add_magnitude(self, name: str, settings: Settings, empty: bool) -> None:
+        a, b = (factor.detach().flatten(1) for factor in self.factors(name))
+        weight = self.matrix().detach().flatten(1)
+        value = torch.empty_like(weight[:, 0]) if empty else dora.initial_magnitude(weight, a, b, settings.scaling)
+        self.lora_magnitude_vector[name] = dora.Magnitude(value.view(self.magnitude_shape()))
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        return (-1,)
+
+    def delete_adapter(self, name: str) -> None:
+        for container in self.containers:
+            getattr(self, container).pop(name) if name in getattr(self, container) else None
+        del self._fastpeft.adapters[name]
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their names in HF's file, relative to this module."""
+        out = {}
+        for container in self.containers:
+            held = getattr(self, container)
+            if name not in held:
+                continue
+            if container == "lora_magnitude_vector":
+                out[container] = held[name].weight
+            elif isinstance(held, nn.ParameterDict):
+                out[container] = held[name]
+            else:
+                out.update({f"{container}.{key}": value for key, value in held[name].named_parameters()})
+        return out
+
+    # Merging. What was there is kept, so that unmerging is exact and not an estimate.
+    def delta(self, name: str) -> torch.Tensor:
+        """scaling·B A in the shape of `matrix()`, in at least fp32."""
+        a, b = (factor.detach() for factor in self.factors(name))
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return (b.to(wide) @ a.to(wide)) * self._fastpeft.adapters[name].scaling
+
+    def merged_weight(self, names: list[str]) -> torch.Tensor:
+        """The weight, in its own shape and dtype, with the adapters added. Raises PatchError if it is not finite."""
+        matrix = self.matrix().detach()
+        merged = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+        for name in names:
+            settings = self._fastpeft.adapters[name]
+            if settings.use_dora:
+                a, b = (factor.detach().flatten(1) for factor in self.factors(name))
+                scale = dora.factor(matrix.flatten(1), a, b, settings.scaling, self.magnitude(name).detach().flatten())
+                merged = (merged + self.delta(name)) * scale.view(-1, *(1,) * (merged.ndim - 1))
+            else:
+                merged += self.delta(name)
+        if not torch.isfinite(merged).all():
+            raise PatchError(f"merging {', '.join(names)} would put NaN or Inf into a weight; the adapter is broken")
+        return merged.to(matrix.dtype)
+
+    def merged_bias(self, names: list[str]) -> torch.Tensor | None:
+        extra = [
+            self._fastpeft.adapters[name].scaling * self._bias_of(name).detach()
+            for name in names
+            if self._fastpeft.adapters[name].bias
+        ]
+        if not extra:
+            return None
+        if self.bias is None:
+            raise PatchError("an adapter with lora_bias cannot be merged into a layer without a bias; use it unmerged")
+        return self.bias.detach() + sum(extra).to(self.bias.dtype)
+
+    def prepare_merge(self, names) -> tuple[list[str], torch.Tensor, torch.Tensor | None] | None:
+        """What `merge` will write, computed and checked beforehand; None if this layer has none of the adapters."""
+        names = [name for name in names if name in self._fastpeft.adapters]
+        return (names, self.merged_weight(names), self.merged_bias(names)) if names else None
+
+    def merge(self, prepared, untie: bool) -> None:
+        """Put the prepared weight in place. With `untie` the layer gets a parameter of its own, because another
+        module (a tied head) uses the same one."""
+        names, weight, bias = prepared
+        state = self._fastpeft
+        for key, value in (("weight", weight), ("bias", bias)):
+            if value is None:
+                continue
+            parameter = getattr(self, key)
+            if key == "weight":
+                value = self.unmatrix(value)
+            if untie and key == "weight":
+                state.unmerged[key] = parameter
+                self.weight = nn.Parameter(value.contiguous(), requires_grad=parameter.requires_grad)
+            else:
+                state.unmerged[key] = parameter.detach().to("cpu", copy=True)
+                with torch.no_grad():
+                    parameter.copy_(value)
+        state.merged = tuple(names)
+
+    def unmatrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of `matrix`."""
+        return matrix
+
+    def unmerge(self) -> None:
+        """Put back what `merge` replaced, bit for bit."""
+        state = self._fastpeft
+        for key, kept in state.unmerged.items():
+            if isinstance(kept, nn.Parameter):
+                setattr(self, key, kept)
+            else:
+                with torch.no_grad():
+                    getattr(self, key).copy_(kept)
+        state.unmerged.clear()
+        state.merged = ()
+
+    def forward(self, *args, **kwargs):
+        names = self.active_adapters()
+        if not names or self._fastpeft.merged:
+            return self.base_forward(*args, **kwargs)
+        return self.adapted_forward(names, *args, **kwargs)
+
+
+def linear_shapes(outputs: int, inputs: int, settings: Settings) -> dict[str, tuple[int, ...]]:
+    """The shapes of one adapter of a linear layer."""
+    shapes = {"lora_A.weight": (settings.r, inputs), "lora_B.weight": (outputs, settings.r)}
+    if settings.bias:
+        shapes["lora_B.bias"] = (outputs,)
+    if settings.use_dora:
+        shapes["lora_magnitude_vector"] = (outputs,)
+    return shapes
+
+
+def _place(container, name: str, place: dict, empty: bool) -> None:
+    item = container[name]
+    if isinstance(item, nn.Parameter):
+        tensor = torch.empty_like(item, **place) if empty else item.detach().to(**place)
+        container[name] = nn.Parameter(tensor)
+    elif empty:
+        container[name] = item.to(dtype=place["dtype"]).to_empty(device=place["device"])
+    else:
+        container[name] = item.to(**place)
+
+
+def _widen(container, name: str) -> None:
+    item = container[name]
+    half = (torch.float16, torch.bfloat16)
+    if isinstance(item, nn.Parameter):
+        if item.dtype in half:
+            container[name] = nn.Parameter(item.detach().float())
+    elif any(parameter.dtype in half for parameter in item.parameters()):
+        container[name] = item.float()
+
+
+class LoraLinear(LoraLayer):
+    """LoRA on nn.Linear and its subclasses."""
+
+    base_class_forwards = {nn.Linear.forward}
+
+    @staticmethod
+    def shapes(base: nn.Module, settings: Settings) -> dict[str, tuple[int, ...]]:
+        return linear_shapes(*base.weight.shape, settings)
+
+    def build(self, name: str, settings: Settings, device) -> None:
+        outputs, inputs = self.matrix().shape
+        self.lora_A[name] = nn.Linear(inputs, settings.r, bias=False, device=device)
+        self.lora_B[name] = nn.Linear(settings.r, outputs, bias=settings.bias, device=device)
+
+    def plain_base(self) -> bool:
+        """Whether the base product is x Wᵀ + bias with a dense weight, so that the op may compute it."""
+        state = self._fastpeft
+        plain = state.original_forward is None and state.original_class.forward in self.base_class_forwards
+        return plain and type(self.weight) in (nn.Parameter, torch.Tensor) and self.weight.is_floating_point()
+
+    def adapted_forward(self, names: list[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        fused = self.plain_base() and not args and not kwargs
+        result = None if fused else self.base_forward(x, *args, **kwargs)
+        for name in names:
+            result = self._add(name, x, result)
+        return result
+
+    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
+        """`result` (None: the base's, not yet computed) plus one adapter's share."""
+        settings: Settings = self._fastpeft.adapters[name]
+        a, b = self.factors(name)
+        p = settings.dropout if self.training else 0.0
+        backend = self._fastpeft.model.backend
+        if settings.use_dora:
+            return self._add_dora(name, x, result, p, backend)
+        if result is None:
+            bias = self._bias_with(name, settings)
+            return apply_lora(x, self.matrix(), bias, None, a, b, settings.scaling, p, backend)
+        result = apply_lora(x, None, None, result, a, b, settings.scaling, p, backend)
+        return result if not settings.bias else result + (settings.scaling * self._bias_of(name)).to(result.dtype)
+
+    def _bias_with(self, name: str, settings: Settings) -> torch.Tensor | None:
+        if not settings.bias:
+            return self.bias
+        extra = settings.scaling * self._bias_of(name)
+        return extra if self.bias is None else self.bias + extra
+
+    def _add_dora(self, name: str, x: torch.Tensor, result: torch.Tensor | None, p: float, backend) -> torch.Tensor:
+        """y = m/‖V‖ ⊙ (W + s·B A) x + bias. Under dropout the base's share is that of the dropped x, as in HF peft:
+        y = (x - drop(x)) Wᵀ + m/‖V‖ ⊙ (W + s·B A) drop(x) + bias."""
+        settings: Settings = self._fastpeft.adapters[name]
+        a, b = self.factors(name)
+        weight = self.matrix()
+        factor = dora.factor(weight, a, b, settings.scaling, self.magnitude(name))
+        extra = factor * settings.scaling * self._bias_of(name) if settings.bias else 0
+        dropped = F.dropout(x, p) if p else x
+        if result is None and not p:
+            updated = apply_lora(x, weight, None, None, a, b, settings.scaling, 0.0, backend)
+            rest = 0 if self.bias is None else self.bias
+        elif not p:
+            rest = 0 if self.bias is None else self.bias
+            updated = apply_lora(x, None, None, result - rest, a, b, settings.scaling, 0.0, backend)
+        else:
+            updated = apply_lora(dropped, weight, None, None, a, b, settings.scaling, 0.0, backend)
+            rest = F.linear(x - dropped, weight, self.bias) if result is None else result - F.linear(dropped, weight)
+        return (updated * factor + rest + extra).to(updated.dtype)
+
+
+class LoraConv1D(LoraLinear):
+    """LoRA on transformers' Conv1D (GPT-2), a linear layer whose weight is stored as (K, N)."""
+
+    @staticmethod
+    def shapes(base: nn.Module, settings: Settings) -> dict[str, tuple[int, ...]]:
+        return linear_shapes(*base.weight.shape[::-1], settings)
+
+    def matrix(self) -> torch.Tensor:
+        return self.weight.t()
+
+    def unmatrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t()

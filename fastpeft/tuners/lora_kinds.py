@@ -1,0 +1,188 @@
+"""LoRA on what is not a linear layer (embeddings, convolutions), and which class serves which module."""
+
+import sys
+import warnings
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastpeft.configs import LoraConfig
+from fastpeft.errors import ConfigError, PatchError, TargetError
+from fastpeft.tuners import dora, lora_init
+from fastpeft.tuners.lora import LoraConv1D, LoraLayer, LoraLinear, Settings, settings_of
+
+MAX_SCALING = 1e4
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class LoraEmbedding(LoraLayer):
+    """LoRA on nn.Embedding: row i of the update is s·B A[:, i]. Dropout has no input to act on, as in HF peft."""
+
+    containers = {
+        "lora_embedding_A": nn.ParameterDict,
+        "lora_embedding_B": nn.ParameterDict,
+        "lora_magnitude_vector": nn.ModuleDict,
+    }
+
+    @staticmethod
+    def shapes(base: nn.Module, settings: Settings) -> dict[str, tuple[int, ...]]:
+        entries, width = base.weight.shape
+        shapes = {"lora_embedding_A": (settings.r, entries), "lora_embedding_B": (width, settings.r)}
+        return {**shapes, "lora_magnitude_vector": (width,)} if settings.use_dora else shapes
+
+    def build(self, name: str, settings: Settings, device) -> None:
+        entries, width = self.weight.shape
+        self.lora_embedding_A[name] = nn.Parameter(torch.randn(settings.r, entries, device=device))
+        self.lora_embedding_B[name] = nn.Parameter(torch.randn(width, settings.r, device=device))
+
+    def parameter_holders(self):
+        return self.lora_embedding_A, self.lora_embedding_B
+
+    def matrix(self) -> torch.Tensor:
+        return self.weight.t()
+
+    def unmatrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t()
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def _bias_of(self, name: str) -> None:
+        return None
+
+    def adapted_forward(self, names: list[str], ids: torch.Tensor) -> torch.Tensor:
+        result = self.base_forward(ids)
+        dtype = result.dtype
+        embed_scale = getattr(self, "embed_scale", None)  # Gemma's embeddings multiply their output
+        for name in names:
+            settings: Settings = self._fastpeft.adapters[name]
+            a, b = self.factors(name)
+            rows = F.embedding(
+                ids, a.t(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+            )
+            update = (rows @ b.t()) * settings.scaling
+            if embed_scale is not None:
+                update = update * torch.as_tensor(embed_scale).to(update)
+            result = result + update
+            if settings.use_dora:
+                result = result * dora.factor(self.matrix(), a, b, settings.scaling, self.magnitude(name))
+        return result.to(dtype)
+
+
+class LoraConv(LoraLayer):
+    """LoRA on nn.Conv1d and nn.Conv2d: A is a convolution like the base's down to r channels, B a pointwise one.
+
+    Stride, padding, dilation and padding_mode are the base's, so that the update equals one of the base weight.
+    """
+
+    @staticmethod
+    def shapes(base: nn.Module, settings: Settings) -> dict[str, tuple[int, ...]]:
+        ones = (1,) * len(base.kernel_size)
+        shapes = {
+            "lora_A.weight": (settings.r, base.in_channels, *base.kernel_size),
+            "lora_B.weight": (base.out_channels, settings.r // base.groups, *ones),
+        }
+        if settings.bias:
+            shapes["lora_B.bias"] = (base.out_channels,)
+        if settings.use_dora:
+            shapes["lora_magnitude_vector"] = (1, base.out_channels, *ones)
+        return shapes
+
+    def build(self, name: str, settings: Settings, device) -> None:
+        convolution = next(kind for kind in CONVOLUTIONS if isinstance(self, kind))
+        ones = (1,) * len(self.kernel_size)
+        self.lora_A[name] = convolution(
+            self.in_channels, settings.r, self.kernel_size, self.stride, self.padding, self.dilation,
+            bias=False, padding_mode=self.padding_mode, device=device,
+        )  # fmt: skip
+        self.lora_B[name] = convolution(
+            settings.r, self.out_channels, ones, groups=self.groups, bias=settings.bias, device=device
+        )
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        return (1, -1, *(1,) * len(self.kernel_size))
+
+    def delta(self, name: str) -> torch.Tensor:
+        if self.groups > 1:
+            raise PatchError(f"LoRA on a convolution with {self.groups} groups cannot be merged; use it unmerged")
+        a, b = (factor.detach() for factor in self.factors(name))
+        wide = torch.promote_types(a.dtype, torch.float32)
+        product = b.to(wide).flatten(1) @ a.to(wide).flatten(1)
+        return product.view(self.weight.shape) * self._fastpeft.adapters[name].scaling
+
+    def adapted_forward(self, names: list[str], x: torch.Tensor) -> torch.Tensor:
+        result = self.base_forward(x)
+        dtype = result.dtype
+        for name in names:
+            settings: Settings = self._fastpeft.adapters[name]
+            p = settings.dropout if self.training else 0.0
+            z = x.to(self.lora_A[name].weight.dtype)
+            z = F.dropout(z, p) if p else z
+            update = self.lora_B[name](self.lora_A[name](z)) * settings.scaling
+            if settings.use_dora:
+                result = self._with_magnitude(name, z, result, update, bool(p))
+            else:
+                result = result + update
+        return result.to(dtype)
+
+    def _with_magnitude(self, name, z, result, update, dropped: bool) -> torch.Tensor:
+        a, b = (factor.flatten(1) for factor in self.factors(name))
+        scaling = self._fastpeft.adapters[name].scaling
+        factor = dora.factor(self.weight.flatten(1), a, b, scaling, self.magnitude(name).flatten())
+        factor = factor.view(self.magnitude_shape())
+        bias = 0 if self.bias is None else self.bias.view(self.magnitude_shape())
+        base = self._conv_forward(z, self.weight.to(z.dtype), None) if dropped else result - bias
+        return result + (factor - 1) * base + factor * update
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The LoRA class for a module, or None if LoRA does not serve it."""
+    if isinstance(module, nn.Linear):
+        return LoraLinear
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if isinstance(module, CONVOLUTIONS):
+        return LoraConv
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
+        LoraLinear.base_class_forwards.add(pytorch_utils.Conv1D.forward)
+        return LoraConv1D
+    return None
+
+
+def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha: float) -> None:
+    """Refuse what cannot be served, before anything changes. Raises TargetError or ConfigError."""
+    weight = module.weight
+    if weight.is_meta:
+        raise TargetError(f"{name} is on the meta device; load the model's weights before patching it")
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TargetError(
+            f"{name} has a weight of dtype {weight.dtype}, which is not served; convert it to a floating type or "
+            f"exclude the module with exclude_modules"
+        )
+    if abs(settings_of(config, r, alpha).scaling) > MAX_SCALING:
+        raise ConfigError(f"lora_alpha={alpha} with r={r} scales {name} by more than {MAX_SCALING:g}; lower lora_alpha")
+    if isinstance(module, nn.Embedding) and config.lora_bias:
+        raise ConfigError(f"lora_bias=True does not apply to the embedding {name}; exclude it or set lora_bias=False")
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1:
+        if r % module.groups:
+            raise ConfigError(f"{name} has {module.groups} groups, which must divide the rank; r is {r}")
+        if config.use_dora:
+            raise ConfigError(f"use_dora=True does not apply to {name}, a convolution with {module.groups} groups")
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        linear = layer_class(module) in (LoraLinear, LoraConv1D)
+        lora_init.check_decomposition(name, weight if linear else weight.new_empty(0), r, config.init_lora_weights)
+
+
+def settle_fan_in_fan_out(config: LoraConfig, module: nn.Module) -> None:
+    """HF peft's rule: the stored layout is the module's, whatever the configuration says, and a warning if it differs."""
+    stored_transposed = layer_class(module) is LoraConv1D
+    if isinstance(module, nn.Linear) or stored_transposed:
+        if config.fan_in_fan_out != stored_transposed:
+            warnings.warn(
+                f"fan_in_fan_out={config.fan_in_fan_out} does not fit {type(module).__name__}, which stores its weight "
+                f"{'(in, out)' if stored_transposed else '(out, in)'}; using {stored_transposed}",
+                stacklevel=2,
+            )
+        config.fan_in_fan_out = stored_transposed
