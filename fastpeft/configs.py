@@ -77,9 +77,8 @@ class PeftConfig:
     method: ClassVar[PeftType | None] = None
 
     def __post_init__(self):
-        if self.peft_type not in (None, self.method):
-            refuse("peft_type", self.peft_type, f"a {type(self).__name__} is for {_value(self.method)}; leave it out")
-        self.peft_type = self.method
+        if self.peft_type is None or self.peft_type == self.method:
+            self.peft_type = self.method
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
         self.normalise()
@@ -94,6 +93,8 @@ class PeftConfig:
 
     def validate(self) -> None:
         """Raises ConfigError unless every field is one that fastpeft can honour. Changes nothing."""
+        if self.peft_type != self.method:
+            refuse("peft_type", self.peft_type, f"a {type(self).__name__} is for {_value(self.method)}; leave it out")
         if self.task_type is not None and self.task_type not in list(TaskType):
             refuse("task_type", self.task_type, f"choose one of {', '.join(t.value for t in TaskType)}")
         for name in ("peft_version", "base_model_name_or_path", "revision"):

@@ -263,7 +263,8 @@ def _locate(directory: str, entries: list[Entry]) -> _Place | None:
         if current == entry.sha256:
             place.sources[entry.final] = None if current is None else entry.final
             place.done.append(entry.final)
-            if current != entry.previous:
+            # SIDE names the weights that it belongs to, so beside others it is ignored, not mistaken.
+            if current != entry.previous and entry.final != SIDE:
                 replaced.append(entry.final)
         elif staged and current == entry.previous:
             place.sources[entry.final] = entry.temporary

@@ -77,10 +77,12 @@ def matches_part(pattern: str, name: str) -> bool:
 
 
 def layer_index(pattern: str, name: str) -> int | None:
-    """The number right after the part of the path that `pattern` covers; the first one, so never an expert's."""
-    for end in sorted(_ends(rf"(?:^|.*?\.){pattern}\.", name)):
-        if number := re.match(r"(\d+)\.", name[end:]):
-            return int(number[1])
+    """The number right after the part of the path that `pattern` covers, which begins as early as it can: a layer's
+    number, not that of an expert in it."""
+    for start in [0, *(dot.end() for dot in re.finditer(r"\.", name))]:
+        for end in sorted(_ends(rf"(?:{pattern})\.", name, start), reverse=True):
+            if number := re.match(r"(\d+)\.", name[end:]):
+                return int(number[1])
     return None
 
 
@@ -123,9 +125,9 @@ def _check(nodes, depth: int) -> None:
             raise ValueError(f"{word} in a pattern is not supported; write the alternatives out, or list the names")
 
 
-def _ends(pattern: str, text: str) -> set[int]:
-    """Where matches of the pattern that begin at the start of the text end. Raises ConfigError beyond MAX_STEPS."""
-    return _Walk(pattern, text).run(_parse(pattern), {0})
+def _ends(pattern: str, text: str, start: int = 0) -> set[int]:
+    """Where the matches that begin at `start` end. Raises ConfigError beyond MAX_STEPS."""
+    return _Walk(pattern, text).run(_parse(pattern), {start})
 
 
 class _Walk:

@@ -72,7 +72,7 @@ class LoraLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x_MK if need_a or need_w else None,
             weight_NK if need_x else None,
-            a_RK if need_x else None,
+            a_RK if need_x or (need_a and seed is not None) else None,
             b_NR if need_x or need_a else None,
             s_MR if need_b else None,
             seed,

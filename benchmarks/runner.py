@@ -1,0 +1,292 @@
+"""Works a benchmark's plan off: check, warm up, weigh, time; one cell after the other until the budget is spent.
+
+A bench (`Bench`) says what a cell is and what runs in it; everything here is the same for every op.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from .accuracy import MAX_RMS_RATIO, PEER_RMS_RATIO, Oracle, Verdict, verify
+from .baselines import Implementation, Inputs, Missing
+from .harness import (
+    Budget,
+    Call,
+    Memory,
+    ceilings,
+    interleave,
+    kernel_profile,
+    measure_memory,
+    paired_ratio,
+    summarise,
+    synchronize,
+    timer_for,
+    warm_up,
+)
+from .report import FLOOR
+
+PROFILED_CELLS = 4
+PROFILE_RESERVE_S = 25.0
+
+
+class DeviceLost(RuntimeError):
+    """The device no longer answers after an implementation's error; this process can measure nothing more."""
+
+
+class Cell(Protocol):
+    """One shape with everything that is the same for all implementations. `compiled`: torch.compile runs here too."""
+
+    dtype: str
+    dropout: float
+    compiled: bool
+
+    @property
+    def id(self) -> str: ...
+
+    def shape(self) -> dict: ...
+
+    def flops(self, frozen: bool) -> int: ...
+
+    def bytes(self, frozen: bool) -> int: ...
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An op's benchmark: its cells (from the plan's entries), its tensors and truth, and who takes part."""
+
+    op: str
+    cell: Callable[..., Cell]
+    inputs: Callable[[Any, torch.device], Inputs]
+    oracle: Callable[[Inputs], Oracle]
+    implementations: Sequence[Implementation]
+
+
+@dataclass
+class Prepared:
+    """An implementation that has passed its check, or the reason why it has no figures."""
+
+    implementation: Implementation
+    status: str
+    note: str = ""
+    call: Call | None = None
+    verdict: Verdict | None = None
+    memory: Memory = field(default_factory=lambda: Memory(None, None, None))
+    first_s: float | None = None
+    host_ms: float | None = None
+
+
+def prepare(implementation: Implementation, inputs: Inputs, oracle: Oracle, device: torch.device) -> Prepared:
+    """Build, run until compiled, check, and weigh one implementation."""
+    try:
+        call = implementation.build(inputs)
+        first_s, host_ms = warm_up(call, device)
+        bound = PEER_RMS_RATIO if implementation.peer else MAX_RMS_RATIO
+        verdict = verify(call, oracle, bound) if implementation.name != FLOOR else None
+        if verdict is not None and verdict.problems:
+            return Prepared(implementation, "wrong", "; ".join(verdict.problems), verdict=verdict)
+        memory = measure_memory(call, device, count_saved=not implementation.compiled)
+    except Missing as reason:
+        return Prepared(implementation, "missing", str(reason))
+    except Exception as error:  # a peer or a kernel may raise anything, and the others are still worth measuring
+        traceback.print_exc()
+        return Prepared(implementation, "failed", _in_words(error))
+    return Prepared(implementation, "ok", "", call, verdict, memory, first_s, host_ms)
+
+
+def _in_words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def require_device(device: torch.device) -> None:
+    """Raises DeviceLost if a kernel's fault has taken the process's device context with it."""
+    try:
+        torch.ones(1, device=device).add_(1)
+        synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLost(_in_words(error)) from error
+
+
+class Run:
+    """One pass over document["plan"]. Rows go to document["results"]; `save` is called after every cell and before
+    every step that could end the process, which document["running"] then names."""
+
+    def __init__(self, document: dict, save: Callable[[], None], bench: Bench, budget: Budget | None = None):
+        self.document, self.save, self.bench = document, save, bench
+        self.plan = document["plan"]
+        self.budget = budget or Budget(self.plan["budget_s"])
+        self.device = torch.device(self.plan["device"])
+        self.implementations = [i for i in bench.implementations if i.name not in self.plan["without"]]
+        self.cells = [bench.cell(**entry) for entry in self.plan["cells"]]
+
+    def measure(self) -> None:
+        """Every cell that has no results yet, in order. What the budget does not allow, and what the plan leaves out,
+        is named in document["unmeasured"]."""
+        self._enter("-", None, "ceilings")
+        self.document["stamp"]["ceilings"] = ceilings(self.device, torch.bfloat16, tiny=self.plan["tiny"])
+        timer = timer_for(self.device)
+        self._name_what_is_left_out()
+        done = {(tuple(row["shape"].values()), row["dropout"], row["dtype"]) for row in self.document["results"]}
+        durations: list[float] = []
+        reserve = PROFILE_RESERVE_S if self.device.type == "cuda" else 0.0
+        for cell in self.cells:
+            if (tuple(cell.shape().values()), cell.dropout, cell.dtype) in done or cell.id in self.plan["skip"]:
+                continue
+            if not self.budget.allows(durations, reserve):
+                self._leave_out(cell.id, None, f"the budget of {self.budget.seconds:.0f} s was spent")
+                continue
+            start = self.budget.elapsed()
+            rows = self._cell(cell, timer)
+            durations.append(self.budget.elapsed() - start)
+            self.document["results"].extend(rows)
+            self.save()
+            print(progress(cell, rows, self.budget), flush=True)
+        if self.device.type == "cuda":
+            try:
+                self._profile()
+            except Exception as error:  # the figures stand without it, and profilers fail for many reasons
+                traceback.print_exc()
+                self._leave_out("kernel profile", None, _in_words(error))
+        self.document["running"] = None
+        self.save()
+
+    def _enter(self, cell: str, implementation: str | None, stage: str) -> None:
+        self.document["running"] = {"cell": cell, "impl": implementation, "stage": stage}
+        self.save()
+
+    def _leave_out(self, cell: str, implementation: str | None, reason: str) -> None:
+        entry = {"cell": cell, "impl": implementation, "reason": reason}
+        if entry not in self.document["unmeasured"]:
+            self.document["unmeasured"].append(entry)
+
+    def _name_what_is_left_out(self) -> None:
+        begun = {row["impl"] for row in self.document["results"]}
+        for name, reason in self.plan["without"].items():
+            self._leave_out("later cells" if name in begun else "all cells", name, reason)
+        for cell, reason in self.plan["skip"].items():
+            self._leave_out(cell, None, reason)
+        compiled = sum(cell.compiled for cell in self.cells)
+        if compiled < len(self.cells):
+            for implementation in (i for i in self.implementations if i.compiled):
+                self._leave_out("other cells", implementation.name, f"compiled in {compiled} cells only")
+
+    def _cell(self, cell: Cell, timer) -> list[dict]:
+        inputs = self.bench.inputs(cell, self.device)
+        oracle = self.bench.oracle(inputs)
+        prepared = []
+        for implementation in self.implementations:
+            if implementation.compiled and not cell.compiled:
+                continue
+            self._enter(cell.id, implementation.name, "check")
+            prepared.append(prepare(implementation, inputs, oracle, self.device))
+            if prepared[-1].status == "failed":
+                require_device(self.device)
+        del oracle
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._enter(cell.id, None, "timing")
+        ready = {p.implementation.name: p for p in prepared if p.status == "ok"}
+        samples = interleave(
+            timer,
+            {name: p.call for name, p in ready.items()},
+            {name: p.host_ms for name, p in ready.items()},
+            rounds=tuple(self.plan["rounds"]),
+            seconds=self.plan["seconds_per_cell"],
+        )
+        return [row_of(self.bench, cell, p, samples) for p in prepared]
+
+    def _profile(self) -> None:
+        """Which kernels ran, and how long, for the first cells: last of all, because a profiler leaves traces in the
+        process that later timings would carry."""
+        spent: list[float] = []
+        right = {
+            (tuple(r["shape"].values()), r["dropout"], r["impl"])
+            for r in self.document["results"]
+            if r["status"] == "ok"
+        }
+        for cell in self.cells[:PROFILED_CELLS]:
+            inputs = self.bench.inputs(cell, self.device)
+            for implementation in self.implementations:
+                key = (tuple(cell.shape().values()), cell.dropout, implementation.name)
+                if implementation.compiled or key not in right or not self.budget.allows(spent):
+                    continue
+                self._enter(cell.id, implementation.name, "profile")
+                start = time.monotonic()
+                kernels = kernel_profile(implementation.build(inputs), self.device)
+                spent.append(time.monotonic() - start)
+                self.document["kernels"].append(
+                    {
+                        "impl": implementation.name,
+                        "shape": cell.shape(),
+                        "dropout": cell.dropout,
+                        "launches": sum(kernel["launches"] for kernel in kernels),
+                        "kernels": kernels,
+                    }
+                )
+
+
+def row_of(bench: Bench, cell: Cell, prepared: Prepared, samples: dict[str, list]) -> dict:
+    """One entry of the results, without any time unless the implementation was found right."""
+    implementation, memory = prepared.implementation, prepared.memory
+    adapter = None if implementation.name == FLOOR else cell.dtype
+    row = {
+        "op": bench.op,
+        "impl": implementation.name,
+        "label": implementation.label,
+        "strategy": implementation.strategy,
+        "adapter_dtype": "fp32" if implementation.adapter_dtype == torch.float32 else adapter,
+        "shape": cell.shape(),
+        "dtype": cell.dtype,
+        "dropout": cell.dropout,
+        "pass": "fwd+bwd",
+        "status": prepared.status,
+        **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "forward_ms", "gbps", "tflops")),
+        **dict.fromkeys(("overhead_over_floor", "overhead_p20", "overhead_p80")),
+        "rounds": 0,
+        "speedup_vs": {},
+        "host_ms": prepared.host_ms,
+        "first_s": prepared.first_s,
+        "peak_bytes": memory.peak,
+        "held_bytes": memory.held,
+        "saved_bytes": memory.saved,
+        "checked": prepared.verdict.as_json() if prepared.verdict else None,
+        "note": prepared.note,
+    }
+    return row | _times(bench, cell, row["impl"], samples) if prepared.status == "ok" else row
+
+
+def _times(bench: Bench, cell: Cell, name: str, samples: dict[str, list]) -> dict:
+    totals = {other: [sample.total_ms for sample in found] for other, found in samples.items()}
+    summary = summarise(totals[name])
+    frozen = name == FLOOR
+    peers = [i.name for i in bench.implementations if i.peer and i.name in totals and i.name not in (FLOOR, name)]
+    times = {
+        "median_ms": summary.median,
+        "p20_ms": summary.p20,
+        "p80_ms": summary.p80,
+        "rounds": summary.rounds,
+        "forward_ms": summarise([sample.forward_ms for sample in samples[name]]).median,
+        "gbps": cell.bytes(frozen) / summary.median / 1e6,
+        "tflops": cell.flops(frozen) / summary.median / 1e9,
+        "speedup_vs": {} if frozen else {peer: paired_ratio(totals[peer], totals[name]).median for peer in peers},
+    }
+    if FLOOR in totals:
+        over = paired_ratio(totals[name], totals[FLOOR])
+        times |= {"overhead_over_floor": over.median - 1, "overhead_p20": over.p20 - 1, "overhead_p80": over.p80 - 1}
+    return times
+
+
+def progress(cell: Cell, rows: list[dict], budget: Budget) -> str:
+    """`[elapsed/budget s] cell: floor ms, implementation +overhead %, ...`"""
+    parts = []
+    for row in rows:
+        if row["status"] != "ok":
+            parts.append(f"{row['impl']} {row['status']}")
+        elif row["impl"] == FLOOR or row["overhead_over_floor"] is None:
+            parts.append(f"{row['impl']} {row['median_ms']:.3f} ms")
+        else:
+            parts.append(f"{row['impl']} {100 * row['overhead_over_floor']:+.1f}%")
+    return f"[{budget.elapsed():.0f}/{budget.seconds:.0f} s] {cell.id}: {', '.join(parts)}"

@@ -1,0 +1,295 @@
+"""The benchmark harness: order, statistics, peers, memory, budget, report and command line, on tiny shapes."""
+
+import copy
+import itertools
+import json
+
+import numpy
+import pytest
+import torch
+
+from benchmarks import baselines, bench_lora_linear, harness, report
+from benchmarks.baselines import Implementation
+from benchmarks.bench_lora_linear import BENCH, Cell, inputs_of
+from benchmarks.harness import Budget, Call, CpuTimer, Sample
+from benchmarks.runner import Prepared, row_of
+
+CPU = torch.device("cpu")
+PLAIN = Cell("tiny", 128, 128, 96, 16, 0.0, "bf16")
+DROPPED = Cell("tiny", 128, 128, 96, 16, 0.5, "bf16")
+
+
+def tiny_call(note=lambda: None) -> Call:
+    x = torch.ones(2, requires_grad=True)
+
+    def forward():
+        note()
+        return x * 2
+
+    return Call(forward, {"x": x}, torch.ones(2))
+
+
+# Order and statistics
+
+
+def test_rounds_are_interleaved():
+    order = []
+    calls = {name: tiny_call(lambda name=name: order.append(name)) for name in "ABC"}
+    samples = harness.interleave(CpuTimer(), calls, {}, rounds=(4, 4), seconds=0.0)
+    assert "".join(order) == "ABC" * 4
+    assert {name: len(found) for name, found in samples.items()} == {"A": 4, "B": 4, "C": 4}
+
+
+def test_rounds_stop_at_the_time_but_never_below_the_least():
+    calls = {"A": tiny_call()}
+    assert len(harness.interleave(CpuTimer(), calls, {}, rounds=(3, 1000), seconds=0.0)["A"]) == 3
+    assert len(harness.interleave(CpuTimer(), calls, {}, rounds=(3, 7), seconds=60.0)["A"]) == 7
+
+
+def test_cpu_timer_on_a_fake_clock():
+    ticks = iter([0.0, 0.002, 0.007, 1.0, 1.001, 1.010])
+    timer = CpuTimer(lambda: next(ticks))
+    found = timer.round({"A": tiny_call(), "B": tiny_call()}, {})
+    assert found["A"].forward_ms == pytest.approx(2) and found["A"].total_ms == pytest.approx(7)
+    assert found["B"].forward_ms == pytest.approx(1) and found["B"].total_ms == pytest.approx(10)
+
+
+@pytest.mark.parametrize("values", [[3.0], [5.0, 1.0], [9.0, 1.0, 4.0, 7.0, 2.0], list(map(float, range(41, 0, -1)))])
+def test_summary_is_numpys(values):
+    summary = harness.summarise(values)
+    expected = numpy.quantile(values, [0.5, 0.2, 0.8])
+    assert (summary.median, summary.p20, summary.p80) == pytest.approx(tuple(expected))
+    assert summary.rounds == len(values)
+
+
+def test_paired_ratio_is_blind_to_drift():
+    drift = [1.0, 1.7, 0.6, 2.2, 1.1]
+    ratio = harness.paired_ratio([3 * d for d in drift], [2 * d for d in drift])
+    assert (ratio.median, ratio.p20, ratio.p80) == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_overhead_and_speedup_come_from_the_samples():
+    samples = {
+        "frozen": [Sample(1.0, 2.0), Sample(2.0, 4.0), Sample(1.0, 2.0)],
+        "peft": [Sample(1.0, 3.0), Sample(2.0, 6.0), Sample(1.0, 3.0)],
+        "fastpeft": [Sample(1.5, 2.2), Sample(2.0, 4.4), Sample(1.0, 2.2)],
+    }
+    ours = next(i for i in BENCH.implementations if i.name == "fastpeft")
+    row = row_of(BENCH, PLAIN, Prepared(ours, "ok"), samples)
+    assert row["median_ms"] == 2.2 and row["forward_ms"] == 1.5 and row["rounds"] == 3
+    assert row["overhead_over_floor"] == pytest.approx(0.1)
+    assert row["speedup_vs"] == {"peft": pytest.approx(3 / 2.2)}
+    assert row["tflops"] == pytest.approx((4 * 128 * 128 * 96 + 6 * 128 * 16 * (128 + 96)) / 2.2e-3 / 1e12)
+
+
+# The peers
+
+
+def test_the_peft_baseline_is_pefts_own_layer():
+    import peft
+
+    inputs = inputs_of(PLAIN, CPU)
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        layer = baselines._peft_layer(inputs, autocast)
+        assert type(layer) is peft.tuners.lora.layer.Linear
+        assert layer.lora_A["default"].weight.dtype == layer.lora_B["default"].weight.dtype == dtype
+        assert layer.base_layer.weight.data_ptr() == inputs.weight.data_ptr() and layer.training
+
+
+def test_a_missing_baseline_is_named(monkeypatch, run, named):
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    document = run(named("frozen", "peft"))
+    assert [row["status"] for row in document["results"]] == ["ok", "missing"]
+    assert "peft: missing: peft is not installed" in report.table(document)
+    assert report.exit_code(document) == 0
+
+
+def test_what_raises_is_named_and_the_rest_is_measured(capsys, run, named):
+    def build(inputs):
+        raise RuntimeError("no such kernel")
+
+    document = run([Implementation("planted", "planted", build, peer=False), *named("frozen")])
+    assert [row["status"] for row in document["results"]] == ["failed", "ok"]
+    assert document["results"][0]["note"] == "RuntimeError: no such kernel"
+    assert "no such kernel" in capsys.readouterr().err
+    assert report.exit_code(document) == 1
+
+
+# Memory and the ledger
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters():
+    m, k, n, r = PLAIN.M, PLAIN.K, PLAIN.N, PLAIN.r
+    inputs = inputs_of(PLAIN, CPU)
+    assert harness.measure_memory(baselines.build_frozen(inputs), CPU).saved == 0
+    assert harness.measure_memory(baselines.build_addmm(inputs), CPU).saved == 2 * (m * k + m * r)
+    x = torch.randn(m, k, requires_grad=True)
+    twice = Call(lambda: (x * x) * x.view(k, m).view(m, k), {"x": x}, torch.ones(m, k))
+    assert harness.measure_memory(twice, CPU).saved == 2 * 4 * m * k  # x once, x² once
+    dropped = harness.measure_memory(baselines.build_addmm(inputs_of(DROPPED, CPU)), CPU).saved
+    assert dropped == 2 * (m * k + m * r) + m * k  # and a mask of one byte per element
+    assert n != k
+
+
+def test_the_ledger_of_llamas_q_projection():
+    cell = Cell("q/o", 8192, 4096, 4096, 16, 0.0, "bf16")
+    assert cell.flops(frozen=True) == 4 * 8192 * 4096**2
+    assert cell.flops(frozen=False) / cell.flops(frozen=True) - 1 == pytest.approx(1.5 * 16 * (2 / 4096))
+    assert cell.bytes(frozen=False) - cell.bytes(frozen=True) == (4 + 2) * 8192 * 4096
+
+
+# Budget, plan, report
+
+
+def test_a_spent_budget_stops_the_run_and_names_what_is_missing(run, named):
+    cells = [Cell("tiny", 16, 16, 16, r, 0.0, "bf16") for r in (1, 2, 3, 4)]
+    now = itertools.count(0, 10).__next__  # ten seconds go by between any two looks at the clock
+    document = run(named("frozen"), cells, budget=Budget(75, now))
+    measured = [row["shape"]["r"] for row in document["results"]]
+    missing = [e for e in document["unmeasured"] if e["impl"] is None]
+    assert measured == [1, 2] and [entry["cell"] for entry in missing] == [c.id for c in cells[2:]]
+    assert all(entry["reason"] == "the budget of 75 s was spent" for entry in missing)
+    assert f"not measured: {cells[3].id}: the budget of 75 s was spent" in report.table(document)
+
+
+def test_budget_leaves_room_for_one_more_like_the_last():
+    budget = Budget(100, iter([0.0, 50.0, 50.0, 50.0]).__next__)
+    assert budget.allows([20, 30, 40]) and not budget.allows([34]) and not budget.allows([], reserve=50)
+
+
+def test_a_run_is_taken_up_where_it_stopped(run, named):
+    cells = [PLAIN, DROPPED]
+    document = run(named("frozen"), cells)
+    kept = copy.deepcopy(document["results"][0])
+    del document["results"][1]
+    again = run(named("frozen"), cells, document=json.loads(json.dumps(document)))
+    assert again["results"][0] == kept and [row["dropout"] for row in again["results"]] == [0.0, 0.5]
+
+
+def test_the_plan_begins_with_what_matters_most():
+    plan = bench_lora_linear.plan("cuda")
+    cells = [Cell(**entry) for entry in plan["cells"]]
+    assert len(cells) == len({cell.id for cell in cells}) == 32
+    assert [(c.name, c.r, c.dropout) for c in cells[:4]] == [
+        ("q/o", 16, 0.0),
+        ("q/o", 16, 0.05),
+        ("gate/up", 16, 0.0),
+        ("gate/up", 16, 0.05),
+    ]
+    assert {cell.r for cell in cells[:8]} == {16} and [cell.compiled for cell in cells] == [True] * 3 + [False] * 29
+    assert plan["without"] == {} and json.loads(json.dumps(plan)) == plan
+
+
+@pytest.fixture
+def document(run, named):
+    return run(named("frozen", "addmm-algebra"))
+
+
+def _break(document, change):
+    document = copy.deepcopy(document)
+    change(document)
+    return report.problems(document)
+
+
+def test_the_schema_accepts_a_run_and_names_every_departure(document):
+    assert report.problems(json.loads(json.dumps(document))) == []
+    row = document["results"].index(document["results"][-1])
+    where = f"document.results[{row}]"
+    assert _break(document, lambda d: d["stamp"].pop("driver")) == ["document.stamp.driver is missing"]
+    assert _break(document, lambda d: d.update(extra=1)) == ["document.extra is unknown"]
+    assert _break(document, lambda d: d.update(schema=2)) == ["document.schema is 2, this reads 1"]
+    assert _break(document, lambda d: d["results"][row]["shape"].update(M="1")) == [f"{where}.shape.M is str, not int"]
+    assert _break(document, lambda d: d["results"][row].update(rounds=True)) == [f"{where}.rounds is bool, not int"]
+    assert _break(document, lambda d: d["results"][row].update(median_ms=None)) == [
+        f"{where} is ok and has no median_ms"
+    ]
+    assert "is wrong and shows" in _break(document, lambda d: d["results"][row].update(status="wrong"))[0]
+    assert "is 'fast', not one of" in _break(document, lambda d: d["results"][row].update(status="fast"))[0]
+
+
+def test_saving_is_whole_and_without_nan(document, tmp_path):
+    odd = copy.deepcopy(document)
+    odd["results"][-1]["checked"]["rms_ratio"]["y"] = float("inf")
+    path = tmp_path / "run.json"
+    report.save(odd, path)
+    loaded = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert loaded["results"][-1]["checked"]["rms_ratio"]["y"] is None and report.problems(loaded) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_source_digest_follows_the_sources(monkeypatch, tmp_path):
+    for name in ("kernels", "fastpeft", "benchmarks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    first = report.source_digest()
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    second = report.source_digest()
+    (tmp_path / "kernels" / "a.py").rename(tmp_path / "fastpeft" / "a.py")
+    assert len({first, second, report.source_digest()}) == 3
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "qo"], "neither one of q/o"),
+        (["--shape", "8,0,8"], "must be at least 1"),
+        (["--rank", "0"], "at least 1"),
+        (["--dropout", "1"], "0 <= p < 1"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(arguments, words, capsys):
+    assert bench_lora_linear.main(["--device", "cpu", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_lora_linear.main([]) == 2
+    assert "torch sees no GPU. --device cpu" in capsys.readouterr().err
+
+
+def test_the_command_measures_a_named_shape(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    shape = ["--shape", "130,72,40", "--rank", "24", "--dropout", "0", "--dtype", "fp32"]
+    assert bench_lora_linear.main(["--device", "cpu", "--quick", *shape, "--json", str(path)]) == 0
+    saved = json.loads(path.read_text())
+    assert report.problems(saved) == [] and saved["running"] is None
+    assert {tuple(row["shape"].values()) for row in saved["results"]} == {("72->40", 130, 72, 40, 24)}
+    assert {row["status"] for row in saved["results"]} == {"ok"}
+    printed = capsys.readouterr().out
+    assert report.CPU_HEADER in printed and printed.endswith(report.table(saved))
+
+
+# On a GPU
+
+
+@pytest.mark.cuda
+def test_cuda_timer_sees_kernels_not_the_host():
+    device = torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16, requires_grad=True)
+    call = Call(lambda: a @ a, {"x": a}, torch.ones_like(a))
+    timer = harness.timer_for(device)
+    host_ms = harness.warm_up(call, device)[1]
+    samples = harness.interleave(timer, {"once": call, "again": call}, {"once": host_ms}, rounds=(5, 5), seconds=0)
+    medians = [harness.summarise([s.total_ms for s in found]).median for found in samples.values()]
+    # Three products of 0.14 TFLOP: no GPU there is does them in 0.1 ms, and the same work takes the same time.
+    assert 0.1 < medians[0] < 50 and medians[0] == pytest.approx(medians[1], rel=0.5)
+    assert all(0 < s.forward_ms < s.total_ms for s in samples["once"])
+
+
+@pytest.mark.cuda
+def test_cuda_memory_and_kernels_are_counted():
+    device = torch.device("cuda")
+    inputs = inputs_of(Cell("small", 1024, 512, 256, 16, 0.0, "bf16"), device)
+    call = baselines.build_addmm(inputs)
+    harness.warm_up(call, device)
+    memory = harness.measure_memory(call, device)
+    assert memory.saved == 2 * (1024 * 512 + 1024 * 16)
+    assert memory.held == 2 * 1024 * 16  # x stood there before
+    assert memory.peak >= 2 * (1024 * 256 + 1024 * 512)
+    kernels = harness.kernel_profile(call, device)
+    assert sum(kernel["launches"] for kernel in kernels) >= 8 and all(kernel["us"] > 0 for kernel in kernels)
