@@ -1,5 +1,6 @@
 """The ops, each one function: shapes in its docstring, torch and Triton behind it."""
 
+from fastpeft.ops import _lora_linear_compiled as _lora_linear_compiled  # registers the operators
 from fastpeft.ops.lora_linear import dropout_mask, lora_linear, lora_linear_reference
 
 __all__ = ["dropout_mask", "lora_linear", "lora_linear_reference"]

@@ -61,18 +61,13 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, call: Call):
-        path = _path(call.plan is not None)
-        seed = path.draw_seed(x_MK) if call.dropout else None
-        x, weight, bias = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK, bias_N))
-        extra = () if call.plan is None else (call.plan,)
-        y_MN, s_MR = path.forward(
-            x, weight, bias, residual_MN, a_RK, b_NR, call.scaling, seed, call.dropout, *extra
-        )
+        seed = _path(call.plan is not None).draw_seed(x_MK) if call.dropout else None
+        y_MN, s_MR = run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call)
         need_x, need_w, _, _, need_a, need_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             x_MK if need_a or need_w else None,
             weight_NK if need_x else None,
-            a_RK if need_x or (need_a and seed is not None) else None,
+            a_RK if need_x or need_a else None,
             b_NR if need_x or need_a else None,
             s_MR if need_b else None,
             seed,
@@ -84,16 +79,30 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_MN):
+        need_x, need_w, need_bias, need_residual, need_a, need_b, _ = ctx.needs_input_grad
+        needs = (need_x, need_w, need_bias, need_a, need_b)
         if torch.is_autocast_enabled(dy_MN.device.type):
             with torch.autocast(dy_MN.device.type, enabled=False):
-                return _backward(ctx, dy_MN)
-        return _backward(ctx, dy_MN)
+                dx, dw, dbias, da, db = run_backward(dy_MN, *ctx.saved_tensors, ctx.call, needs)
+        else:
+            dx, dw, dbias, da, db = run_backward(dy_MN, *ctx.saved_tensors, ctx.call, needs)
+        dx = None if dx is None else dx.to(ctx.input_dtype)
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        return dx, dw, dbias, dy_MN if need_residual else None, da, db, None
 
 
-def _backward(ctx, dy_MN):
-    call: Call = ctx.call
-    x_MK, weight_NK, a_RK, b_NR, s_MR, seed = ctx.saved_tensors
-    need_x, need_w, need_bias, need_residual, need_a, need_b, _ = ctx.needs_input_grad
+def run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call: Call):
+    """(y [M, N], S [M, R]) on the backend that `call.plan` stands for."""
+    x, weight, bias = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK, bias_N))
+    arguments = (x, weight, bias, residual_MN, a_RK, b_NR, call.scaling, seed, call.dropout)
+    if call.plan is None:
+        return torch_path.forward(*arguments)
+    return _path(True).forward(*arguments, call.plan)
+
+
+def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs: tuple[bool, ...]):
+    """(dX, dW, dbias, dA, dB), each None where `needs` (in this order) does not ask for it."""
+    need_x, need_w, need_bias, need_a, need_b = needs
     dy = dy_MN.to(call.dtype)
     x, weight = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK))
     if call.plan is None:
@@ -104,10 +113,14 @@ def _backward(ctx, dy_MN):
         path = _path(True)
         db, t_MR, dbias = path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a, need_bias)
         da, dx = path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, call.plan, need_a, need_x)
-    dw = dy.t() @ x if need_w else None
-    dx = None if dx is None else dx.to(ctx.input_dtype)
-    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-    return dx, dw, dbias, dy_MN if need_residual else None, da, db, None
+    return dx, dy.t() @ x if need_w else None, dbias, da, db
+
+
+def decide(x_MK: torch.Tensor, dtype: torch.dtype, rank: int, scaling: float, dropout: float, patched) -> Call:
+    """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
+    no rows are zeros: without elements it is the torch path."""
+    triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, rank, patched).backend == "triton"
+    return Call(scaling, dropout, dtype, lora_linear_plan(x_MK) if triton else None)
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):
@@ -118,20 +131,23 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     device_type = x.device.type
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast and weight is not None else x.dtype
+    if weight is not None and not autocast and weight.dtype != dtype:
+        raise ValueError(f"lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), dtype)
-    lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    empty = not x.numel()  # a kernel has no grid over nothing; torch's products of no rows are zeros
-    choice = choose_backend(x, dtype, len(lora_A), patched_backend) if not empty else None
-    triton = choice is not None and choice.backend == "triton"
     x_MK = x.reshape(-1, x.shape[-1])
     residual_MN = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    call = Call(float(scaling), dropout, dtype, lora_linear_plan(x_MK) if triton else None)
-    arguments = (x_MK, weight, bias, residual_MN, lora_A, lora_B, call)
+    tensors = (x_MK, weight, bias, residual_MN, lora_A.to(wide), lora_B.to(wide))
+    if torch.compiler.is_compiling():
+        from fastpeft.ops._lora_linear_compiled import compiled_lora_linear
+
+        y_MN = compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend)
+        return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+    call = decide(x_MK, dtype, len(lora_A), float(scaling), dropout, patched_backend)
     if autocast:
         with torch.autocast(device_type, enabled=False):
-            y_MN = LoraLinearFunction.apply(*arguments)
+            y_MN = LoraLinearFunction.apply(*tensors, call)
     else:
-        y_MN = LoraLinearFunction.apply(*arguments)
+        y_MN = LoraLinearFunction.apply(*tensors, call)
     return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 
 
@@ -156,8 +172,6 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):
             raise ValueError(f"lora_linear: {name} is {tensor.dtype}; floating point is needed")
     if not x.is_floating_point():
         raise ValueError(f"lora_linear: x is {x.dtype}; floating point is needed")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"lora_linear: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     if not math.isfinite(scaling):
         raise ValueError(f"lora_linear: scaling is {scaling}; a finite number is needed")
     if not 0.0 <= dropout < 1.0:

@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import nn
 
 from fastpeft.tuners.layer import AdapterLayer
@@ -29,9 +30,9 @@ class SavedModule(AdapterLayer):
         del self.modules_to_save[name]
         del self._fastpeft.adapters[name]
 
-    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+    def parameters_of(self, name: str) -> dict[str, torch.Tensor]:
         """The adapter's tensors by their names in HF's file, relative to this module."""
-        return {**dict(self.modules_to_save[name].named_parameters()), **dict(self.modules_to_save[name].named_buffers())}
+        return self.modules_to_save[name].state_dict(keep_vars=True)
 
     def forward(self, *args, **kwargs):
         names = self.active_adapters()
