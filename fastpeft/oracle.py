@@ -171,7 +171,7 @@ def _outcome(function, problem: LoraProblem, wanted: tuple[str, ...], dtype: tor
 
 
 def op_dropout(problem: LoraProblem) -> tuple[torch.Tensor | None, float]:
-    """The mask [M, K] that the op would draw now, and its exact probability of dropping, a multiple of 2**-16."""
+    """The mask [M, K] that the op would draw now, and its exact probability of dropping."""
     if not problem.dropout:
         return None, 0.0
     x = problem.x
@@ -179,7 +179,7 @@ def op_dropout(problem: LoraProblem) -> tuple[torch.Tensor | None, float]:
     seed = torch.empty(1, dtype=torch.int64, device=x.device if backend == "triton" else "cpu").random_()
     columns = x.shape[-1]
     keep = dropout_mask(seed, problem.dropout, x.numel() // columns, columns, x.device, backend)
-    return keep, round(problem.dropout * 65536) / 65536
+    return keep, round(problem.dropout * 65536) / 65536 if backend == "triton" else problem.dropout
 
 
 def lora_linear_outcomes(problem: LoraProblem, wanted: tuple[str, ...], seed: int = 0) -> tuple[dict, dict, dict]:

@@ -66,7 +66,9 @@ def check_model(model: Any) -> None:
     for name, module in model.named_modules():
         owner = type(module).__module__.split(".")[0]
         if owner in ("peft", "unsloth", "axolotl", "lorafusion"):
-            raise PatchError(f"patch: {name} is a {owner} layer; a model patched by another library is not patched again")
+            raise PatchError(
+                f"patch: {name} is a {owner} layer; a model patched by another library is not patched again"
+            )
         if isinstance(module, AdapterLayer):
             raise PatchError(f"patch: {name} is patched as part of another model; unpatch that one first")
 
@@ -147,8 +149,8 @@ def add_planned(model: nn.Module, state: PatchState, plan, adapter_name: str, *,
         others = [name for name, other in state.configs.items() if other.bias != "none"]
         if others:
             raise ConfigError(
-                f"adapter {adapter_name!r} has bias={config.bias!r} and so has {others[0]!r}: both would train the same "
-                "biases; set bias='none' in one of them"
+                f"adapter {adapter_name!r} has bias={config.bias!r} and so has {others[0]!r}: both would train "
+                "the same biases; set bias='none' in one of them"
             )
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     tuner_of(config.peft_type).inject(plan, adapter_name, state, init=init, autocast=state.autocast)
@@ -199,9 +201,8 @@ def activate(model: nn.Module, state: PatchState, names: tuple[str, ...]) -> Non
     """Make these the adapters that every call uses from now on."""
     unknown = [name for name in names if name not in state.configs]
     if unknown:
-        raise PatchError(
-            f"set_adapter: there is no adapter {unknown[0]!r}; there are {', '.join(map(repr, state.configs)) or 'none'}"
-        )
+        known = ", ".join(map(repr, state.configs)) or "none"
+        raise PatchError(f"set_adapter: there is no adapter {unknown[0]!r}; there are {known}")
     state.active = tuple(names)
     _set_trainable(model, state)
 
@@ -217,7 +218,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
-    """Put classes and hooks back as they were before the patch; with `keep_weights` merged weights and trained biases stay."""
+    """Put classes and hooks back as before the patch; with `keep_weights` merged weights and trained biases stay."""
     for _, layer in list(layers(model)):
         if keep_weights:
             layer._fastpeft.unmerged.clear()

@@ -50,8 +50,7 @@ def _backward(
     # A bias gradient leaves the kernels in fp32 and torch in the call's dtype; the operator promises the latter.
     kinds = (call.dtype, call.dtype, call.dtype, a.dtype, b.dtype)
     return tuple(
-        dy.new_empty(0) if grad is None else grad.to(kind).contiguous()
-        for grad, kind in zip(grads, kinds, strict=True)
+        dy.new_empty(0) if grad is None else grad.to(kind).contiguous() for grad, kind in zip(grads, kinds, strict=True)
     )
 
 
@@ -80,8 +79,7 @@ def _autograd(ctx, dy, _s, _backend):
     grads = torch.ops.fastpeft.lora_linear_backward(dy, x, weight, a, b, s, seed, triton, *ctx.numbers, needs)
     dx, dw, dbias, da, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     dx, dw, dbias = (
-        None if grad is None else grad.to(kind)
-        for grad, kind in zip((dx, dw, dbias), ctx.dtypes, strict=True)
+        None if grad is None else grad.to(kind) for grad, kind in zip((dx, dw, dbias), ctx.dtypes, strict=True)
     )
     return dx, dw, dbias, dy if need_residual else None, da, db, None, None, None, None, None
 

@@ -1,4 +1,4 @@
-"""LoRA layers (Hu et al., arXiv 2106.09685), one class for each kind of base module, in front of the module's own class.
+"""LoRA layers (Hu et al., arXiv 2106.09685): one class for each kind of base module, in front of its own class.
 
 Parameter names, shapes, scaling and the order of random draws are HF peft's; the arithmetic is `lora_linear`'s.
 """

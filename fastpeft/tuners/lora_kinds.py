@@ -120,10 +120,7 @@ class LoraConv(LoraLayer):
             z = x.to(self.lora_A[name].weight.dtype)
             z = F.dropout(z, p) if p else z
             update = self.lora_B[name](self.lora_A[name](z)) * settings.scaling
-            if settings.use_dora:
-                result = self._with_magnitude(name, z, result, update, bool(p))
-            else:
-                result = result + update
+            result = self._with_magnitude(name, z, result, update, bool(p)) if settings.use_dora else result + update
         return result.to(dtype)
 
     def _with_magnitude(self, name, z, result, update, dropped: bool) -> torch.Tensor:
@@ -176,7 +173,7 @@ def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha
 
 
 def settle_fan_in_fan_out(config: LoraConfig, module: nn.Module) -> None:
-    """HF peft's rule: the stored layout is the module's, whatever the configuration says, and a warning if it differs."""
+    """HF peft's rule: the stored layout is the module's, whatever the configuration says; a warning if they differ."""
     stored_transposed = layer_class(module) is LoraConv1D
     if isinstance(module, nn.Linear) or stored_transposed:
         if config.fan_in_fan_out != stored_transposed:

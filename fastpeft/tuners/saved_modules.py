@@ -1,4 +1,4 @@
-"""Modules that an adapter trains whole (`modules_to_save`): a trained copy beside the original, which stays as it was."""
+"""Modules that an adapter trains whole (`modules_to_save`): a trained copy beside the untouched original."""
 
 import copy
 

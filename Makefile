@@ -1,0 +1,36 @@
+# Needs a python3 (3.10 or newer, with venv), nothing else: the first target to run makes .venv.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help test lint demo aot
+
+help:
+	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
+	@echo "make lint    ruff check, ruff format --check"
+	@echo "make demo    train and compare adapters on a small model"
+	@echo "make aot     compile every shipped kernel configuration for every target"
+	@echo "PYTHON=python3.12 makes .venv with another interpreter; remove .venv to change it later."
+
+# pip is the last thing that venv installs, so a .venv without it was interrupted and is made again.
+# Always with the constraints: an unpinned torch may be a different build, gigabytes larger.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,test,lint]"
+	touch $@
+
+# One thread in each of the two workers: more only compete, the models are tiny.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: $(INSTALLED)
+	$(BIN)/fastpeft demo
+
+aot: $(INSTALLED)
+	$(BIN)/python tests/aot.py --all

@@ -1,0 +1,48 @@
+"""What every test shares: one thread per worker, no network, the interpreter where there is no GPU, and instruments."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, which reads it once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+# Before triton is imported, which decides it once per process.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreter: runs kernels on CPU tensors, so needs TRITON_INTERPRET=1")
+
+
+def pytest_collection_modifyitems(items):
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, torch.cuda.is_available() is False"))
+        elif item.get_closest_marker("cuda") and interpreting:
+            item.add_marker(pytest.mark.skip(reason="needs compiled kernels, but TRITON_INTERPRET is 1"))
+        if item.get_closest_marker("interpreter") and not interpreting:
+            item.add_marker(pytest.mark.skip(reason="needs the interpreter: set TRITON_INTERPRET=1"))
+
+
+@pytest.fixture
+def poison():
+    """torch.empty and its kin return NaN (the greatest integer for integers): what was never written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def overflow_checks():
+    """32-bit integer overflow in an interpreted kernel raises."""
+    from tests.interpreter import overflow_checks
+
+    with overflow_checks():
+        yield

@@ -1,0 +1,67 @@
+"""What Triton's interpreter can be made to show that a GPU cannot: integer overflow, writes beside an output, and
+whether a result depends on the order of the programs.
+
+All of it hooks into `triton.runtime.interpreter`, which is private; `test_instruments.py` proves that each hook bites.
+"""
+
+import contextlib
+import dataclasses
+
+import torch
+
+
+@contextlib.contextmanager
+def overflow_checks():
+    """Every addition, subtraction and multiplication of 32-bit integers that overflows raises, as does device_assert."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    before = builder.options
+    builder.options = dataclasses.replace(before, debug=True)
+    try:
+        yield
+    finally:
+        builder.options = before
+
+
+@contextlib.contextmanager
+def backwards():
+    """The programs of every grid run from the last to the first."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    forwards = builder.set_grid_idx
+
+    def set_grid_idx(x, y, z):
+        return forwards(*(size - 1 - index for size, index in zip(builder.grid_dim, (x, y, z), strict=True)))
+
+    builder.set_grid_idx = set_grid_idx
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx
+
+
+class GuardedTorch:
+    """Stands in for `torch` in a module of kernels: `empty` hands out the middle of a larger, filled storage."""
+
+    ZONE = 1024  # elements on either side, and a fill that no product of the tests comes to
+    FILL = 77
+
+    def __init__(self):
+        self.allocations = []
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *size, **options):
+        shape = torch.empty(*size, device="meta").shape
+        whole = torch.full((shape.numel() + 2 * self.ZONE,), self.FILL, **options)
+        middle = whole[self.ZONE : self.ZONE + shape.numel()]
+        if middle.is_floating_point():
+            middle.fill_(float("nan"))
+        self.allocations.append(whole)
+        return middle.view(shape)
+
+    def trespassed(self) -> int:
+        """How many elements of the guard zones were written."""
+        zones = [zone for whole in self.allocations for zone in (whole[: self.ZONE], whole[-self.ZONE :])]
+        return sum(int((zone != self.FILL).sum()) for zone in zones)
