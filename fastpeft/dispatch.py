@@ -43,6 +43,7 @@ class Plan(NamedTuple):
 
 
 PREWRITE = Plan("prewrite", "prewrite", "predicted: the vendor's product is the faster one on wide matrices")
+WIDE = Plan("addmm", "prewrite", "predicted: adding an fp32 term to the finished product rounds it last")
 SHORT = Plan("addmm", "prewrite", "predicted: few rows, so launches count more than passes")
 FUSED = Plan("fused", "fused", "the interpreter has no vendor product worth keeping")
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_plan", default=None)
@@ -142,13 +143,15 @@ def choose_backend(x: torch.Tensor, dtype: torch.dtype, rank: int, patched: str 
     return Choice("torch", reason)
 
 
-def lora_linear_plan(x: torch.Tensor) -> Plan:
-    """The strategy for x [M, K] on the Triton backend. No row is measured yet, and each says so."""
+def lora_linear_plan(x: torch.Tensor, wide: bool) -> Plan:
+    """The strategy for x [M, K] on the Triton backend; `wide`: an fp32 adapter on half-precision data. No row is measured yet, and each says so."""
     if (plan := _plan.get()) is not None:
         return plan
     if not x.is_cuda:
         return FUSED
-    return SHORT if len(x) <= 64 else PREWRITE
+    if len(x) <= 64:
+        return SHORT
+    return WIDE if wide else PREWRITE
 
 
 @contextlib.contextmanager

@@ -116,11 +116,11 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
     return dx, dy.t() @ x if need_w else None, dbias, da, db
 
 
-def decide(x_MK: torch.Tensor, dtype: torch.dtype, rank: int, scaling: float, dropout: float, patched) -> Call:
+def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK: torch.Tensor, scaling: float, dropout: float, patched) -> Call:
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
     no rows are zeros: without elements it is the torch path."""
-    triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, rank, patched).backend == "triton"
-    return Call(scaling, dropout, dtype, lora_linear_plan(x_MK) if triton else None)
+    triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, len(a_RK), patched).backend == "triton"
+    return Call(scaling, dropout, dtype, lora_linear_plan(x_MK, a_RK.dtype != dtype) if triton else None)
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):
@@ -142,7 +142,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
         y_MN = compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend)
         return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
-    call = decide(x_MK, dtype, len(lora_A), float(scaling), dropout, patched_backend)
+    call = decide(x_MK, dtype, tensors[4], float(scaling), dropout, patched_backend)
     if autocast:
         with torch.autocast(device_type, enabled=False):
             y_MN = LoraLinearFunction.apply(*tensors, call)
