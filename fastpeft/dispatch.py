@@ -34,7 +34,8 @@ class Plan(NamedTuple):
     """How the rank-r terms meet the base products x Wᵀ (forward) and dY W (backward).
 
     prewrite: a kernel writes the rank-r term, the vendor's product accumulates onto it (beta = 1). addmm: the vendor's
-    product first, the rank-r term added to it by the vendor. fused: one Triton product carries both.
+    product first, the rank-r term added to it. fused: one Triton product carries both. Where rounding or dropout rule
+    one out, the nearest stands in: forward, an fp32 term is always added last; backward, a masked one is prewritten.
     """
 
     forward: str
@@ -43,7 +44,6 @@ class Plan(NamedTuple):
 
 
 PREWRITE = Plan("prewrite", "prewrite", "predicted: the vendor's product is the faster one on wide matrices")
-WIDE = Plan("addmm", "prewrite", "predicted: adding an fp32 term to the finished product rounds it last")
 SHORT = Plan("addmm", "prewrite", "predicted: few rows, so launches count more than passes")
 FUSED = Plan("fused", "fused", "the interpreter has no vendor product worth keeping")
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_plan", default=None)
@@ -143,15 +143,13 @@ def choose_backend(x: torch.Tensor, dtype: torch.dtype, rank: int, patched: str 
     return Choice("torch", reason)
 
 
-def lora_linear_plan(x: torch.Tensor, wide: bool) -> Plan:
-    """The strategy for x [M, K] on the Triton backend; `wide`: an fp32 adapter on half-precision data. No row is measured yet, and each says so."""
+def lora_linear_plan(x: torch.Tensor) -> Plan:
+    """The strategy for x [M, K] on the Triton backend. No row is measured yet, and each says so."""
     if (plan := _plan.get()) is not None:
         return plan
     if not x.is_cuda:
         return FUSED
-    if len(x) <= 64:
-        return SHORT
-    return WIDE if wide else PREWRITE
+    return SHORT if len(x) <= 64 else PREWRITE
 
 
 @contextlib.contextmanager

@@ -61,8 +61,7 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
         return LayerReport(path, kind, names, "lora_linear", "none", str(error))
     reason = choice.reason
     if choice.backend == "triton":
-        wide = any(factor.dtype != weight.dtype for name in names for factor in layer.factors(name))
-        plan = lora_linear_plan(torch.empty(4096, 0, device=weight.device), wide)
+        plan = lora_linear_plan(torch.empty(4096, 0, device=weight.device))
         reason += f"; {plan.forward} forward, {plan.backward} backward, {plan.source}"
     if not layer.plain_base():
         reason += "; the base product is its own class's"

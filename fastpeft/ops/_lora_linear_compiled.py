@@ -44,7 +44,7 @@ def _backward(
     triton: Tensor, scaling: float, dropout: float, dtype: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dX, dW, dbias, dA, dB), empty where `needs` does not ask."""
-    plan = lora_linear_plan(dy, a.dtype != getattr(torch, dtype)) if triton.item() else None
+    plan = lora_linear_plan(dy) if triton.item() else None
     call = Call(scaling, dropout, getattr(torch, dtype), plan)
     grads = run_backward(dy, x, weight, a, b, s, seed, call, tuple(needs))
     # A bias gradient leaves the kernels in fp32 and torch in the call's dtype; the operator promises the latter.

@@ -36,9 +36,10 @@ def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
         return kernels.tail(s, b, residual.dtype, residual=residual), s
     if plan.forward == "fused":
         return kernels.tail(s, b, x.dtype, base=(x, weight), bias=bias), s
-    if plan.forward == "addmm":
+    wide = s.dtype != x.dtype
+    if plan.forward == "addmm" or wide:  # an fp32 term that was rounded before the product would be HF peft's no more
         y = torch.nn.functional.linear(x, weight, bias)
-        return (y.addmm_(s, b.t()) if s.dtype == y.dtype else kernels.tail(s, b, y.dtype, residual=y)), s
+        return kernels.tail(s, b, y.dtype, residual=y) if wide else y.addmm_(s, b.t()), s
     return kernels.tail(s, b, x.dtype, bias=bias).addmm_(x, weight.t()), s
 
 

@@ -120,7 +120,7 @@ def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK: torch.Tensor, scaling: 
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
     no rows are zeros: without elements it is the torch path."""
     triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, len(a_RK), patched).backend == "triton"
-    return Call(scaling, dropout, dtype, lora_linear_plan(x_MK, a_RK.dtype != dtype) if triton else None)
+    return Call(scaling, dropout, dtype, lora_linear_plan(x_MK) if triton else None)
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):
