@@ -248,8 +248,6 @@ class LoraConfig(PeftConfig):
                 refuse(name, value, "must be a list of module names, a string (a regular expression) or None")
         if self.modules_to_save is not None and not _is_names(self.modules_to_save):
             refuse("modules_to_save", self.modules_to_save, "must be a list of module names or None, as in ['lm_head']")
-        for entry in self.modules_to_save or []:
-            require_pattern("an entry of modules_to_save", entry)
 
     def _validate_layers(self) -> None:
         layers, pattern = self.layers_to_transform, self.layers_pattern

@@ -29,6 +29,7 @@ class PatchState:
     hf_quirks: bool
     autocast: bool
     requires_grad: dict[str, bool]
+    training: dict[str, bool]
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
@@ -122,7 +123,8 @@ def patch(
 def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool) -> PatchState:
     """Make the root a patched model without adapters: class swapped, everything frozen, checkpointing bound."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    state = PatchState(type(model), backend, hf_quirks, autocast, requires_grad)
+    training = {name: module.training for name, module in model.named_modules()}
+    state = PatchState(type(model), backend, hf_quirks, autocast, requires_grad, training)
     model.__dict__["_fastpeft"] = state
     model.__class__ = patched_model_class(type(model))
     for parameter in model.parameters():
@@ -209,11 +211,13 @@ def activate(model: nn.Module, state: PatchState, names: tuple[str, ...]) -> Non
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Take every adapter out and restore what `patch` found: objects, classes, parameters bit for bit, requires_grad,
-    input hooks. Returns the same model. Raises PatchError if it is not patched."""
+    training modes, input hooks. Returns the same model. Raises PatchError if it is not patched."""
     state = state_of(model)
     restore(model, state, keep_weights=False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+    for name, module in model.named_modules():
+        module.training = state.training.get(name, module.training)
     return model
 
 

@@ -68,12 +68,10 @@ def matches_name(pattern: str, name: str) -> bool:
 
 def matches_tail(pattern: str, name: str) -> bool:
     """Whether the pattern covers the end of the path from a dot on, as a `rank_pattern` key must."""
-    return _matches(rf"(.*\.)?({pattern})$", pattern, name)
-
-
-def matches_part(pattern: str, name: str) -> bool:
-    """Whether the path passes through the pattern: one `modules_to_save` entry covers a module and all it contains."""
-    return _matches(rf"(^|.*\.){pattern}($|\..*)", pattern, name)
+    whole = rf"(.*\.)?({pattern})$"
+    if _PLAIN.fullmatch(pattern):
+        return _compile(whole).match(name) is not None
+    return bool(_ends(whole, name))
 
 
 def layer_index(pattern: str, name: str) -> int | None:
@@ -84,12 +82,6 @@ def layer_index(pattern: str, name: str) -> int | None:
             if number := re.match(r"(\d+)\.", name[end:]):
                 return int(number[1])
     return None
-
-
-def _matches(whole: str, pattern: str, name: str) -> bool:
-    if _PLAIN.fullmatch(pattern):
-        return _compile(whole).match(name) is not None
-    return bool(_ends(whole, name))
 
 
 @lru_cache(maxsize=4096)  # `re` itself remembers 512; saved rank patterns hold one key per module

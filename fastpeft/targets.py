@@ -24,7 +24,7 @@ from fastpeft.default_targets import (
 )
 from fastpeft.errors import TargetError
 from fastpeft.names import dotted_ends, leaf, listed, nearest, shortest_ends
-from fastpeft.patterns import layer_index, matches_name, matches_part, matches_tail
+from fastpeft.patterns import layer_index, matches_name, matches_tail
 
 ALL_LINEAR = "all-linear"
 
@@ -228,10 +228,8 @@ class _Selection:
         return bool(self.config.exclude_modules) and bool(_hits(self.config.exclude_modules, name))
 
     def _is_saved(self, name: str) -> bool:
-        """Whether a module is trained whole, or lies inside one that is (peft's rule, and what peft really wraps)."""
-        if any(name == saved or name.startswith(f"{saved}.") for saved in self.saved):
-            return True
-        return any(matches_part(entry, name) for entry in self.config.modules_to_save or [])
+        """Whether a module is trained whole, or lies inside one that is."""
+        return any(name == saved or name.startswith(f"{saved}.") for saved in self.saved)
 
     # What comes out.
 

@@ -61,11 +61,10 @@ class LoraLayer(AdapterLayer):
         base = self.weight
         device = torch.device("meta") if init is None else None
         self.build(name, settings, device)
-        a, b = self.factors(name)
         if isinstance(init, str) and init != "gaussian":
             self._decompose(name, settings, init)
         elif init is not None:
-            lora_init.reset(a, b, self._bias_of(name), init, settings.r)
+            self.reset(name, init, settings)
         place = {"device": base.device, "dtype": base.dtype if base.is_floating_point() else None}
         for container in self.parameter_holders():
             if name in container:
@@ -77,6 +76,10 @@ class LoraLayer(AdapterLayer):
                 if name in container:
                     _widen(container, name)
         self._fastpeft.adapters[name] = settings
+
+    def reset(self, name: str, init: bool | str, settings: Settings) -> None:
+        """The values that `init_lora_weights` asks for, over those that `build` has drawn."""
+        lora_init.reset(*self.factors(name), self._bias_of(name), init, settings.r)
 
     def parameter_holders(self) -> tuple[nn.Module, ...]:
         return self.lora_A, self.lora_B

@@ -36,6 +36,13 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_A[name] = nn.Parameter(torch.randn(settings.r, entries, device=device))
         self.lora_embedding_B[name] = nn.Parameter(torch.randn(width, settings.r, device=device))
 
+    def reset(self, name: str, init: bool | str, settings: Settings) -> None:
+        """As nn.Embedding begins, and neutral: A zero, B of standard deviation 1; False keeps both random."""
+        if init is not False:
+            a, b = self.factors(name)
+            nn.init.zeros_(a)
+            nn.init.normal_(b)
+
     def parameter_holders(self):
         return self.lora_embedding_A, self.lora_embedding_B
 
