@@ -299,7 +299,6 @@ def as_config(config: object) -> PeftConfig:
         )
     if getattr(config, "_custom_modules", None):
         refuse("_custom_modules", config._custom_modules, "fastpeft has no custom LoRA layers; do not register any")
-    _class_for(config.peft_type)  # before to_dict, which copies whatever another method keeps in its fields
     values = dict(config.to_dict())
     if hasattr(config, "runtime_config"):  # which to_dict drops
         values["runtime_config"] = config.runtime_config

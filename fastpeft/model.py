@@ -2,7 +2,7 @@
 
 import functools
 
-from fastpeft.selection import carrying_choice
+from fastpeft.selection import CarriedCheckpoint
 
 
 class PatchedModel:
@@ -102,17 +102,16 @@ class PatchedModel:
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
         """transformers' own method, with the checkpoint function made to carry the choice of adapters along."""
-        from fastpeft.patching import enable_input_grads
+        from fastpeft.patching import disable_input_grads, enable_input_grads
 
         state = self._fastpeft
         if gradient_checkpointing_func is not None:
-            kwargs["gradient_checkpointing_func"] = carrying_choice(gradient_checkpointing_func, state)
+            kwargs["gradient_checkpointing_func"] = CarriedCheckpoint(gradient_checkpointing_func, state)
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
         if enable:
             enable_input_grads(self, state)
-        elif state.input_grads_enabled:
-            self.disable_input_require_grads()
-            state.input_grads_enabled = False
+        else:
+            disable_input_grads(state)
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (type(self).__bases__[1],), self.__dict__

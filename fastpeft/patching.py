@@ -4,6 +4,7 @@ A patch is planned and checked first; then classes are swapped on the instances 
 what was there is remembered. If anything fails on the way, the model is put back before the error leaves.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastpeft.errors import ConfigError, PatchError
 from fastpeft.files import adapter_directory
 from fastpeft.mapping import tuner_of
 from fastpeft.model import patched_model_class
-from fastpeft.selection import carrying_choice
+from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.layer import AdapterLayer, detach
 
 
@@ -34,7 +35,8 @@ class PatchState:
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     trained_biases: dict[str, torch.Tensor] = field(default_factory=dict)  # base parameters trained in place, as before
-    input_grads_enabled: bool = False
+    input_hooks: list = field(default_factory=list)  # what makes the input embeddings' outputs want a gradient
+    undo: list | None = None  # (tensor, its values before) of the base, while an adapter is being added
 
 
 def state_of(model: nn.Module) -> PatchState:
@@ -125,23 +127,49 @@ def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training = {name: module.training for name, module in model.named_modules()}
     state = PatchState(type(model), backend, hf_quirks, autocast, requires_grad, training)
-    model.__dict__["_fastpeft"] = state
     model.__class__ = patched_model_class(type(model))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    if getattr(model, "is_gradient_checkpointing", False):
-        for module in model.modules():
-            if "_gradient_checkpointing_func" in module.__dict__:
-                module._gradient_checkpointing_func = carrying_choice(module._gradient_checkpointing_func, state)
-        enable_input_grads(model, state)
+    model.__dict__["_fastpeft"] = state
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if getattr(model, "is_gradient_checkpointing", False):
+            for module in model.modules():
+                if "_gradient_checkpointing_func" in module.__dict__:
+                    module._gradient_checkpointing_func = CarriedCheckpoint(module._gradient_checkpointing_func, state)
+            enable_input_grads(model, state)
+    except BaseException:
+        unpatch(model)
+        raise
     return state
 
 
 def enable_input_grads(model: nn.Module, state: PatchState) -> None:
-    """Reentrant checkpointing needs an input that wants a gradient, and with a frozen base there is none."""
-    if not state.input_grads_enabled and hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-        state.input_grads_enabled = True
+    """Reentrant checkpointing needs an input that wants a gradient, and with a frozen base there is none.
+
+    The hooks are our own: transformers' `enable_input_require_grads` would forget those that a user has put there, and
+    its hook cannot be pickled.
+    """
+    if state.input_hooks:
+        return
+    embeddings = {}
+    for module in model.modules():
+        get = getattr(module, "get_input_embeddings", None)
+        with contextlib.suppress(NotImplementedError):
+            embedding = get() if callable(get) else None
+            if isinstance(embedding, nn.Module):
+                embeddings[id(embedding)] = embedding
+    state.input_hooks = [embedding.register_forward_hook(_want_gradient) for embedding in embeddings.values()]
+
+
+def disable_input_grads(state: PatchState) -> None:
+    """Undo `enable_input_grads`."""
+    for hook in state.input_hooks:
+        hook.remove()
+    state.input_hooks = []
+
+
+def _want_gradient(module, args, output) -> None:
+    output.requires_grad_(True)
 
 
 def add_planned(model: nn.Module, state: PatchState, plan, adapter_name: str, *, init: bool) -> None:
@@ -237,7 +265,6 @@ def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
         carried = module.__dict__.get("_gradient_checkpointing_func")
         if hasattr(carried, "without_choice"):
             module._gradient_checkpointing_func = carried.without_choice
-    if state.input_grads_enabled:
-        model.disable_input_require_grads()
+    disable_input_grads(state)
     model.__class__ = state.original_class
     del model.__dict__["_fastpeft"]

@@ -7,7 +7,7 @@ so that its recomputation in backward, after the block has ended and perhaps in 
 
 import contextlib
 import contextvars
-import functools
+import threading
 
 # Per patched model, the names in force: {id of its PatchState: names}.
 _overrides: contextvars.ContextVar[dict[int, tuple[str, ...]]] = contextvars.ContextVar("fastpeft_adapters")
@@ -15,6 +15,7 @@ _overrides: contextvars.ContextVar[dict[int, tuple[str, ...]]] = contextvars.Con
 # How many override blocks are open in the process. While it is 0 a layer reads a plain attribute and nothing else,
 # which is what torch.compile can trace.
 _open_overrides = 0
+_counting = threading.Lock()
 
 
 def active_names(state) -> tuple[str, ...]:
@@ -29,29 +30,34 @@ def override(state, names: tuple[str, ...]):
     """Within the block, calls of this thread use `names`."""
     global _open_overrides
     token = _overrides.set({**_overrides.get({}), id(state): names})
-    _open_overrides += 1
+    with _counting:
+        _open_overrides += 1
     try:
         yield
     finally:
-        _open_overrides -= 1
+        with _counting:
+            _open_overrides -= 1
         _overrides.reset(token)
 
 
-def carrying_choice(checkpoint, state):
-    """`checkpoint(function, *args)` with the recomputation of `function` bound to the adapters of its forward."""
+class CarriedCheckpoint:
+    """A checkpoint function, called as it is, with the recomputation bound to the adapters of its forward.
 
-    @functools.wraps(checkpoint)
-    def carried(function, *args, **kwargs):
+    A class and not a closure, so that the model that holds it can be pickled, and copied with a state of its own.
+    """
+
+    def __init__(self, checkpoint, state):
+        self.without_choice = checkpoint
+        self.state = state
+
+    def __call__(self, function, *args, **kwargs):
+        state = self.state
         names = active_names(state)
 
-        @functools.wraps(function)
         def bound(*inner, **inner_kwargs):
             if active_names(state) == names:
                 return function(*inner, **inner_kwargs)
             with override(state, names):
                 return function(*inner, **inner_kwargs)
 
-        return checkpoint(bound, *args, **kwargs)
-
-    carried.without_choice = checkpoint
-    return carried
+        return self.without_choice(bound, *args, **kwargs)

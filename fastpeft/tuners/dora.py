@@ -21,7 +21,8 @@ class Magnitude(nn.Module):
 
 
 def _blocks(weight_NK: torch.Tensor) -> list[slice]:
-    step = max(1, BLOCK_ELEMENTS // max(1, weight_NK.shape[1]))
+    rows, columns = weight_NK.shape
+    step = max(1, min(BLOCK_ELEMENTS // max(1, columns), -(-rows // 8)))
     return [slice(start, start + step) for start in range(0, len(weight_NK), step)]
 
 
