@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from fastpeft.mapping import tuner_of
 from fastpeft.patching import (
     activate,
     add_planned,
+    adding,
     begin,
     check_model,
+    check_names,
     layers,
+    remove_adapter,
     restore,
     state_of,
-    unpatch,
 )
 from fastpeft.selection import override
-from fastpeft.state import PREFIX, adapter_state_dict, check_tensors, fill, only_adapter
+from fastpeft.state import PREFIX, adapter_state_dict, check_tensors, embeddings, fill, only_adapter
 from fastpeft.tuners.saved_modules import SavedModule
 
 
@@ -44,10 +47,20 @@ def save_adapter(model: nn.Module, directory: str | Path, *, adapter_name: str |
     files.write_adapter(target, adapter_state_dict(model, name), written, side)
 
 
-def save_all(model: nn.Module, directory, selected_adapters=None, push_to_hub: bool = False, **_) -> None:
+# Arguments of `save_pretrained` that ask for something else than is done here: name -> (neutral values, advice).
+_NOT_HERE = {
+    "push_to_hub": ((False, None), "upload the written directory"),
+    "safe_serialization": ((True, None), "adapters are written as safetensors only"),
+    "save_embedding_layers": (("auto", None), "the base weights of targeted embeddings are always written"),
+    "path_initial_model_for_weight_conversion": ((None,), "converting a PiSSA or OLoRA adapter is left to peft"),
+}
+
+
+def save_all(model: nn.Module, directory, selected_adapters=None, **others) -> None:
     """`save_pretrained` of a patched model: all adapters, or the selected ones."""
-    if push_to_hub:
-        raise PatchError("save_pretrained: push_to_hub is not done here; upload the written directory")
+    for name, (neutral, advice) in _NOT_HERE.items():
+        if others.get(name) not in neutral:
+            raise PatchError(f"save_pretrained: {name}={others[name]!r} cannot be honoured; {advice}")
     state = state_of(model)
     for name in selected_adapters or state.configs:
         save_adapter(model, directory, adapter_name=name)
@@ -99,17 +112,11 @@ def load_adapter(
     if hf_quirks is None:
         hf_quirks = True if found.side is None else bool(found.side.get("hf_quirks", False))
     state = state_of(model) if patched else begin(model, None, autocast_adapter_dtype, hf_quirks)
-    try:
-        add_planned(model, state, planned[-1], adapter_name, init=False)
+    with adding(model, state, adapter_name, undo_all=not patched):
+        add_planned(model, state, planned[-1], adapter_name, init=False, autocast=autocast_adapter_dtype)
         fill(model, adapter_name, found.tensors)
         if not patched:
             activate(model, state, (adapter_name,))
-    except BaseException:
-        if patched:
-            _remove(model, state, adapter_name)
-        else:
-            unpatch(model)
-        raise
     if not trainable:
         model.eval()
     return model
@@ -119,9 +126,11 @@ def _check_header(model: nn.Module, plan, header, where: str) -> None:
     expected = {f"{PREFIX}{name}": shape for name, shape in plan.shapes().items()}
     optional = {}
     targeted = {target.name: target.module for target, _, _ in plan.targets}
+    ends = {id(module) for module in embeddings(model)}
     for name, module in targeted.items():
-        if name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            optional[f"{PREFIX}{name}.base_layer.weight"] = module.weight.shape
+        if id(module) in ends:
+            own = {leaf: parameter for leaf, parameter in module._parameters.items() if parameter is not None}
+            optional.update({f"{PREFIX}{name}.base_layer.{leaf}": parameter.shape for leaf, parameter in own.items()})
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         inner = "base_layer." if path in targeted else ""
@@ -139,17 +148,19 @@ def add_adapter(model: nn.Module, adapter_name: str, config: Any) -> None:
         raise PatchError(f"add_adapter: there is already an adapter {adapter_name!r}; choose another name")
     config = as_config(config)
     plan = tuner_of(config.peft_type).plan(model, config)
-    try:
+    with adding(model, state, adapter_name):
         add_planned(model, state, plan, adapter_name, init=True)
-    except BaseException:
-        _remove(model, state, adapter_name)
-        raise
 
 
 def set_adapter(model: nn.Module, name_or_names: str | list[str]) -> None:
-    """Make one adapter, or several added up, the one that every call uses and that trains."""
+    """Make one adapter, or several added up, the one that every call uses and that trains. A merged one is unmerged
+    first, with a warning. Raises PatchError for a name that is not an adapter's, or is given twice."""
+    state = state_of(model)
     names = (name_or_names,) if isinstance(name_or_names, str) else tuple(name_or_names)
-    activate(model, state_of(model), names)
+    activate(model, state, names)
+    if state.merged and state.merged != names:
+        warnings.warn(f"{', '.join(state.merged)} was merged and is unmerged, to use {names}", stacklevel=2)
+        unmerge(model)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -161,7 +172,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     only_adapter(state, name)
     if name in state.merged:
         raise PatchError(f"delete_adapter: {name!r} is merged into the base weights; unmerge first")
-    _remove(model, state, name)
+    remove_adapter(model, state, name)
     remaining = tuple(other for other in state.active if other != name)
     if name in state.active and not remaining and state.configs:
         remaining = (next(iter(state.configs)),)
@@ -169,20 +180,15 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     activate(model, state, remaining)
 
 
-def _remove(model: nn.Module, state, name: str) -> None:
-    for _, layer in layers(model):
-        if name in layer._fastpeft.adapters:
-            layer.delete_adapter(name)
-    state.configs.pop(name, None)
-
-
 @contextlib.contextmanager
 def use_adapter(model: nn.Module, name: str | list[str]):
-    """Inside, this thread's calls use this adapter (or these, added up), whatever `set_adapter` says."""
+    """Inside, this thread's calls use this adapter (or these, added up), whatever `set_adapter` says. Raises PatchError
+    for a name that is not an adapter's, and while another adapter is merged into the weights."""
     state = state_of(model)
     names = (name,) if isinstance(name, str) else tuple(name)
-    for one in names:
-        only_adapter(state, one)
+    check_names(state, names, "use_adapter")
+    if state.merged and state.merged != names:
+        raise PatchError(f"use_adapter: {', '.join(state.merged)} is merged into the base weights; unmerge first")
     with override(state, names):
         yield model
 
@@ -211,16 +217,21 @@ def merge(model: nn.Module) -> None:
     if state.merged:
         warnings.warn("already merged; unmerge first to merge another choice", stacklevel=2)
         return
-    mergeable = [(path, layer) for path, layer in layers(model) if not isinstance(layer, SavedModule)]
-    prepared = [(layer, layer.prepare_merge(state.active)) for _, layer in mergeable]
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for layer, ready in prepared:
-        if ready is not None:
-            layer.merge(ready, untie=owners[id(layer.weight)] > 1)
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    try:
+        for path, layer in layers(model):
+            if isinstance(layer, SavedModule):
+                continue
+            tied = owners[id(layer._parameters.get("weight"))] > 1
+            try:
+                ready = layer.prepare_merge(state.active)
+            except PatchError as error:
+                raise PatchError(f"merge: {path}: {error}") from None
+            if ready is not None:
+                layer.merge(ready, untie=tied)
+    except BaseException:
+        unmerge(model)
+        raise
     state.merged = state.active
 
 
@@ -238,11 +249,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     state = state_of(model)
     if not state.merged:
         merge(model)
-    for path, layer in list(layers(model)):
+    for _, layer in list(layers(model)):
         names = [name for name in state.active if name in layer._fastpeft.adapters]
         if isinstance(layer, SavedModule) and names:
-            parent, _, leaf = path.rpartition(".")
-            model.get_submodule(parent)._modules[leaf] = layer.modules_to_save[names[-1]]
+            clone = layer.unloaded(names[-1])
+            for parent in list(model.modules()):
+                for leaf, child in parent._modules.items():
+                    if child is layer:
+                        parent._modules[leaf] = clone
     restore(model, state, keep_weights=True)
     return model
 

@@ -24,12 +24,14 @@ class PatchedModel:
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
-    def save_pretrained(self, save_directory, *, selected_adapters=None, **kwargs) -> None:
-        """Write the adapters, and only them, in HF peft's layout. Other arguments of transformers' method of this name
-        (a state dict, shard sizes, …) have nothing to act on; pushing to a hub is refused."""
+    def save_pretrained(self, save_directory, *, selected_adapters=None, is_main_process=True, **kwargs) -> None:
+        """Write the adapters, and only them, in HF peft's layout; nothing where `is_main_process` is False. Other
+        arguments of transformers' method of this name (a state dict, shard sizes, …) have nothing to act on; what peft
+        would do and fastpeft does not is refused."""
         from fastpeft import adapters
 
-        adapters.save_all(self, save_directory, selected_adapters, **kwargs)
+        if is_main_process:
+            adapters.save_all(self, save_directory, selected_adapters, **kwargs)
 
     def load_adapter(self, model_id, adapter_name="default", is_trainable=False, *, autocast_adapter_dtype=True):
         """Add an adapter from a directory; it becomes active only by `set_adapter`."""

@@ -66,6 +66,14 @@ def check_model(model: Any) -> None:
             f"patch: this model is already patched and has {names}; add another one with "
             "model.add_adapter(name, config), or fastpeft.unpatch(model) first"
         )
+    wrapper = next((name for name in ("_orig_mod", "_fsdp_wrapped_module", "module") if name in model._modules), None)
+    if wrapper == "_orig_mod" or "Parallel" in type(model).__name__:
+        raise PatchError(
+            f"patch: this {type(model).__name__} wraps the model, whose paths then all begin with {wrapper!r}; patch "
+            "the model inside it and wrap that (compile it, shard it, make it parallel) afterwards"
+        )
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise PatchError("patch: the model has lazy modules without shapes; run a batch through it first")
     for name, module in model.named_modules():
         owner = type(module).__module__.split(".")[0]
         if owner in ("peft", "unsloth", "axolotl", "lorafusion"):
@@ -113,12 +121,9 @@ def patch(
     adapter_directory("", adapter_name)
     plan = tuner_of(config.peft_type).plan(model, config)
     state = begin(model, backend, autocast_adapter_dtype, hf_quirks)
-    try:
+    with adding(model, state, adapter_name, undo_all=True):
         add_planned(model, state, plan, adapter_name, init=True)
         activate(model, state, (adapter_name,))
-    except BaseException:
-        unpatch(model)
-        raise
     return model
 
 
@@ -132,7 +137,7 @@ def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             for module in model.modules():
                 if "_gradient_checkpointing_func" in module.__dict__:
                     module._gradient_checkpointing_func = CarriedCheckpoint(module._gradient_checkpointing_func, state)
@@ -172,9 +177,56 @@ def _want_gradient(module, args, output) -> None:
     output.requires_grad_(True)
 
 
-def add_planned(model: nn.Module, state: PatchState, plan, adapter_name: str, *, init: bool) -> None:
-    """Inject a planned adapter and note its configuration; it is not active yet."""
+@contextlib.contextmanager
+def adding(model: nn.Module, state: PatchState, adapter_name: str, *, undo_all: bool = False):
+    """Around what adds an adapter: if it fails, that adapter (or, with `undo_all`, the whole patch) is taken out."""
+    state.undo = None if undo_all else []
+    try:
+        yield
+    except BaseException:
+        if undo_all:
+            unpatch(model)
+        else:
+            changed = state.undo
+            remove_adapter(model, state, adapter_name)
+            with torch.no_grad():
+                for tensor, before in reversed(changed):
+                    tensor.copy_(before)
+        raise
+    finally:
+        state.undo = None
+
+
+def remove_adapter(model: nn.Module, state: PatchState, name: str) -> None:
+    """Take one adapter out, as far as it is in. A layer without another one becomes what it was before the patch, and
+    so do the biases that the adapter trained in place."""
+    for _, layer in list(layers(model)):
+        layer.delete_adapter(name)
+        if not layer._fastpeft.adapters:
+            detach(layer)
+    config = state.configs.pop(name, None)
+    if config is not None and config.bias != "none":
+        restore_biases(model, state)
+
+
+def restore_biases(model: nn.Module, state: PatchState) -> None:
+    """Give the biases that an adapter trained in place their values from before."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in state.trained_biases.items():
+            parameters[name].copy_(tensor).requires_grad_(False)
+    state.trained_biases.clear()
+
+
+def add_planned(
+    model: nn.Module, state: PatchState, plan, adapter_name: str, *, init: bool, autocast: bool | None = None
+) -> None:
+    """Inject a planned adapter and note its configuration; it is not active yet. `autocast` None: as in `patch`."""
     config = plan.config
+    if state.merged:
+        raise PatchError(
+            f"adapter {adapter_name!r} cannot be added while {', '.join(state.merged)} is merged into the base; unmerge first"
+        )
     if config.bias != "none":
         others = [name for name, other in state.configs.items() if other.bias != "none"]
         if others:
@@ -182,8 +234,10 @@ def add_planned(model: nn.Module, state: PatchState, plan, adapter_name: str, *,
                 f"adapter {adapter_name!r} has bias={config.bias!r} and so has {others[0]!r}: both would train "
                 "the same biases; set bias='none' in one of them"
             )
-    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    tuner_of(config.peft_type).inject(plan, adapter_name, state, init=init, autocast=state.autocast)
+    if init or config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    autocast = state.autocast if autocast is None else autocast
+    tuner_of(config.peft_type).inject(plan, adapter_name, state, init=init, autocast=autocast)
     state.configs[adapter_name] = config
     for name, parameter in _biases(model, plan):
         state.trained_biases[name] = parameter.detach().to("cpu", copy=True)
@@ -198,6 +252,8 @@ def _biases(model: nn.Module, plan):
     "all" is that the name contains "bias"."""
     if plan.config.bias == "all":
         owned = tuple(f"{path}.{held}." for path, layer in layers(model) for held in layer.containers)
+        # The original of a module that is trained whole is not called, and stays as it is.
+        owned += tuple(f"{path}." for path, layer in layers(model) if "modules_to_save" in layer.containers)
         return [(n, p) for n, p in model.named_parameters() if "bias" in n and not n.startswith(owned)]
     if plan.config.bias == "lora_only":
         return [
@@ -229,12 +285,19 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
 
 def activate(model: nn.Module, state: PatchState, names: tuple[str, ...]) -> None:
     """Make these the adapters that every call uses from now on."""
-    unknown = [name for name in names if name not in state.configs]
-    if unknown:
-        known = ", ".join(map(repr, state.configs)) or "none"
-        raise PatchError(f"set_adapter: there is no adapter {unknown[0]!r}; there are {known}")
+    check_names(state, names, "set_adapter")
     state.active = tuple(names)
     _set_trainable(model, state)
+
+
+def check_names(state: PatchState, names: tuple[str, ...], where: str) -> None:
+    """Raises PatchError unless each is an adapter's name, and none is given twice."""
+    for name in names:
+        if name not in state.configs:
+            known = ", ".join(map(repr, state.configs)) or "none"
+            raise PatchError(f"{where}: there is no adapter {name!r}; there are {known}")
+        if names.count(name) > 1:
+            raise PatchError(f"{where}: {name!r} is named twice, which would add it twice")
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -257,10 +320,7 @@ def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
             layer._fastpeft.kept.clear()
         detach(layer)
     if not keep_weights:
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in state.trained_biases.items():
-                parameters[name].copy_(tensor)
+        restore_biases(model, state)
     for module in model.modules():
         carried = module.__dict__.get("_gradient_checkpointing_func")
         if hasattr(carried, "without_choice"):

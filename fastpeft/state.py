@@ -5,6 +5,7 @@ from torch import nn
 
 from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.patching import layers, state_of
+from fastpeft.patterns import matches_name
 
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the names for which HF peft also saves a targeted module's base weight
@@ -47,12 +48,16 @@ def base_tensors(model: nn.Module, config) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         if name in state_of(model).trained_biases and config.bias != "none":
-            out[_base_key(path, leaf, adapted)] = parameter
+            out[_base_key(path, leaf, adapted)] = _unmerged(adapted.get(path), leaf, parameter)
     for path in targeted_embeddings(model, config):
-        out[f"{PREFIX}{path}.base_layer.weight"] = adapted[path].weight
-        if getattr(adapted[path], "bias", None) is not None:
-            out[f"{PREFIX}{path}.base_layer.bias"] = adapted[path].bias
+        for leaf, parameter in adapted[path]._parameters.items():
+            if parameter is not None:
+                out[f"{PREFIX}{path}.base_layer.{leaf}"] = _unmerged(adapted[path], leaf, parameter)
     return out
+
+
+def _unmerged(layer: nn.Module | None, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if layer is None else layer._fastpeft.unmerged.get(leaf, tensor)
 
 
 def _base_key(path: str, leaf: str, adapted: dict) -> str:
@@ -60,16 +65,22 @@ def _base_key(path: str, leaf: str, adapted: dict) -> str:
     return f"{PREFIX}{path}.{inner}{leaf}"
 
 
+def embeddings(model: nn.Module) -> list[nn.Module]:
+    """The input and output embeddings of a transformers model, as far as it has them."""
+    getters = (getattr(model, f"get_{which}_embeddings", None) for which in ("input", "output"))
+    return [found for get in getters if callable(get) and (found := get()) is not None]
+
+
 def targeted_embeddings(model: nn.Module, config) -> list[str]:
-    """Paths of the input and output embeddings that carry a LoRA and are called by a name HF peft knows."""
-    if not hasattr(model, "get_input_embeddings"):
-        return []
-    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    return [
-        path
-        for path, layer in layers(model)
-        if id(layer) in ends and path.rpartition(".")[2] in EMBEDDINGS and hasattr(layer, "factors")
-    ]
+    """Paths of the input and output embeddings with a LoRA, if target_modules names one of EMBEDDINGS: HF peft then
+    saves the base weights of both. It looks for the names themselves, so a whole path does not count."""
+    named = config.target_modules
+    if isinstance(named, str):
+        found = any(path.rpartition(".")[2] in EMBEDDINGS and matches_name(named, path) for path, _ in layers(model))
+    else:
+        found = any(name in named for name in EMBEDDINGS)
+    ends = {id(module) for module in embeddings(model)} if found else ()
+    return [path for path, layer in layers(model) if id(layer) in ends and hasattr(layer, "factors")]
 
 
 def check_tensors(expected: dict[str, tuple], optional: dict[str, tuple], found: dict[str, tuple], where: str) -> None:
@@ -109,8 +120,8 @@ def fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) 
         for key, tensor in tensors.items():
             target = targets[key]
             owner, _, leaf = key.rpartition(".base_layer.")
-            if owner in adapted and leaf == "weight":
+            if owner in adapted:
                 if torch.equal(target.cpu(), tensor.to(target.dtype)):
                     continue
-                adapted[owner].keep("weight")
+                adapted[owner].keep(leaf)
             target.copy_(tensor)

@@ -64,17 +64,42 @@ class AdapterLayer:
         return state.original_class.forward(self, *args, **kwargs)
 
     def keep(self, name: str) -> None:
-        """Remember a base tensor as it is now, on the CPU, for `unpatch`; the first memory counts."""
-        kept = self._fastpeft.kept
-        if name not in kept:
-            kept[name] = getattr(self, name).detach().to("cpu", copy=True)
+        """Remember a base tensor as it is now, on the CPU: for `unpatch`, where the first memory counts, and for the
+        case that adding the present adapter fails."""
+        kept, undo = self._fastpeft.kept, self._fastpeft.model.undo
+        if name in kept and undo is None:
+            return
+        tensor = getattr(self, name)
+        before = tensor.detach().to("cpu", copy=True)
+        kept.setdefault(name, before)
+        if undo is not None:
+            undo.append((tensor, before))
+
+
+def offloaded_to(module: nn.Module) -> torch.device | None:
+    """Where a module runs whose weights accelerate keeps elsewhere between calls; None for any other."""
+    hook = module.__dict__.get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):
+        if getattr(each, "offload", False) and each.execution_device is not None:
+            return torch.device(each.execution_device)
+    return None
 
 
 def attach(module: nn.Module, mixin: type, model_state) -> None:
-    """Make `module` a patched one, in place. Its class's forward gives way; an instance-level forward is called."""
-    original_forward = module.__dict__.pop("forward", None)
-    module.__dict__["_fastpeft"] = LayerState(model_state, type(module), original_forward)
-    module.__class__ = patched_class(mixin, type(module))
+    """Make `module` a patched one, in place. Its class's forward gives way; an instance-level forward is called.
+
+    accelerate's is one that calls the module's own forward in `_old_forward`, and puts that back when it is removed.
+    So it stays in front, and gets ours to call.
+    """
+    original = type(module)
+    patched = patched_class(mixin, original)
+    behind = module.__dict__.get("_old_forward")
+    hooked = "_hf_hook" in module.__dict__ and getattr(behind, "__func__", None) is original.forward
+    module.__class__ = patched
+    forward = None if hooked else module.__dict__.pop("forward", None)
+    module.__dict__["_fastpeft"] = LayerState(model_state, original, forward)
+    if hooked:
+        module._old_forward = MethodType(patched.forward, module)
     for name, container in mixin.containers.items():
         module.add_module(name, container())
 
@@ -88,10 +113,13 @@ def detach(module: nn.Module) -> None:
     for name, tensor in state.kept.items():
         with torch.no_grad():
             getattr(module, name).copy_(tensor)
+    ours = type(module).forward
     module.__class__ = state.original_class
     del module.__dict__["_fastpeft"]
+    # accelerate's hooks may remember our forward as the module's own, and put it on the instance when they go
+    if getattr(module.__dict__.get("_old_forward"), "__func__", None) is ours:
+        module._old_forward = MethodType(state.original_class.forward, module)
+    if getattr(module.__dict__.get("forward"), "__func__", None) is ours:
+        del module.__dict__["forward"]
     if state.original_forward is not None:
         module.__dict__["forward"] = state.original_forward
-    elif getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
-        # accelerate hooked the module after patching and remembers our forward as the module's own
-        module._old_forward = MethodType(state.original_class.forward, module)

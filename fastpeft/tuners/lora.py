@@ -3,6 +3,7 @@
 Parameter names, shapes, scaling and the order of random draws are HF peft's; the arithmetic is `lora_linear`'s.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from fastpeft.configs import LoraConfig
 from fastpeft.errors import PatchError
 from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.tuners import dora, lora_init
-from fastpeft.tuners.layer import AdapterLayer
+from fastpeft.tuners.layer import AdapterLayer, offloaded_to
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class LoraLayer(AdapterLayer):
         base = self.weight
         device = torch.device("meta") if init is None else None
         self.build(name, settings, device)
-        if isinstance(init, str) and init != "gaussian":
+        if lora_init.decomposes(init):
             self._decompose(name, settings, init)
         elif init is not None:
             self.reset(name, init, settings)
-        place = {"device": base.device, "dtype": base.dtype if base.is_floating_point() else None}
+        device = offloaded_to(self) if base.is_meta else base.device
+        place = {"device": device, "dtype": base.dtype if base.is_floating_point() else None}
         for container in self.parameter_holders():
             if name in container:
                 _place(container, name, place, empty=init is None)
@@ -111,7 +113,7 @@ class LoraLayer(AdapterLayer):
     def delete_adapter(self, name: str) -> None:
         for container in self.containers:
             getattr(self, container).pop(name) if name in getattr(self, container) else None
-        del self._fastpeft.adapters[name]
+        self._fastpeft.adapters.pop(name, None)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names in HF's file, relative to this module."""
@@ -166,7 +168,13 @@ class LoraLayer(AdapterLayer):
     def prepare_merge(self, names) -> tuple[list[str], torch.Tensor, torch.Tensor | None] | None:
         """What `merge` will write, computed and checked beforehand; None if this layer has none of the adapters."""
         names = [name for name in names if name in self._fastpeft.adapters]
-        return (names, self.merged_weight(names), self.merged_bias(names)) if names else None
+        if not names:
+            return None
+        if "weight" not in self._parameters:
+            raise PatchError("its weight is computed from other parameters, so nothing can be merged into it")
+        if self.weight.is_meta:
+            raise PatchError("its weight is offloaded by accelerate; load the model without offloading to merge")
+        return names, self.merged_weight(names), self.merged_bias(names)
 
     def merge(self, prepared, untie: bool) -> None:
         """Put the prepared weight in place. With `untie` the layer gets a parameter of its own, because another
@@ -208,7 +216,26 @@ class LoraLayer(AdapterLayer):
         names = self.active_adapters()
         if not names or self._fastpeft.merged:
             return self.base_forward(*args, **kwargs)
-        return self.adapted_forward(names, *args, **kwargs)
+        if not self.factors(names[0])[0].is_meta:
+            return self.adapted_forward(names, *args, **kwargs)
+        with self._fetched(names):
+            return self.adapted_forward(names, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _fetched(self, names: list[str]):
+        """accelerate's offloading fetches parameters when the module that holds them is called. Those that hold an
+        adapter's are not called here, so their hooks are run around the use of the parameters."""
+        held = [getattr(self, container) for container in self.containers]
+        holders = [each for each in held if isinstance(each, nn.ParameterDict)]
+        holders += [each[name] for each in held if isinstance(each, nn.ModuleDict) for name in names if name in each]
+        hooked = [holder for holder in holders if "_hf_hook" in holder.__dict__]
+        for holder in hooked:
+            holder._hf_hook.pre_forward(holder)
+        try:
+            yield
+        finally:
+            for holder in hooked:
+                holder._hf_hook.post_forward(holder, None)
 
 
 def linear_shapes(outputs: int, inputs: int, settings: Settings) -> dict[str, tuple[int, ...]]:
@@ -260,13 +287,14 @@ class LoraLinear(LoraLayer):
         """Whether the base product is x Wᵀ + bias with a dense weight, so that the op may compute it."""
         state = self._fastpeft
         plain = state.original_forward is None and state.original_class.forward in self.base_class_forwards
-        return plain and type(self.weight) in (nn.Parameter, torch.Tensor) and self.weight.is_floating_point()
+        weight = self._parameters.get("weight")  # not an attribute: reading a parametrised weight computes it
+        return plain and type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
-    def adapted_forward(self, names: list[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def adapted_forward(self, names: list[str], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         fused = self.plain_base() and not args and not kwargs
-        result = None if fused else self.base_forward(x, *args, **kwargs)
+        result = None if fused else self.base_forward(input, *args, **kwargs)
         for name in names:
-            result = self._add(name, x, result)
+            result = self._add(name, input, result)
         return result
 
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:

@@ -11,6 +11,11 @@ from torch import nn
 from fastpeft.errors import ConfigError
 
 
+def decomposes(init: bool | str | None) -> bool:
+    """Whether an initialisation moves a part of the base weight into the adapter, so that the base changes too."""
+    return isinstance(init, str) and init != "gaussian"
+
+
 def reset(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, init: bool | str, r: int) -> None:
     """A and B as `init_lora_weights` says: True (kaiming, as nn.Linear; B zero), "gaussian" (std 1/r; B zero), or
     False (both as nn.Linear's own draw left them, so the adapter is not neutral)."""

@@ -1,15 +1,18 @@
 """LoRA's part in patching: first a plan that changes nothing and can refuse, then the injection that cannot fail for
 what the plan has checked."""
 
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
 from fastpeft.configs import LoraConfig
-from fastpeft.errors import TargetError
+from fastpeft.errors import ConfigError, TargetError
 from fastpeft.targets import Target, resolve_targets
 from fastpeft.tuners.layer import AdapterLayer, attach
 from fastpeft.tuners.lora import LoraLayer, Settings, settings_of
+from fastpeft.tuners.lora_init import decomposes
 from fastpeft.tuners.lora_kinds import check_target, layer_class, settle_fan_in_fan_out
 from fastpeft.tuners.saved_modules import SavedModule
 
@@ -41,33 +44,75 @@ def own_tensors(module: nn.Module) -> dict:
 def plan(model: nn.Module, config: LoraConfig) -> Plan:
     """Resolve and check everything; the model is not touched. Raises TargetError or ConfigError."""
     resolution = resolve_targets(model, config)
+    whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SavedModule))
     targets = []
     for target in resolution.targets:
         kind = layer_class(target.module)
-        if isinstance(target.module, AdapterLayer) and not isinstance(target.module, LoraLayer):
+        if isinstance(target.module, SavedModule) or target.name.startswith(whole):
             raise TargetError(f"{target.name} is already trained whole by another adapter; exclude it from the targets")
         check_target(target.name, target.module, resolution.config, target.r, target.alpha)
         targets.append((target, kind, settings_of(resolution.config, target.r, target.alpha)))
-    saved = []
+    if decomposes(resolution.config.init_lora_weights):
+        _check_untied(model, resolution)
+    saved: list[tuple[str, nn.Module]] = []
     for name in resolution.saved_modules:
         module = model.get_submodule(name)
-        if isinstance(module, LoraLayer):
-            raise TargetError(f"{name} already carries a LoRA; it cannot also be in modules_to_save")
+        _check_saved(name, module, whole, saved)
         saved.append((name, module))
     return Plan(resolution.config, tuple(targets), tuple(saved))
+
+
+def _check_untied(model: nn.Module, resolution) -> None:
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    for target in resolution.targets:
+        if owners[id(target.module.weight)] > 1:
+            raise ConfigError(
+                f"init_lora_weights={resolution.config.init_lora_weights!r} changes the weight of {target.name}, which "
+                "another module shares (tied embeddings) and which would change with it; exclude it from the targets"
+            )
+
+
+def _check_saved(name: str, module: nn.Module, whole: tuple[str, ...], others: list[tuple[str, nn.Module]]) -> None:
+    """Refuse a module that cannot be trained whole. Raises TargetError."""
+    for path, inner in module.named_modules(prefix=name):
+        if isinstance(inner, LoraLayer):
+            raise TargetError(f"{path} already carries a LoRA; it cannot also be in modules_to_save, by {name}")
+        if isinstance(inner, SavedModule) and inner is not module:
+            raise TargetError(f"modules_to_save has {name}, but another adapter trains {path} in it whole")
+    if name.startswith(whole):
+        raise TargetError(f"modules_to_save has {name}, which another adapter already trains whole as part of more")
+    for other, same in others:
+        if same is module:
+            raise TargetError(f"modules_to_save matches {other} and {name}, which are one module; name one of them")
+    for key, tensor in own_tensors(module).items():
+        if tensor.is_meta:
+            raise TargetError(f"modules_to_save: {name}.{key} is on the meta device or offloaded; load it first")
+        if not tensor.is_floating_point():
+            raise TargetError(
+                f"modules_to_save: {name}.{key} is {tensor.dtype}, and an adapter's file holds floating-point tensors "
+                "only; leave the module out"
+            )
 
 
 def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     """Build the planned adapter into the model, in `named_modules()` order, which is the order of the random draws.
 
-    Without `init` the parameters are left unset, for a file to fill. Trained copies start as the originals are.
+    Without `init` the parameters are left unset, for a file to fill, and only what the initialisation did to the base
+    is done again, as HF peft does. Trained copies start as the originals are.
     """
     config = plan.config
+    again = decomposes(config.init_lora_weights)  # an adapter that was trained on a changed base needs that base
+    if again and not init and "niter" in config.init_lora_weights:
+        warnings.warn(
+            f"init_lora_weights={config.init_lora_weights!r} has changed the base weights by a random approximation, "
+            "which loading repeats: the result is right only if torch's seed is what it was then",
+            stacklevel=2,
+        )
     for target, kind, settings in plan.targets:
         if not isinstance(target.module, AdapterLayer):
             attach(target.module, kind, state)
         settle_fan_in_fan_out(config, target.module)
-        target.module.add_adapter(name, settings, config.init_lora_weights if init else None, autocast)
+        target.module.add_adapter(name, settings, config.init_lora_weights if init or again else None, autocast)
     for _, module in plan.saved:
         if not isinstance(module, AdapterLayer):
             attach(module, SavedModule, state)

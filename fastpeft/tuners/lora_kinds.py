@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastpeft.configs import LoraConfig
 from fastpeft.errors import ConfigError, PatchError, TargetError
 from fastpeft.tuners import dora, lora_init
+from fastpeft.tuners.layer import offloaded_to
 from fastpeft.tuners.lora import LoraConv1D, LoraLayer, LoraLinear, Settings, settings_of
 
 MAX_SCALING = 1e4
@@ -58,15 +59,15 @@ class LoraEmbedding(LoraLayer):
     def _bias_of(self, name: str) -> None:
         return None
 
-    def adapted_forward(self, names: list[str], ids: torch.Tensor) -> torch.Tensor:
-        result = self.base_forward(ids)
+    def adapted_forward(self, names: list[str], input: torch.Tensor) -> torch.Tensor:
+        result = self.base_forward(input)
         dtype = result.dtype
         embed_scale = getattr(self, "embed_scale", None)  # Gemma's embeddings multiply their output
         for name in names:
             settings: Settings = self._fastpeft.adapters[name]
             a, b = self.factors(name)
             rows = F.embedding(
-                ids, a.t(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+                input, a.t(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
             update = (rows @ b.t()) * settings.scaling
             if embed_scale is not None:
@@ -118,13 +119,13 @@ class LoraConv(LoraLayer):
         product = b.to(wide).flatten(1) @ a.to(wide).flatten(1)
         return product.view(self.weight.shape) * self._fastpeft.adapters[name].scaling
 
-    def adapted_forward(self, names: list[str], x: torch.Tensor) -> torch.Tensor:
-        result = self.base_forward(x)
+    def adapted_forward(self, names: list[str], input: torch.Tensor) -> torch.Tensor:
+        result = self.base_forward(input)
         dtype = result.dtype
         for name in names:
             settings: Settings = self._fastpeft.adapters[name]
             p = settings.dropout if self.training else 0.0
-            z = x.to(self.lora_A[name].weight.dtype)
+            z = input.to(self.lora_A[name].weight.dtype)
             z = F.dropout(z, p) if p else z
             update = self.lora_B[name](self.lora_A[name](z)) * settings.scaling
             result = self._with_magnitude(name, z, result, update, bool(p)) if settings.use_dora else result + update
@@ -158,8 +159,12 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
 def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha: float) -> None:
     """Refuse what cannot be served, before anything changes. Raises TargetError or ConfigError."""
     weight = module.weight
-    if weight.is_meta:
+    decomposed = lora_init.decomposes(config.init_lora_weights)
+    if weight.is_meta and offloaded_to(module) is None:
         raise TargetError(f"{name} is on the meta device; load the model's weights before patching it")
+    if weight.is_meta and (config.use_dora or decomposed):
+        what = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
+        raise TargetError(f"{name} is offloaded by accelerate, and {what} needs its weight; load it without offloading")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TargetError(
             f"{name} has a weight of dtype {weight.dtype}, which is not served; convert it to a floating type or "
@@ -174,7 +179,7 @@ def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha
             raise ConfigError(f"{name} has {module.groups} groups, which must divide the rank; r is {r}")
         if config.use_dora:
             raise ConfigError(f"use_dora=True does not apply to {name}, a convolution with {module.groups} groups")
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+    if decomposed:
         linear = layer_class(module) in (LoraLinear, LoraConv1D)
         lora_init.check_decomposition(name, weight if linear else weight.new_empty(0), r, config.init_lora_weights)
 

@@ -1,11 +1,18 @@
 """Modules that an adapter trains whole (`modules_to_save`): a trained copy beside the untouched original."""
 
 import copy
+from collections import OrderedDict
+from types import MethodType
 
 import torch
 from torch import nn
 
 from fastpeft.tuners.layer import AdapterLayer
+
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
 
 
 class SavedModule(AdapterLayer):
@@ -16,19 +23,32 @@ class SavedModule(AdapterLayer):
 
     def add_adapter(self, name: str) -> None:
         """A trainable copy of the original, for this adapter."""
-        children = {key: child for key, child in self._modules.items() if key not in self.containers}
-        clone = self._fastpeft.original_class.__new__(self._fastpeft.original_class)
-        clone.__dict__ = {key: value for key, value in self.__dict__.items() if key not in ("_fastpeft", "_modules")}
-        clone.__dict__["_modules"] = children
-        clone = copy.deepcopy(clone)
+        original = self._fastpeft.original_class
+        clone = original.__new__(original)
+        contents = {key: value for key, value in self.__dict__.items() if key != "_fastpeft"}
+        contents["_modules"] = {key: child for key, child in self._modules.items() if key not in self.containers}
         if self._fastpeft.original_forward is not None:
-            clone.__dict__["forward"] = copy.deepcopy(self._fastpeft.original_forward, {id(self): clone})
+            contents["forward"] = self._fastpeft.original_forward
+        # The original is called first and its hooks run around the copy; only weight_norm's belong to the copy itself.
+        for hooks in HOOKS:
+            contents[hooks] = OrderedDict((k, h) for k, h in contents[hooks].items() if hasattr(h, "compute_weight"))
+        # What refers to the original, such as accelerate's forward, is to refer to the copy.
+        clone.__dict__ = copy.deepcopy(contents, {id(self): clone})
+        if getattr(clone.__dict__.get("_old_forward"), "__func__", None) is type(self).forward:
+            clone._old_forward = MethodType(original.forward, clone)
         self.modules_to_save[name] = clone.requires_grad_(True)
         self._fastpeft.adapters[name] = None
 
     def delete_adapter(self, name: str) -> None:
-        del self.modules_to_save[name]
-        del self._fastpeft.adapters[name]
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+        self._fastpeft.adapters.pop(name, None)
+
+    def unloaded(self, name: str) -> nn.Module:
+        """The trained copy, to take this module's place: with its hooks too."""
+        clone = self.modules_to_save[name]
+        clone.__dict__.update({hooks: self.__dict__[hooks] for hooks in HOOKS})
+        return clone
 
     def parameters_of(self, name: str) -> dict[str, torch.Tensor]:
         """The adapter's tensors by their names in HF's file, relative to this module."""
@@ -40,8 +60,5 @@ class SavedModule(AdapterLayer):
             return self.base_forward(*args, **kwargs)
         return self.modules_to_save[names[-1]](*args, **kwargs)
 
-    def merge(self, names) -> None:
-        """Merging keeps the trained copy in place of the original; `unload` takes it out."""
-
     def unmerge(self) -> None:
-        """See `merge`."""
+        """Nothing to do: merging leaves the original and its copies as they are."""

@@ -1,0 +1,220 @@
+"""Tiny transformers models, built once per process and copied, and what Hugging Face peft's and our patched model of one
+base are compared by."""
+
+import copy
+import functools
+import warnings
+
+import torch
+
+VOCABULARY = 97
+HIDDEN = 32
+
+_DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ENCODER = {key: value for key, value in _DECODER.items() if key != "num_key_value_heads"}
+
+# Family -> model type of transformers and what its configuration needs beside or in place of `_DECODER`.
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", _DECODER),
+    "llama-tied": ("llama", {**_DECODER, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**_DECODER, "sliding_window": 4}),
+    "qwen2": ("qwen2", _DECODER),
+    "qwen3": ("qwen3", {**_DECODER, "head_dim": 16}),
+    "gemma2": ("gemma2", {**_DECODER, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}),
+    "gemma3": ("gemma3_text", {**_DECODER, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}),
+    "gpt2": (
+        "gpt2",
+        {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
+        | {"bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "bloom": (
+        "bloom",
+        {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+        | {"bos_token_id": 1, "eos_token_id": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    "opt": ("opt", {**_ENCODER, "ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0}),
+    "gpt_neox": ("gpt_neox", _ENCODER),
+    "phi3": ("phi3", _DECODER),
+    "mixtral": ("mixtral", {**_DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "t5": (
+        "t5",
+        {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        | {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "dropout_rate": 0.0},
+    ),
+    "bart": (
+        "bart",
+        {"vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "pad_token_id": 0}
+        | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        | {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+        | {"dropout": 0.0, "forced_eos_token_id": None},
+    ),
+    "bert": ("bert", {**_ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "roberta": (
+        "roberta",
+        {**_ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0},
+    ),
+}
+
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+@functools.cache
+def _built(family: str, task: str) -> torch.nn.Module:
+    import transformers
+
+    model_type, settings = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config.num_labels = 3 if task in ("SEQ_CLS", "TOKEN_CLS") else 2
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = getattr(transformers, _AUTO[task]).from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)  # at the usual scale of initialisation the logits of all models are nearly equal
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)  # zero biases would hide a lost one
+    torch.random.set_rng_state(state)
+    return model.eval()
+
+
+def tiny(family: str = "llama", task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A model of its own, in eval mode, with the same weights at every call."""
+    return copy.deepcopy(_built(family, task)).to(dtype)
+
+
+def batch(task: str = "CAUSAL_LM", rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
+    """Inputs with labels; the last row ends in two padding tokens."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, -2:] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if task == "CAUSAL_LM":
+        return {**inputs, "labels": ids.masked_fill(mask == 0, -100)}
+    if task == "SEQ_2_SEQ_LM":
+        return {**inputs, "labels": torch.randint(3, VOCABULARY, (rows, length - 3), generator=generator)}
+    if task == "QUESTION_ANS":
+        return {**inputs, "start_positions": torch.tensor([1] * rows), "end_positions": torch.tensor([4] * rows)}
+    shape = (rows,) if task == "SEQ_CLS" else (rows, length)
+    return {**inputs, "labels": torch.randint(0, 3, shape, generator=generator)}
+
+
+def base_name(name: str) -> str:
+    """The name that a parameter of a PeftModel has in the base model, which is its name in a model we patched."""
+    for part in (".base_layer", ".original_module"):
+        name = name.replace(part, "")
+    return name.removeprefix("base_model.model.").removeprefix("base_model.")
+
+
+def by_base_name(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a model of either kind under the names they have in ours."""
+    return {base_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def patched_pair(family: str, settings: dict, *, task: str = "CAUSAL_LM", dtype=torch.float32, **options):
+    """(peft's model, ours) from one seed and one configuration; both libraries' warnings are left out."""
+    import peft
+
+    import fastpeft
+
+    settings = {"r": 4, "lora_alpha": 8, "task_type": task, **settings}
+    models = []
+    for library, wrap in ((peft, peft.get_peft_model), (fastpeft, fastpeft.patch)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = tiny(family, task, dtype)
+            torch.manual_seed(11)
+            models.append(wrap(base, library.LoraConfig(**copy.deepcopy(settings)), **options))
+    return models
+
+
+@torch.no_grad()
+def randomise(*models: torch.nn.Module) -> None:
+    """Give everything trainable the same random offset in all models, so that no adapter is neutral."""
+    for model in models:
+        generator = torch.Generator().manual_seed(13)
+        for _, parameter in sorted(by_base_name(model).items()):
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.add_(noise.to(parameter.dtype))
+
+
+def snapshot(model: torch.nn.Module) -> dict:
+    """Everything about a model that patching and unpatching might leave changed: objects by identity, values bit by
+    bit, flags, hooks and instance attributes."""
+    modules = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        attributes = {
+            key: _content(value)
+            for key, value in vars(module).items()
+            if key not in ("_parameters", "_buffers", "_modules")
+        }
+        modules[name] = (id(module), type(module), list(module._modules), attributes)
+    tensors = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        tensors[name] = (
+            id(tensor),
+            type(tensor),
+            tensor.dtype,
+            tensor.requires_grad,
+            tensor.data_ptr(),
+            None if tensor.is_meta else tensor.detach().clone().contiguous().view(-1).view(torch.uint8),
+        )
+    return {"modules": modules, "tensors": tensors}
+
+
+def _content(value):
+    """A value in a form that compares: containers by content, everything else by identity or equality."""
+    if isinstance(value, dict):
+        return {key: _content(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_content(item) for item in value]
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    return id(value)
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """What differs between two snapshots, in words; empty if nothing does."""
+    found = []
+    for kind in ("modules", "tensors"):
+        found += [f"{kind}: {name} is gone" for name in before[kind].keys() - after[kind].keys()]
+        found += [f"{kind}: {name} is new" for name in after[kind].keys() - before[kind].keys()]
+    for name in before["modules"].keys() & after["modules"].keys():
+        for what, old, new in zip(
+            ("object", "class", "children", "attributes"), before["modules"][name], after["modules"][name], strict=True
+        ):
+            if old != new:
+                if what == "attributes":
+                    old = {k: v for k, v in old.items() if new.get(k, "absent") != v} or f"new: {set(new) - set(old)}"
+                found.append(f"module {name!r}: its {what} differs: {old!r}")
+    for name in before["tensors"].keys() & after["tensors"].keys():
+        old, new = before["tensors"][name], after["tensors"][name]
+        for what, x, y in zip(("object", "class", "dtype", "requires_grad", "storage"), old[:5], new[:5], strict=True):
+            if x != y:
+                found.append(f"tensor {name}: its {what} differs: {x} became {y}")
+        if old[5] is not None and (new[5] is None or not torch.equal(old[5], new[5])):
+            found.append(f"tensor {name}: its values differ")
+    return sorted(found)
