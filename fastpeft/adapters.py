@@ -25,7 +25,14 @@ from fastpeft.patching import (
     state_of,
 )
 from fastpeft.selection import override
-from fastpeft.state import PREFIX, adapter_state_dict, check_tensors, embeddings, fill, only_adapter
+from fastpeft.state import (
+    PREFIX,
+    adapter_state_dict,
+    check_tensors,
+    embeddings,
+    fill,
+    only_adapter,
+)
 from fastpeft.tuners.saved_modules import SavedModule
 
 
@@ -137,7 +144,12 @@ def _check_header(model: nn.Module, plan, header, where: str) -> None:
         key = f"{PREFIX}{path}.{inner}{leaf}"
         if plan.config.bias == "all" and "bias" in name or plan.config.bias == "lora_only" and inner and leaf == "bias":
             optional[key] = parameter.shape
-    check_tensors(expected, optional, {key: info.shape for key, info in header.items()}, where)
+    whole = {name for name, _ in plan.saved}
+    whole.update(name for name, layer in layers(model) if isinstance(layer, SavedModule))
+    # HF's bias="all" writes the biases of these a second time, which nobody needs
+    again = [f"{PREFIX}{name}.{copy}." for name in whole for copy in ("original_module", "modules_to_save")]
+    again = tuple(again) if plan.config.bias == "all" else ()
+    check_tensors(expected, optional, {key: i.shape for key, i in header.items() if not key.startswith(again)}, where)
 
 
 def add_adapter(model: nn.Module, adapter_name: str, config: Any) -> None:

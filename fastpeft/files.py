@@ -33,11 +33,11 @@ SIDE_DIGEST = "weights_sha256"
 MAX_JSON_BYTES = 1_000_000
 MAX_JSON_MARKS = 200_000
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# Parts of the parameter names that an adapter's name stands next to, and files that its directory would stand beside.
+# Parts of the parameter names that an adapter's name stands next to.
 _TAKEN = frozenset(
-    {CONFIG, WEIGHTS, SIDE, PICKLED_WEIGHTS, "README.md", "adaption_gate", "adaption_prompt", "base_layer"}
+    {"adaption_gate", "adaption_prompt", "base_layer"}
     | {"base_model", "bias", "embedding", "lora_A", "lora_B", "lora_E", "lora_dropout", "lora_embedding_A"}
     | {"lora_embedding_B", "lora_magnitude_vector", "modules_to_save", "original_module", "prompt_embeddings"}
     | {"prompt_encoder", "ranknum", "token_adapter", "weight"}
@@ -62,13 +62,11 @@ class AdapterFiles:
 def adapter_directory(directory: str | os.PathLike[str], name: str) -> str:
     """Where the adapter `name` is kept under `directory`: "default" in it, any other in a folder of its name (as peft).
 
-    Raises AdapterFileError unless the name is 1 to 64 of A-Z a-z 0-9 _ - . (not first) and means nothing else: no part
-    of a parameter's name, no file of an adapter, no attribute of torch's containers, which hold adapters by name.
+    Raises AdapterFileError unless the name is 1 to 64 of A-Z a-z 0-9 _ - (no dot: torch's containers, which hold
+    adapters by name, allow none) and means nothing else: no part of a parameter's name, no attribute of a container.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise AdapterFileError(
-            f"{shown(name)} cannot be an adapter's name: 1 to 64 letters, digits, _, - and ., not beginning with a dot."
-        )
+        raise AdapterFileError(f"{shown(name)} cannot be an adapter's name: 1 to 64 letters, digits, _ and -, no dot.")
     if name in _TAKEN or hasattr(torch.nn.ModuleDict(), name) or hasattr(torch.nn.ParameterDict(), name):
         raise AdapterFileError(f"{name!r} cannot be an adapter's name: it has another meaning. Try {name + '_1'!r}.")
     return os.fspath(directory) if name == "default" else os.path.join(directory, name)

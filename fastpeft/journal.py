@@ -312,9 +312,9 @@ def _forget(directory: str, entries: list[Entry]) -> None:
 
 
 def _remove_journal(directory: str) -> None:
+    """Not synced: should the journal come back with the power, there is nothing left to do by it."""
     with suppress(FileNotFoundError):
         os.unlink(os.path.join(directory, JOURNAL))
-    sync_directory(directory)
 
 
 def _remove(directory: str, temporaries: Iterable[str | None]) -> None:

@@ -66,11 +66,11 @@ def check_model(model: Any) -> None:
             f"patch: this model is already patched and has {names}; add another one with "
             "model.add_adapter(name, config), or fastpeft.unpatch(model) first"
         )
-    wrapper = next((name for name in ("_orig_mod", "_fsdp_wrapped_module", "module") if name in model._modules), None)
-    if wrapper == "_orig_mod" or "Parallel" in type(model).__name__:
+    compiled = "_orig_mod" in model._modules
+    if compiled or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise PatchError(
-            f"patch: this {type(model).__name__} wraps the model, whose paths then all begin with {wrapper!r}; patch "
-            "the model inside it and wrap that (compile it, shard it, make it parallel) afterwards"
+            f"patch: this {type(model).__name__} wraps the model, and all of its modules' paths begin with "
+            f"{'_orig_mod' if compiled else 'module'!r}; patch the model inside it, then compile or distribute that"
         )
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         raise PatchError("patch: the model has lazy modules without shapes; run a batch through it first")
@@ -225,7 +225,7 @@ def add_planned(
     config = plan.config
     if state.merged:
         raise PatchError(
-            f"adapter {adapter_name!r} cannot be added while {', '.join(state.merged)} is merged into the base; unmerge first"
+            f"adapter {adapter_name!r} cannot be added while {', '.join(state.merged)} is merged; unmerge first"
         )
     if config.bias != "none":
         others = [name for name, other in state.configs.items() if other.bias != "none"]

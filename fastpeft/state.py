@@ -6,6 +6,7 @@ from torch import nn
 from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.patching import layers, state_of
 from fastpeft.patterns import matches_name
+from fastpeft.tuners.saved_modules import SavedModule, own_tensors
 
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the names for which HF peft also saves a targeted module's base weight
@@ -36,13 +37,14 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
         if name in layer._fastpeft.adapters:
             for key, tensor in layer.parameters_of(name).items():
                 out[f"{PREFIX}{path}.{key}"] = tensor.detach()
-    out.update({key: tensor.detach() for key, tensor in base_tensors(model, state.configs[name]).items()})
+    out.update({key: tensor.detach() for key, tensor in base_tensors(model, name).items()})
     return out
 
 
-def base_tensors(model: nn.Module, config) -> dict[str, torch.Tensor]:
-    """The tensors of the base that belong into the adapter's file: trained biases, and the weights of targeted
+def base_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The tensors besides its own that belong into the adapter's file: trained biases, and the weights of targeted
     `embed_tokens` and `lm_head`. Those of an adapted layer stand under its `base_layer`."""
+    config = state_of(model).configs[adapter_name]
     adapted = dict(layers(model))
     out = {}
     for name, parameter in model.named_parameters():
@@ -53,7 +55,22 @@ def base_tensors(model: nn.Module, config) -> dict[str, torch.Tensor]:
         for leaf, parameter in adapted[path]._parameters.items():
             if parameter is not None:
                 out[f"{PREFIX}{path}.base_layer.{leaf}"] = _unmerged(adapted[path], leaf, parameter)
+    if config.bias == "all":
+        for path, layer in adapted.items():
+            if isinstance(layer, SavedModule):
+                out.update(_biases_again(path, layer, adapter_name))
     return out
+
+
+def _biases_again(path: str, layer: SavedModule, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The biases of a module that is trained whole, as bias="all" has them in HF's file besides: its rule, that a name
+    contains "bias", takes those of the original and of the copy under the names that these have in memory, of which
+    the adapter's name is taken out only before the last part."""
+    held = {f"{path}.original_module.{key}": value for key, value in own_tensors(layer).items()}
+    trained = layer.parameters_of(adapter_name) if adapter_name in layer._fastpeft.adapters else {}
+    for key, value in trained.items():
+        held[f"{path}.modules_to_save.{adapter_name + '.' if '.' in key else ''}{key}"] = value
+    return {PREFIX + key: value for key, value in held.items() if "bias" in key}
 
 
 def _unmerged(layer: nn.Module | None, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -118,6 +135,8 @@ def fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) 
     adapted = {f"{PREFIX}{path}": layer for path, layer in layers(model)}
     with torch.no_grad():
         for key, tensor in tensors.items():
+            if ".original_module." in key or ".modules_to_save." in key:
+                continue  # see _biases_again
             target = targets[key]
             owner, _, leaf = key.rpartition(".base_layer.")
             if owner in adapted:

@@ -117,18 +117,25 @@ def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool):
 
 def grad_a_and_x(dy, x, t, weight, a, seed, p, need_a: bool, need_x: bool):
     """(dA = Tᵀ drop(x) [R, K] or None, dX = dY W + mask⊙(T A) [M, K] or None); without `weight`, only the last term."""
-    dx = None
-    if need_x:
-        dx = torch.zeros(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if weight is None else dy @ weight
-    if seed is None:
-        return transposed_product(t, x) if need_a else None, add_product(dx, t, a) if need_x else None
-    dropout = Dropout(seed, p, dy.device)
+    if seed is not None:
+        return _masked_grads(dy, x, t, weight, a, Dropout(seed, p, dy.device), need_a, need_x)
+    da = transposed_product(t, x) if need_a else None
+    if not need_x:
+        return da, None
+    dx = torch.zeros(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if weight is None else dy @ weight
+    return da, add_product(dx, t, a)
+
+
+def _masked_grads(dy, x, t, weight, a, dropout: Dropout, need_a: bool, need_x: bool):
+    """`grad_a_and_x` under dropout: one drawing of the mask serves both, and the masked term is written first, for the
+    base product to accumulate onto."""
     t = t * dropout.scale
     da = torch.zeros_like(a, dtype=t.dtype) if need_a else None
+    dx = torch.empty(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if need_x else None
     for block in row_blocks(len(t), a.shape[1]):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
             da.addmm_(t[block].t(), dropped(x[block], t.dtype, places))
         if need_x:
-            dx[block] += drop(t[block] @ a, places)
-    return da, dx
+            dx[block] = drop(t[block] @ a, places)
+    return da, dx if weight is None or dx is None else dx.addmm_(dy, weight)

@@ -47,13 +47,10 @@ def initial_magnitude(weight_NK: torch.Tensor, lora_A: torch.Tensor, lora_B: tor
     """‖W + s·B A‖ of each row, in the weight's dtype and HF peft's own order of operations, bit for bit."""
     if not lora_B.any():
         return torch.linalg.norm(weight_NK, dim=1)
-    norms = [
-        torch.linalg.norm(weight_NK[rows] + scaling * (lora_B[rows] @ lora_A).to(weight_NK.dtype), dim=1)
-        for rows in _blocks(weight_NK)
-    ]
-    return torch.cat(norms)
+    # Not in blocks of rows: a product of fewer rows may be summed in another order.
+    return torch.linalg.norm(weight_NK + scaling * (lora_B @ lora_A).to(weight_NK.dtype), dim=1)
 
 
 def factor(weight_NK, lora_A, lora_B, scaling: float, magnitude: torch.Tensor) -> torch.Tensor:
-    """m/‖W + s·B A‖ (N,), differentiable in m alone."""
-    return magnitude / row_norms(weight_NK, lora_A, lora_B, scaling).to(magnitude.dtype)
+    """m/‖W + s·B A‖ (N,) in fp32 at least, differentiable in m alone."""
+    return magnitude / row_norms(weight_NK, lora_A, lora_B, scaling)

@@ -291,11 +291,14 @@ class LoraLinear(LoraLayer):
         return plain and type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
     def adapted_forward(self, names: list[str], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        fused = self.plain_base() and not args and not kwargs
-        result = None if fused else self.base_forward(input, *args, **kwargs)
-        for name in names:
-            result = self._add(name, input, result)
-        return result
+        if len(names) == 1:
+            fused = self.plain_base() and not args and not kwargs
+            return self._add(names[0], input, None if fused else self.base_forward(input, *args, **kwargs))
+        result = self.base_forward(input, *args, **kwargs)
+        dtype = result.dtype
+        for name in names:  # the sum is rounded once, as in HF peft
+            result = self._add(name, input, result.to(torch.promote_types(dtype, self.factors(name)[0].dtype)))
+        return result.to(dtype)
 
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
         """`result` (None: the base's, not yet computed) plus one adapter's share."""
@@ -319,23 +322,22 @@ class LoraLinear(LoraLayer):
 
     def _add_dora(self, name: str, x: torch.Tensor, result: torch.Tensor | None, p: float, backend) -> torch.Tensor:
         """y = m/‖V‖ ⊙ (W + s·B A) x + bias. Under dropout the base's share is that of the dropped x, as in HF peft:
-        y = (x - drop(x)) Wᵀ + m/‖V‖ ⊙ (W + s·B A) drop(x) + bias."""
+        y = x Wᵀ + bias + (m/‖V‖ - 1) ⊙ W drop(x) + m/‖V‖ ⊙ s·B A drop(x)."""
         settings: Settings = self._fastpeft.adapters[name]
         a, b = self.factors(name)
         weight = self.matrix()
         factor = dora.factor(weight, a, b, settings.scaling, self.magnitude(name))
-        extra = factor * settings.scaling * self._bias_of(name) if settings.bias else 0
         dropped = F.dropout(x, p) if p else x
-        if result is None and not p:
-            updated = apply_lora(x, weight, None, None, a, b, settings.scaling, 0.0, backend)
-            rest = 0 if self.bias is None else self.bias
-        elif not p:
-            rest = 0 if self.bias is None else self.bias
-            updated = apply_lora(x, None, None, result - rest, a, b, settings.scaling, 0.0, backend)
+        bias = 0 if self.bias is None else self.bias
+        base = F.linear(dropped, weight) if p or result is None else result - bias
+        dtype = base.dtype if result is None else result.dtype
+        # The sum is in the factor's dtype, as HF peft's: on a half-precision base rounding W x + s·B A x before it is
+        # multiplied made the error 1.2 to 1.4 times as large.
+        if p:
+            start = (self.base_forward(x) if result is None else result) + (factor - 1) * base
         else:
-            updated = apply_lora(dropped, weight, None, None, a, b, settings.scaling, 0.0, backend)
-            rest = F.linear(x - dropped, weight, self.bias) if result is None else result - F.linear(dropped, weight)
-        return (updated * factor + rest + extra).to(updated.dtype)
+            start = factor * base + bias
+        return apply_lora(dropped, None, None, start, a, b * factor[:, None], settings.scaling, 0.0, backend).to(dtype)
 
 
 class LoraConv1D(LoraLinear):

@@ -14,7 +14,7 @@ from fastpeft.tuners.layer import AdapterLayer, attach
 from fastpeft.tuners.lora import LoraLayer, Settings, settings_of
 from fastpeft.tuners.lora_init import decomposes
 from fastpeft.tuners.lora_kinds import check_target, layer_class, settle_fan_in_fan_out
-from fastpeft.tuners.saved_modules import SavedModule
+from fastpeft.tuners.saved_modules import SavedModule, own_tensors
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,6 @@ class Plan:
         for name, module in self.saved:
             out.update({f"{name}.{key}": tuple(value.shape) for key, value in own_tensors(module).items()})
         return out
-
-
-def own_tensors(module: nn.Module) -> dict:
-    """The tensors of a module that is trained whole, without those that adapters have added to it."""
-    skip = tuple(f"{name}." for name in SavedModule.containers)
-    return {key: value for key, value in module.state_dict().items() if not key.startswith(skip)}
 
 
 def plan(model: nn.Module, config: LoraConfig) -> Plan:
@@ -76,7 +70,7 @@ def _check_saved(name: str, module: nn.Module, whole: tuple[str, ...], others: l
     """Refuse a module that cannot be trained whole. Raises TargetError."""
     for path, inner in module.named_modules(prefix=name):
         if isinstance(inner, LoraLayer):
-            raise TargetError(f"{path} already carries a LoRA; it cannot also be in modules_to_save, by {name}")
+            raise TargetError(f"modules_to_save has {name}, but {path} already carries a LoRA; choose one of the two")
         if isinstance(inner, SavedModule) and inner is not module:
             raise TargetError(f"modules_to_save has {name}, but another adapter trains {path} in it whole")
     if name.startswith(whole):

@@ -15,6 +15,12 @@ HOOKS = (
 )
 
 
+def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a module that is trained whole, without those that adapters have added to it."""
+    skip = tuple(f"{name}." for name in SavedModule.containers)
+    return {key: value for key, value in module.state_dict(keep_vars=True).items() if not key.startswith(skip)}
+
+
 class SavedModule(AdapterLayer):
     """A module with one trained copy for each adapter; with none of them active it is what it was."""
 

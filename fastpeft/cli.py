@@ -1,0 +1,60 @@
+"""The command line: `fastpeft demo`, `check`, `info`, `bench`.
+
+Exit status: 0; 1 if what was checked does not hold; 2 for wrong usage and every refusal, said in one line.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import fastpeft
+from fastpeft import check, demo, info
+from fastpeft.errors import FastpeftError
+
+COMMANDS = {
+    "demo": (demo, "fine-tune a small language model on this machine and see what it costs, beside HF peft"),
+    "check": (check, "measure results and gradients against eager torch, HF peft and float64, on this machine"),
+    "info": (info, "versions, devices, and which backend serves them and why"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(prog="fastpeft", description=fastpeft.__doc__.partition("\n\n")[0])
+    out.add_argument("--version", action="version", version=f"fastpeft {fastpeft.__version__}")
+    commands = out.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=module.__doc__.partition(": ")[2])
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    bench = commands.add_parser("bench", help="time an op against its peers: `fastpeft bench lora --help`")
+    bench.add_argument("op", choices=("lora",))
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
+    bench.set_defaults(run=run_bench)
+    return out
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    return importlib.import_module("fastpeft.benchmarks.bench_lora_linear").main(arguments.rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; argparse itself leaves with 0 or 2. Returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? and does not raise
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except FastpeftError as error:
+        print(f"fastpeft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastpeft: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`fastpeft info | head`); what is buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
