@@ -12,7 +12,7 @@ import torch
 
 @contextlib.contextmanager
 def overflow_checks():
-    """Every addition, subtraction and multiplication of 32-bit integers that overflows raises, as does device_assert."""
+    """A sum, difference or product of 32-bit integers that overflows raises, as does a device_assert."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     before = builder.options

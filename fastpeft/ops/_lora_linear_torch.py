@@ -117,6 +117,8 @@ def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool):
 
 def grad_a_and_x(dy, x, t, weight, a, seed, p, need_a: bool, need_x: bool):
     """(dA = Tᵀ drop(x) [R, K] or None, dX = dY W + mask⊙(T A) [M, K] or None); without `weight`, only the last term."""
+    if not (need_a or need_x):
+        return None, None
     if seed is not None:
         return _masked_grads(dy, x, t, weight, a, Dropout(seed, p, dy.device), need_a, need_x)
     da = transposed_product(t, x) if need_a else None

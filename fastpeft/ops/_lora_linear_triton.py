@@ -50,17 +50,21 @@ def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool):
     t = kernels.shrink(dy, b.t(), scale, b.dtype) if need_t else None
     if not (need_b or need_bias):
         return None, t, None
-    db, _, dbias = kernels.grad_columns(s if need_b else None, dy, b.dtype, with_sum=need_bias, transposed=True)
+    db, _, dbias = kernels.grad_columns(
+        s if need_b else None, dy, s.dtype if need_b else dy.dtype, with_sum=need_bias, transposed=True
+    )
     return db, t, dbias
 
 
 def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, need_a: bool, need_x: bool):
     """(dA [R, K], dX [M, K]), each None where not wanted. The pass over x that makes dA also seeds dX."""
+    if not (need_a or need_x):
+        return None, None
     dropout = _dropout(seed, p)
     prewrite = need_x and need_a and (weight is None or plan.backward == "prewrite")
     da = seeded = None
     if need_a:
-        da, seeded, _ = kernels.grad_columns(t, x, a.dtype, tail_of=a if prewrite else None, dropout=dropout)
+        da, seeded, _ = kernels.grad_columns(t, x, t.dtype, tail_of=a if prewrite else None, dropout=dropout)
     if not need_x:
         return da, None
     if weight is not None and plan.backward == "fused":

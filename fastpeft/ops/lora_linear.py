@@ -152,20 +152,24 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):
-    for name, tensor, shape in (
-        ("weight", weight, ("N", x.shape[-1] if x.ndim else "K")),
-        ("lora_A", lora_A, ("r", x.shape[-1] if x.ndim else "K")),
-        ("lora_B", lora_B, (len(weight), len(lora_A))),
-        *((("bias", bias, (len(weight),)),) if bias is not None else ()),
-    ):
+    if x.ndim == 0:
+        raise ValueError("lora_linear: x of shape () is a scalar; its last dimension must be the inputs")
+    columns = x.shape[-1]
+    given = [("weight", weight, ("N", columns)), ("lora_A", lora_A, ("r", columns)), ("lora_B", lora_B, ("N", "r"))]
+    if bias is not None:
+        given.append(("bias", bias, ("N",)))
+    sizes: dict[str, int] = {}
+    for name, tensor, shape in given:
+        expected = [sizes.get(want, want) for want in shape]
         fits = tensor.ndim == len(shape) and all(
-            isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
+            isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)
         )
         if not fits:
             raise ValueError(
-                f"lora_linear: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(map(str, shape))}) "
+                f"lora_linear: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(map(str, expected))}) "
                 f"for x of shape {tuple(x.shape)}"
             )
+        sizes.update({want: have for want, have in zip(shape, tensor.shape, strict=True) if isinstance(want, str)})
         if tensor.device != x.device:
             raise ValueError(f"lora_linear: {name} is on {tensor.device}, x on {x.device}; move one of them")
         if not tensor.is_floating_point():

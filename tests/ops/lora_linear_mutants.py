@@ -1,0 +1,165 @@
+"""Mistakes to plant in the kernels of `lora_linear`: (function, what goes wrong, text, text with the mistake).
+
+A function is a kernel or its launcher; the text must occur in it exactly once. No mistake leaves the tensors' storages.
+"""
+
+ROUND_TO_HALF = ".to(tl.float16).to(tl.float32)"
+
+SHRINK = [
+    ("_shrink_kernel", "last column of x", "inner < K - k", "inner < K - k - 1"),
+    ("_shrink_kernel", "one column too many", "inner < K - k", "inner <= K - k"),
+    ("_shrink_kernel", "last block of columns", "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
+    ("_shrink_kernel", "last rank", "& (ranks < R)[None, :], other", "& (ranks < R - 1)[None, :], other"),
+    ("_shrink_kernel", "scale off by 1 %", "acc * scale", "acc * (scale * 0.99)"),
+    ("_shrink_kernel", "no scale", "acc * scale", "acc"),
+    ("_shrink_kernel", "sign", "acc * scale", "acc * -scale"),
+    ("_shrink_kernel", "row stride of x", "rows[:, None] * stride_xm", "rows[:, None] * K"),
+    ("_shrink_kernel", "column stride of x", "inner[None, :] * stride_xk", "inner[None, :]"),
+    ("_shrink_kernel", "row stride of A", "ranks[None, :] * stride_ar", "ranks[None, :] * K"),
+    ("_shrink_kernel", "step of x", "p_x += BLOCK_K * stride_xk", "p_x += BLOCK_K"),
+    ("_shrink_kernel", "step of A", "p_a += BLOCK_K * stride_ak", "p_a += BLOCK_K"),
+    ("_shrink_kernel", "mask of other rows", "keep_mask(seed_ptr, row_start,", "keep_mask(seed_ptr, row_start + 1,"),
+    ("_shrink_kernel", "mask of other columns", "row_start, k, threshold", "row_start, k + 8, threshold"),
+    ("_shrink_kernel", "mask of the first columns", "row_start, k, threshold", "row_start, 0, threshold"),
+    ("_shrink_kernel", "no dropout", "if DROPOUT:", "if False:"),
+    ("_shrink_kernel", "fp16 sums", "MODE, HALF, UPCAST)\n", f"MODE, HALF, UPCAST){ROUND_TO_HALF}\n"),
+    ("shrink", "kept values not scaled", "scale * keep_scale", "scale"),
+    ("shrink", "last block of rows", "(triton.cdiv(rows, tiles.rows),)", "(rows // tiles.rows,)"),
+]
+
+TAIL = [
+    ("_tail_kernel", "last row", "rows < M", "rows < M - 1"),
+    ("_tail_kernel", "last column", "columns < N", "columns < N - 1"),
+    ("_tail_kernel", "last rank of S", "m_m[:, None] & (ranks < R)", "m_m[:, None] & (ranks < R - 1)"),
+    ("_tail_kernel", "last chunk of ranks", "range(0, R, BLOCK_R)", "range(0, min(R, BLOCK_R), BLOCK_R)"),
+    ("_tail_kernel", "last input", "inner < K - k", "inner < K - k - 1"),
+    ("_tail_kernel", "last block of inputs", "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
+    ("_tail_kernel", "kept values not scaled", "acc * keep_scale", "acc"),
+    ("_tail_kernel", "mask inverted", "tl.where(keep, acc * keep_scale, 0.0)", "tl.where(keep, 0.0, acc * keep_scale)"),
+    ("_tail_kernel", "mask of other rows", "row_start, column_start, th", "row_start + BLOCK_M, column_start, th"),
+    ("_tail_kernel", "mask of other columns", "column_start, threshold", "column_start + 8, threshold"),
+    ("_tail_kernel", "no bias", "if HAS_BIAS:", "if False:"),
+    ("_tail_kernel", "one bias for all", "bias_ptr + columns,", "bias_ptr + columns * 0,"),
+    ("_tail_kernel", "no residual", "if HAS_RESIDUAL:", "if False:"),
+    ("_tail_kernel", "first row of the residual", "rows[:, None] * stride_rm", "rows[:, None] * 0"),
+    ("_tail_kernel", "group of tiles", "within % group_rows", "within % GROUP"),
+    ("_tail_kernel", "row stride of B", "columns[None, :] * stride_qn", "columns[None, :] * R"),
+    ("_tail_kernel", "column stride of W", "inner[:, None] * stride_wk", "inner[:, None]"),
+    ("_tail_kernel", "step of W", "p_w += BLOCK_K * stride_wk", "p_w += BLOCK_K"),
+    ("_tail_kernel", "sign", "dot(p, q, acc,", "dot(-p, q, acc,"),
+    ("_tail_kernel", "fp16 sums", "BASE_MODE, HALF, UPCAST)\n", f"BASE_MODE, HALF, UPCAST){ROUND_TO_HALF}\n"),
+]
+
+GRAD_B_AND_T = [
+    ("_grad_b_and_t_kernel", "last row", "rows < M", "rows < M - 1"),
+    ("_grad_b_and_t_kernel", "last output", "columns < N", "columns < N - 1"),
+    ("_grad_b_and_t_kernel", "last rank", "ranks < R", "ranks < R - 1"),
+    ("_grad_b_and_t_kernel", "T of one block of columns", "(column_block * M + rows)", "(column_block * 0 + rows)"),
+    ("_grad_b_and_t_kernel", "start of a run", "row_run * rows_per_program", "row_run * BLOCK_M"),
+    (
+        "_grad_b_and_t_kernel",
+        "last block of rows",
+        "(0, rows_per_program, BLOCK_M)",
+        "(0, rows_per_program - BLOCK_M, BLOCK_M)",
+    ),
+    ("_grad_b_and_t_kernel", "sum forgotten", "dot(tl.trans(dy), s, acc,", "dot(tl.trans(dy), s, acc * 0,"),
+    ("_grad_b_and_t_kernel", "sign of T", "dot(dy, b,", "dot(-dy, b,"),
+    ("_grad_b_and_t_kernel", "bias' sum forgotten", "total += ", "total = "),
+    ("_grad_b_and_t_kernel", "row stride of dY", "rows[:, None] * stride_dm", "rows[:, None] * N"),
+    ("_grad_b_and_t_kernel", "column stride of dY", "columns[None, :] * stride_dn", "columns[None, :]"),
+    ("_grad_b_and_t_kernel", "row stride of B", "columns[:, None] * stride_bn", "columns[:, None] * R"),
+    ("_grad_b_and_t_kernel", "column stride of B", "ranks[None, :] * stride_br", "ranks[None, :]"),
+    ("_grad_b_and_t_kernel", "dB of one run", "(row_run * N + columns)[", "(row_run * 0 + columns)["),
+    ("_grad_b_and_t_kernel", "bias of one run", "dbias_ptr + row_run * N + columns", "dbias_ptr + columns"),
+    ("_grad_b_and_t_kernel", "fp16 sums", "s, acc, MODE, HALF, UPCAST)", f"s, acc, MODE, HALF, UPCAST){ROUND_TO_HALF}"),
+    ("grad_b_and_t", "no scale", "s.dtype, scale)", "s.dtype)"),
+    ("grad_b_and_t", "scale off by 1 %", "s.dtype, scale)", "s.dtype, scale * 0.99)"),
+]
+
+GRAD_COLUMNS = [
+    ("_grad_columns_kernel", "last row", "rows < M", "rows < M - 1"),
+    ("_grad_columns_kernel", "last input", "columns < K", "columns < K - 1"),
+    ("_grad_columns_kernel", "last rank", "ranks < R", "ranks < R - 1"),
+    ("_grad_columns_kernel", "start of a run", "row_run * rows_per_program", "row_run * BLOCK_M"),
+    (
+        "_grad_columns_kernel",
+        "last block of rows",
+        "(0, rows_per_program, BLOCK_M)",
+        "(0, rows_per_program - BLOCK_M, BLOCK_M)",
+    ),
+    ("_grad_columns_kernel", "sum forgotten", "dot(tl.trans(x), t, acc,", "dot(tl.trans(x), t, acc * 0,"),
+    ("_grad_columns_kernel", "sign of dA", "dot(tl.trans(x), t,", "dot(-tl.trans(x), t,"),
+    ("_grad_columns_kernel", "mask of the first rows", "first + offset, column_start", "first, column_start"),
+    ("_grad_columns_kernel", "mask of other columns", "column_start, threshold", "column_start + 8, threshold"),
+    ("_grad_columns_kernel", "tail's kept values not scaled", "tail * keep_scale", "tail"),
+    ("_grad_columns_kernel", "tail not masked", "tl.where(keep, tail * keep_scale, 0.0)", "tail * keep_scale"),
+    ("_grad_columns_kernel", "x not masked", "tl.where(keep, x, 0.0)", "tl.where(keep, x, x)"),
+    ("_grad_columns_kernel", "row stride of x", "rows[:, None] * stride_xm", "rows[:, None] * K"),
+    ("_grad_columns_kernel", "column stride of x", "columns[None, :] * stride_xk", "columns[None, :]"),
+    ("_grad_columns_kernel", "row stride of A", "ranks[:, None] * stride_ar", "ranks[:, None] * K"),
+    ("_grad_columns_kernel", "dA of one run", "row_run * R * K", "row_run * 0"),
+    ("_grad_columns_kernel", "bias' sum forgotten", "total += ", "total = "),
+    ("_grad_columns_kernel", "fp16 sums", "t, acc, MODE, HALF, UPCAST)", f"t, acc, MODE, HALF, UPCAST){ROUND_TO_HALF}"),
+    ("grad_columns", "kept values not scaled", "sum_partials(parts, dtype, keep_scale)", "sum_partials(parts, dtype)"),
+    ("grad_columns", "dB not transposed", "(1, rank) if transposed", "(columns, 1) if transposed"),
+]
+
+SUM_PARTIALS = [
+    ("_sum_partials_kernel", "last part", "range(parts)", "range(parts - 1)"),
+    ("_sum_partials_kernel", "one part each", "acc += ", "acc = "),
+    ("_sum_partials_kernel", "first part only", "p_part += size", "p_part += 0"),
+    ("_sum_partials_kernel", "parts overlap", "p_part += size", "p_part += size - 1"),
+    (
+        "_sum_partials_kernel",
+        "starts at one",
+        "acc = tl.zeros([BLOCK], dtype=tl.float32)",
+        "acc = tl.full([BLOCK], 1.0, tl.float32)",
+    ),
+    ("_sum_partials_kernel", "no scale", "acc * scale", "acc"),
+    ("_sum_partials_kernel", "scale off by 1 %", "acc * scale", "acc * (scale * 0.99)"),
+    ("_sum_partials_kernel", "sign", "acc * scale", "acc * -scale"),
+    (
+        "_sum_partials_kernel",
+        "last place not read",
+        "tl.load(p_part, mask=places < size",
+        "tl.load(p_part, mask=places < size - 1",
+    ),
+    (
+        "_sum_partials_kernel",
+        "last place not written",
+        "acc * scale, mask=places < size",
+        "acc * scale, mask=places < size - 1",
+    ),
+    ("_sum_partials_kernel", "every second block", "tl.program_id(0).to(tl.int64)", "(tl.program_id(0) // 2 * 2)"),
+    ("_sum_partials_kernel", "fp16 sums", "p_part += size", f"acc = acc{ROUND_TO_HALF}\n        p_part += size"),
+    ("sum_partials", "last block", "triton.cdiv(out.numel(), block)", "max(1, out.numel() // block)"),
+    ("sum_partials", "one part too few", "scale, len(parts),", "scale, max(1, len(parts) - 1),"),
+]
+
+SHARED = [
+    ("keep_mask", "stale seed", "tl.load(seed_ptr)", "tl.load(seed_ptr) * 0"),
+    ("keep_mask", "half of the seed", "tl.load(seed_ptr)", "tl.load(seed_ptr) & 0xFFFFFFFF"),
+    (
+        "keep_mask",
+        "halves of a word swapped",
+        "tl.join(words & 0xFFFF, words >> 16)",
+        "tl.join(words >> 16, words & 0xFFFF)",
+    ),
+    ("keep_mask", "order of the words", "tl.join(word_0, word_2)", "tl.join(word_2, word_0)"),
+    ("keep_mask", "columns repeat", "column_start // 8 + ", "column_start // 64 + "),
+    ("keep_mask", "rows shifted", "row_start.to(tl.int64) + ", "row_start.to(tl.int64) + 1 + "),
+    ("keep_mask", "keeps what it should drop", ">= threshold", "< threshold"),
+    ("keep_mask", "one round of Philox", "PHILOX_ROUNDS,", "1,"),
+    ("dot", "low half of B in bf16", "(b - b_high.to(tl.float32))", "(b - b)"),
+    ("dot", "high halves in bf16", "acc = _product(a_high, b_high, acc, UPCAST)", "acc = acc"),
+    ("rank_block", "ranks beyond 16", "max(16, triton.next_power_of_2(rank))", "16"),
+    (
+        "Dropout",
+        "scaled by another rate",
+        "(DROPOUT_LEVELS - self.threshold)",
+        "(DROPOUT_LEVELS - self.threshold // 2)",
+    ),
+]
+
+KERNELS = {"shrink": SHRINK, "tail": TAIL, "grad_b_and_t": GRAD_B_AND_T, "grad_columns": GRAD_COLUMNS}
+KERNELS |= {"sum_partials": SUM_PARTIALS, "shared": SHARED}

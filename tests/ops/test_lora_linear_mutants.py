@@ -1,0 +1,108 @@
+"""The test of the tests: mistakes planted in the kernels of `lora_linear`, each of which the criterion must find."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpeft import oracle
+from fastpeft.kernels import _common, lora_linear
+from fastpeft.ops import _lora_linear_triton
+from tests.ops.lora_linear_cases import draws, on
+from tests.ops.lora_linear_mutants import KERNELS
+from tests.ops.test_lora_linear import with_layout
+from tests.ops.test_lora_linear_dropout import independent_mask
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
+
+COMMON, KERNEL = Path(_common.__file__), Path(lora_linear.__file__)
+MUTANTS = [mutant for mutants in KERNELS.values() for mutant in mutants]
+
+# Twice the criterion, so that one draw will do: what this finds the criterion finds.
+BOUNDS = oracle.Bounds(rms=2.2, peak=4.0, row=8.0, gain=0.002)
+SPLIT = oracle.Bounds(rms=256, peak=256, row=512, gain=0.01)  # see the test of bf16 in test_lora_linear.py
+
+
+def problems():
+    """(strategy, bounds, problem): together they use every feature of every kernel, on tensors with gaps. 45 outputs
+    are two blocks of columns, so that 37 rows make two runs of row blocks in one kernel and 69 rows in the other."""
+    for strategy, dtypes, rows, rank in (
+        ("fused", "fp32", 37, 5), ("prewrite", "fp32", 37, 5), ("prewrite", "fp16-fp32", 37, 5),
+        ("fused", "fp32", 69, 70), ("prewrite", "bf16-fp32", 37, 5),
+    ):  # fmt: skip
+        (problem,) = draws(1, (rows, 69), 45, rank, dtypes=dtypes, dropout=0.3)
+        for name in ("x", "weight", "lora_A", "lora_B", "dy"):
+            problem = with_layout(problem, name, "gappy")
+        yield strategy, SPLIT if dtypes == "bf16-fp32" else BOUNDS, problem
+
+
+def first_fault() -> str | None:
+    """What the criterion says of the kernels as they are, at the first problem that it has something to say of."""
+    for strategy, bounds, problem in problems():
+        with on("triton", strategy):
+            for difference in oracle.lora_linear_differences([problem]):
+                if faults := difference.faults(bounds):
+                    return faults[0]
+    return None
+
+
+def mutated(path: Path, function: str, old: str, new: str) -> str | None:
+    """The file's source with the mistake in that function (or class), None if it has no such function."""
+    source = path.read_text()
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) == function:
+            body = "".join(lines[node.lineno - 1 : node.end_lineno])
+            assert body.count(old) == 1, f"{function}: {old!r} occurs {body.count(old)} times, not once"
+            return "".join([*lines[: node.lineno - 1], body.replace(old, new), *lines[node.end_lineno :]])
+    return None
+
+
+def load(source: str, path: Path, monkeypatch):
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def own_masks(monkeypatch):
+    """The oracle's masks come from the test's own Philox, not from the kernels under test."""
+
+    def mask(seed, p, rows, columns, device, backend):
+        return independent_mask(int(seed), p, rows, columns)
+
+    monkeypatch.setattr(oracle, "dropout_mask", mask)
+
+
+@pytest.mark.usefixtures("own_masks")
+def test_the_kernels_as_they_are_pass():
+    assert first_fault() is None
+
+
+@pytest.mark.usefixtures("own_masks")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
+def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
+    function, _, old, new = mutant
+    kernels, common = mutated(KERNEL, function, old, new), mutated(COMMON, function, old, new)
+    assert (kernels is None) != (common is None), f"{function} is in neither file of kernels, or in both"
+    if common is not None:
+        module = load(common, tmp_path / "fastpeft_mutant_common.py", monkeypatch)
+        monkeypatch.setattr(_lora_linear_triton, "Dropout", module.Dropout)
+        imported = "from fastpeft.kernels._common import"
+        kernels = KERNEL.read_text()
+        assert kernels.count(imported) == 1
+        kernels = kernels.replace(imported, "from fastpeft_mutant_common import")
+    module = load(kernels, tmp_path / "fastpeft_mutant_kernels.py", monkeypatch)
+    monkeypatch.setattr(_lora_linear_triton, "kernels", module)
+    assert first_fault() is not None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_there_are_a_dozen_mistakes_for_every_kernel(kernel):
+    changes = {mutant[0:1] + mutant[2:] for mutant in KERNELS[kernel]}
+    assert len(changes) == len(KERNELS[kernel]) >= 12

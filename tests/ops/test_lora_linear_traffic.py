@@ -1,0 +1,151 @@
+"""The kernels of `lora_linear` move the bytes that `lora_linear_traffic` derives, and not one more.
+
+Counted in the interpreter by tests/traffic.py; the shapes are those of a transformer's projections, scaled down.
+"""
+
+import pytest
+import torch
+
+from fastpeft.dispatch import Plan, backend, override_plan
+from fastpeft.kernels import lora_linear as kernels
+from fastpeft.kernels._common import Dropout
+from fastpeft.ops import lora_linear
+from fastpeft.ops._lora_linear_triton import ONE_READ_RANK
+from tests.ops import lora_linear_traffic as expected
+from tests.ops.lora_linear_traffic import Sizes
+from tests.traffic import count_traffic
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
+
+TILES = kernels.SMALL
+ROWS = 53
+PROJECTIONS = {"q/o": (100, 100), "k/v": (132, 33), "up": (40, 140), "down": (140, 40)}  # K, N
+shapes = pytest.mark.parametrize(("inputs", "outputs"), PROJECTIONS.values(), ids=PROJECTIONS)
+ranks = pytest.mark.parametrize("rank", [8, 24])
+DROPOUT = Dropout(torch.tensor([7]), 0.3)
+processors = pytest.mark.parametrize("processors", [4, 13])
+
+DATA, ADAPTER = torch.float16, torch.float32
+SIZES = Sizes(data=2, adapter=4)
+
+
+def data(*shape):
+    return torch.randn(*shape).to(DATA)
+
+
+def adapter(*shape):
+    return torch.randn(*shape).to(ADAPTER)
+
+
+@shapes
+@ranks
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["", "dropout"])
+def test_shrink_reads_x_once(inputs, outputs, rank, dropout):
+    with count_traffic() as traffic:
+        kernels.shrink(data(ROWS, inputs), adapter(rank, inputs), 0.5, ADAPTER, dropout, TILES)
+    assert traffic.of("_shrink_kernel") == expected.shrink(ROWS, inputs, rank, TILES, 2, 4, 4, dropout is not None)
+    assert traffic.atomics == 0
+
+
+@shapes
+@pytest.mark.parametrize(
+    ("kind", "rank", "dropout"),
+    [("base", 24, None), ("base", 70, None), ("base", 8, DROPOUT), ("bias", 8, None), ("residual", 24, None),
+     ("alone", 8, DROPOUT), ("alone", 70, DROPOUT)],
+)  # fmt: skip
+def test_tail_reads_the_low_rank_factors_once_per_tile(inputs, outputs, kind, rank, dropout):
+    options = {
+        "base": {"base": (data(ROWS, inputs), data(outputs, inputs)), "bias": data(outputs)},
+        "bias": {"bias": data(outputs)},
+        "residual": {"residual": data(ROWS, outputs)},
+        "alone": {},
+    }[kind]
+    with count_traffic() as traffic:
+        kernels.tail(adapter(ROWS, rank), adapter(outputs, rank), DATA, dropout=dropout, tiles=TILES, **options)
+    assert traffic.of("_tail_kernel") == expected.tail(
+        ROWS, outputs, rank, TILES, SIZES, depth=inputs if kind == "base" else 0, bias=kind in ("base", "bias"),
+        residual=kind == "residual", dropout=dropout is not None,
+    )  # fmt: skip
+    assert traffic.atomics == 0
+
+
+@shapes
+@ranks
+@processors
+@pytest.mark.parametrize("bias", [False, True])
+def test_grad_b_and_t_reads_dy_once(inputs, outputs, rank, processors, bias, monkeypatch):
+    monkeypatch.setattr(kernels, "processor_count", lambda tensor: processors)
+    with count_traffic() as traffic:
+        kernels.grad_b_and_t(data(ROWS, outputs), adapter(ROWS, rank), adapter(outputs, rank), 0.5, bias, TILES)
+    loads, stores = expected.grad_b_and_t(ROWS, outputs, rank, TILES, SIZES, processors, bias)
+    assert traffic.of("_grad_b_and_t_kernel") == (loads, stores)
+    assert traffic.kernels() == ["_grad_b_and_t_kernel"] + ["_sum_partials_kernel"] * (3 if bias else 2)
+    # Every partial sum is read back once, and no other byte.
+    assert sum(traffic.of("_sum_partials_kernel")[0].values()) == sum(stores.values())
+    assert sum(stores.values()) * 2 == sum(
+        expected.partial_sums_of_grad_b_and_t(ROWS, outputs, rank, TILES, processors)
+    ) + 2 * stores.get("dbias_ptr", 0)
+    assert traffic.atomics == 0
+
+
+@shapes
+@processors
+@pytest.mark.parametrize(
+    ("kind", "rank", "dropout"),
+    [("product", 8, None), ("product", 24, DROPOUT), ("tail", 8, DROPOUT), ("tail", 24, None), ("sum", 8, None)],
+)
+def test_grad_columns_reads_x_once_and_writes_the_tail_once(
+    inputs, outputs, kind, rank, dropout, processors, monkeypatch
+):
+    monkeypatch.setattr(kernels, "processor_count", lambda tensor: processors)
+    options = {"product": {}, "tail": {"tail_of": adapter(rank, inputs)}, "sum": {"with_sum": True}}[kind]
+    with count_traffic() as traffic:
+        kernels.grad_columns(adapter(ROWS, rank), data(ROWS, inputs), ADAPTER, dropout=dropout, tiles=TILES, **options)
+    loads, stores = expected.grad_columns(
+        ROWS, inputs, rank, TILES, SIZES, processors, kind == "tail", kind == "sum", dropout is not None
+    )
+    assert traffic.of("_grad_columns_kernel") == (loads, stores)
+    partials = stores["out_ptr"] + stores.get("sum_ptr", 0)
+    assert sum(traffic.of("_sum_partials_kernel")[0].values()) == partials
+    assert traffic.atomics == 0
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_sum_partials(parts):
+    with count_traffic() as traffic:
+        kernels.sum_partials(torch.randn(parts, 31, 17), DATA)
+    assert traffic.of("_sum_partials_kernel") == expected.sum_partials(parts, 31 * 17, 2)
+
+
+@shapes
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_training_step_passes_over_x_twice_and_over_dy_once(inputs, outputs, dropout):
+    """Beyond the vendor's two products: x for S, x for dA (which also seeds dX), dY for dB, T and dbias together."""
+    x, weight, bias = data(ROWS, inputs), data(outputs, inputs), data(outputs)
+    a, b, dy = adapter(8, inputs), adapter(outputs, 8), data(ROWS, outputs)
+    for leaf in (x, bias, a, b):
+        leaf.requires_grad_()
+    with backend("triton"), override_plan(Plan("prewrite", "prewrite", "test")), count_traffic() as traffic:
+        y = lora_linear(x, weight, bias, a, b, 0.5, dropout=dropout, training=True)
+        assert traffic.loaded(x) == x.nbytes
+        torch.autograd.grad(y, (x, bias, a, b), dy)
+    assert traffic.loaded(x) == 2 * x.nbytes
+    assert traffic.loaded(dy) == dy.nbytes
+    assert traffic.loaded(weight) == 0
+    assert traffic.kernels() == [
+        "_shrink_kernel", "_tail_kernel", "_grad_b_and_t_kernel", *["_sum_partials_kernel"] * 3,
+        "_grad_columns_kernel", "_sum_partials_kernel",
+    ]  # fmt: skip
+    assert traffic.atomics == 0
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)])
+@pytest.mark.parametrize("processors", [108, 132, 304])
+@pytest.mark.parametrize("rank", [8, 16, 32, ONE_READ_RANK])
+def test_the_partial_sums_of_the_shipped_tiles_are_bounded(inputs, outputs, processors, rank):
+    """One read of dY pays as long as T's partial sums cost no more than the second read that they save. Those of dB
+    arise in any case: a tile's worth per processor, however many rows there are."""
+    rows, tiles = 8192, kernels.GRAD_B_AND_T
+    t, db = expected.partial_sums_of_grad_b_and_t(rows, outputs, rank, tiles, processors)
+    assert t <= rows * outputs * 2
+    assert db <= 2 * 4 * processors * tiles.columns * rank

@@ -1,0 +1,144 @@
+"""The instruments of the kernel tests, each shown to notice what it is there to notice."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastpeft import oracle
+from tests import interpreter
+from tests.traffic import count_traffic
+
+pytestmark = pytest.mark.interpreter
+
+
+@triton.jit
+def _copy(x_ptr, out_ptr, size, beyond, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x_ptr + places, mask=places < size, other=0.0)
+    tl.store(out_ptr + places, values, mask=places < size + beyond)
+
+
+@triton.jit
+def _count(out_ptr, BLOCK: tl.constexpr):
+    tl.atomic_add(out_ptr + tl.arange(0, BLOCK), 1.0)
+
+
+@triton.jit
+def _last_program(out_ptr):
+    tl.store(out_ptr, tl.program_id(0))
+
+
+@triton.jit
+def _square(out_ptr, number):
+    tl.store(out_ptr, number * number)
+
+
+def test_traffic_counts_the_active_lanes_by_argument():
+    x, out = torch.arange(20.0, dtype=torch.float16), torch.empty(20)
+    with count_traffic() as traffic:
+        _copy[(2,)](x, out, 20, 0, BLOCK=16)
+    assert torch.equal(out, x.float())
+    assert traffic.of("_copy") == ({"x_ptr": 40}, {"out_ptr": 80})
+    assert traffic.loaded(x[3:]) == 40
+    assert traffic.atomics == 0
+
+
+def test_traffic_refuses_addresses_outside_the_arguments():
+    storage = torch.zeros(64)
+    with count_traffic(), pytest.raises(Exception, match="3 addresses outside every argument"):
+        _copy[(2,)](torch.zeros(20), storage[20:40], 20, 3, BLOCK=16)
+    _copy[(2,)](torch.zeros(20), storage[20:40], 20, 3, BLOCK=16)  # the hooks are gone again
+
+
+def test_traffic_counts_atomics():
+    out = torch.zeros(8)
+    with count_traffic() as traffic:
+        _count[(2,)](out, BLOCK=8)
+    assert traffic.atomics == 2 and out.tolist() == [2.0] * 8
+
+
+def test_guard_zones_notice_a_write_beside_the_output():
+    guarded = interpreter.GuardedTorch()
+    out = guarded.empty(2, 10, dtype=torch.float32, device="cpu")
+    assert out.isnan().all()
+    _copy[(2,)](torch.zeros(20), out, 20, 0, BLOCK=16)
+    assert guarded.trespassed() == 0
+    _copy[(2,)](torch.zeros(20), out, 20, 3, BLOCK=16)
+    assert guarded.trespassed() == 3
+
+
+def test_overflow_checks():
+    out = torch.zeros(1, dtype=torch.int32)
+    _square[(1,)](out, 50_000)
+    with interpreter.overflow_checks(), pytest.raises(Exception, match="int32 overflow"):
+        _square[(1,)](out, 50_000)
+
+
+def test_programs_run_backwards():
+    out = torch.zeros(1, dtype=torch.int32)
+    _last_program[(3,)](out)
+    assert out.item() == 2
+    with interpreter.backwards():
+        _last_program[(3,)](out)
+    assert out.item() == 0
+
+
+def test_uninitialised_memory_is_nan(poison):
+    assert torch.empty(3, 3).isnan().all()
+
+
+def _draws(change=lambda y: y, dtype=torch.bfloat16):
+    """Truth, its eager form with two roundings, and a result with one, changed."""
+    generator = torch.Generator().manual_seed(0)
+    truth = [torch.randn(64, 64, dtype=torch.float64, generator=generator) for _ in range(2)]
+    eager = [(t.to(dtype) + 1).sub_(1) for t in truth]
+    got = [change(t.clone()).to(dtype) for t in truth]
+    return got, eager, truth
+
+
+def _last_row_off(y):
+    y[-1] *= 0.5
+    return y
+
+
+def _one_element_off(y):
+    y[5, 5] += 0.05
+    return y
+
+
+def _one_nan(y):
+    y[5, 5] = float("nan")
+    return y
+
+
+def test_the_criterion_passes_a_correctly_rounded_result():
+    assert oracle.compare("y", *_draws()).faults() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [(lambda y: y * 0.99, "gain"), (_last_row_off, "row"), (_one_element_off, "peak"), (_one_nan, "NaN")],
+)
+def test_the_criterion_finds(change, word):
+    faults = oracle.compare("y", *_draws(change)).faults()
+    assert any(word in fault for fault in faults), faults
+
+
+def test_the_criterion_finds_a_second_rounding():
+    got, eager, truth = _draws()
+    assert any("rms" in fault for fault in oracle.compare("y", eager, got, truth).faults())
+
+
+def test_the_criterion_asks_an_exact_result_of_nothing_but_rounding():
+    zero, half = torch.zeros(3, 3), torch.full((3, 3), 0.1)
+    assert oracle.compare("y", [zero], [zero], [zero.double()]).faults() == []
+    assert oracle.compare("y", [half], [half], [half.double()]).faults() == []
+    assert oracle.compare("y", [zero + 1e-30], [zero], [zero.double()]).faults() != []
+
+
+def test_the_criterion_refuses_shapes_and_dtypes_that_differ():
+    with pytest.raises(ValueError, match="shapes"):
+        oracle.compare("y", [torch.zeros(3)], [torch.zeros(3)], [torch.zeros(4, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="float16 against eager's torch.float32"):
+        oracle.compare("y", [torch.zeros(3).half()], [torch.zeros(3)], [torch.zeros(3, dtype=torch.float64)])
