@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastpeft import files
@@ -33,6 +34,7 @@ from fastpeft.state import (
     fill,
     only_adapter,
 )
+from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.saved_modules import SavedModule
 
 
@@ -54,8 +56,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, adapter_name: str |
     files.write_adapter(target, adapter_state_dict(model, name), written, side)
 
 
-# Arguments of `save_pretrained` that ask for something else than is done here: name -> (neutral values, advice).
-_NOT_HERE = {
+# Arguments of peft's methods that ask for something else than is done here: name -> (neutral values, advice).
+_ADVICE = {
     "push_to_hub": ((False, None), "upload the written directory"),
     "safe_serialization": ((True, None), "adapters are written as safetensors only"),
     "save_embedding_layers": (("auto", None), "the base weights of targeted embeddings are always written"),
@@ -63,11 +65,16 @@ _NOT_HERE = {
 }
 
 
-def save_all(model: nn.Module, directory, selected_adapters=None, **others) -> None:
+def check_arguments(method: str, **given) -> None:
+    """Raises PatchError if an argument of one of peft's methods asks for what is not done here."""
+    for name, value in given.items():
+        neutral, advice = _ADVICE.get(name, ((False, None), "leave it out"))
+        if not any(value is each or value == each for each in neutral):
+            raise PatchError(f"{method}: {name}={value!r} cannot be honoured; {advice}")
+
+
+def save_all(model: nn.Module, directory, selected_adapters=None) -> None:
     """`save_pretrained` of a patched model: all adapters, or the selected ones."""
-    for name, (neutral, advice) in _NOT_HERE.items():
-        if others.get(name) not in neutral:
-            raise PatchError(f"save_pretrained: {name}={others[name]!r} cannot be honoured; {advice}")
     state = state_of(model)
     for name in selected_adapters or state.configs:
         save_adapter(model, directory, adapter_name=name)
@@ -152,7 +159,7 @@ def _check_header(model: nn.Module, plan, header, where: str) -> None:
     check_tensors(expected, optional, {key: i.shape for key, i in header.items() if not key.startswith(again)}, where)
 
 
-def add_adapter(model: nn.Module, adapter_name: str, config: Any) -> None:
+def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_adapter_dtype: bool = True) -> None:
     """Add a new, initialised adapter to a patched model; it waits for `set_adapter`."""
     state = state_of(model)
     files.adapter_directory("", adapter_name)
@@ -161,15 +168,15 @@ def add_adapter(model: nn.Module, adapter_name: str, config: Any) -> None:
     config = as_config(config)
     plan = tuner_of(config.peft_type).plan(model, config)
     with adding(model, state, adapter_name):
-        add_planned(model, state, plan, adapter_name, init=True)
+        add_planned(model, state, plan, adapter_name, init=True, autocast=autocast_adapter_dtype)
 
 
-def set_adapter(model: nn.Module, name_or_names: str | list[str]) -> None:
+def set_adapter(model: nn.Module, name_or_names: str | list[str], *, trainable: bool = True) -> None:
     """Make one adapter, or several added up, the one that every call uses and that trains. A merged one is unmerged
     first, with a warning. Raises PatchError for a name that is not an adapter's, or is given twice."""
     state = state_of(model)
     names = (name_or_names,) if isinstance(name_or_names, str) else tuple(name_or_names)
-    activate(model, state, names)
+    activate(model, state, names, trainable)
     if state.merged and state.merged != names:
         warnings.warn(f"{', '.join(state.merged)} was merged and is unmerged, to use {names}", stacklevel=2)
         unmerge(model)
@@ -219,13 +226,15 @@ def disable_adapter(model: nn.Module):
             yield model
     finally:
         if merged:
-            merge(model)
+            merge(model, merged)
 
 
-def merge(model: nn.Module) -> None:
-    """Add the active adapters to the base weights; what was there is kept for `unmerge`. Merging twice changes
-    nothing. Raises PatchError, with the weights untouched, if the result would not be finite."""
+def merge(model: nn.Module, adapter_names=None) -> None:
+    """Add the active adapters (or `adapter_names`) to the base weights; what was there is kept for `unmerge`. Merging
+    twice changes nothing. Raises PatchError, with the weights untouched, if the result would not be finite."""
     state = state_of(model)
+    names = state.active if adapter_names is None else tuple(adapter_names)
+    check_names(state, names, "merge")
     if state.merged:
         warnings.warn("already merged; unmerge first to merge another choice", stacklevel=2)
         return
@@ -236,7 +245,7 @@ def merge(model: nn.Module) -> None:
                 continue
             tied = owners[id(layer._parameters.get("weight"))] > 1
             try:
-                ready = layer.prepare_merge(state.active)
+                ready = layer.prepare_merge(names)
             except PatchError as error:
                 raise PatchError(f"merge: {path}: {error}") from None
             if ready is not None:
@@ -244,7 +253,7 @@ def merge(model: nn.Module) -> None:
     except BaseException:
         unmerge(model)
         raise
-    state.merged = state.active
+    state.merged = names
 
 
 def unmerge(model: nn.Module) -> None:
@@ -255,14 +264,24 @@ def unmerge(model: nn.Module) -> None:
     state.merged = ()
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """The plain model with the active adapters in its weights, and with the trained copies in place of the modules
-    that they were made of. The parameters stay frozen, as in peft. Returns the same object."""
+def merge_and_unload(model: nn.Module, adapter_names=None) -> nn.Module:
+    """The plain model with the active adapters (or `adapter_names`) in its weights, and with the trained copies in
+    place of the modules that they were made of. The parameters stay frozen, as in peft. Returns the same object."""
     state = state_of(model)
-    if not state.merged:
-        merge(model)
+    wanted = state.merged or state.active if adapter_names is None else tuple(adapter_names)
+    check_names(state, wanted, "merge_and_unload")
+    if state.merged != wanted:
+        unmerge(model)
+        merge(model, wanted)
+    untied = [path for path, layer in layers(model) if any(map(_is_own, layer._fastpeft.unmerged.values()))]
+    if untied:
+        warnings.warn(
+            f"{', '.join(untied)} shared its weight with another module (tied embeddings) and has one of its own now; "
+            "tie_weights() would give both the same again",
+            stacklevel=2,
+        )
     for _, layer in list(layers(model)):
-        names = [name for name in state.active if name in layer._fastpeft.adapters]
+        names = [name for name in wanted if name in layer._fastpeft.adapters]
         if isinstance(layer, SavedModule) and names:
             clone = layer.unloaded(names[-1])
             for parent in list(model.modules()):
@@ -271,6 +290,21 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
                         parent._modules[leaf] = clone
     restore(model, state, keep_weights=True)
     return model
+
+
+def _is_own(kept: torch.Tensor) -> bool:
+    """Whether a layer's merged weight is a parameter of its own, so that the shared one was kept itself."""
+    return isinstance(kept, nn.Parameter)
+
+
+def check_resize(model: nn.Module, new_num_tokens: int | None) -> None:
+    """Raises PatchError if the vocabulary is to change under an adapter that was made for its size."""
+    for embedding in embeddings(model):
+        if isinstance(embedding, AdapterLayer) and new_num_tokens not in (None, len(embedding.weight)):
+            raise PatchError(
+                f"resize_token_embeddings: an adapter is made for {len(embedding.weight)} tokens, not "
+                f"{new_num_tokens}; fastpeft.unpatch(model), resize, and patch again"
+            )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

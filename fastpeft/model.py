@@ -24,35 +24,51 @@ class PatchedModel:
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
-    def save_pretrained(self, save_directory, *, selected_adapters=None, is_main_process=True, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory, safe_serialization=True, selected_adapters=None, save_embedding_layers="auto",
+        is_main_process=True, path_initial_model_for_weight_conversion=None, **kwargs,
+    ) -> None:  # fmt: skip
         """Write the adapters, and only them, in HF peft's layout; nothing where `is_main_process` is False. Other
         arguments of transformers' method of this name (a state dict, shard sizes, …) have nothing to act on; what peft
         would do and fastpeft does not is refused."""
         from fastpeft import adapters
 
+        adapters.check_arguments(
+            "save_pretrained", safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers,
+            path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
+            push_to_hub=kwargs.get("push_to_hub", False),
+        )  # fmt: skip
         if is_main_process:
-            adapters.save_all(self, save_directory, selected_adapters, **kwargs)
+            adapters.save_all(self, save_directory, selected_adapters)
 
-    def load_adapter(self, model_id, adapter_name="default", is_trainable=False, *, autocast_adapter_dtype=True):
-        """Add an adapter from a directory; it becomes active only by `set_adapter`."""
+    def load_adapter(
+        self, model_id, adapter_name="default", is_trainable=False, torch_device=None, autocast_adapter_dtype=True,
+        ephemeral_gpu_offload=False, low_cpu_mem_usage=False, key_mapping=None, **kwargs,
+    ):  # fmt: skip
+        """Add an adapter from a directory; it becomes active only by `set_adapter`. It is put where the base is, and
+        never initialised first, whatever `torch_device` and `low_cpu_mem_usage` say; other requests are refused."""
         from fastpeft import adapters
 
+        adapters.check_arguments(
+            "load_adapter", ephemeral_gpu_offload=ephemeral_gpu_offload, key_mapping=key_mapping, **kwargs
+        )
         return adapters.load_adapter(
             self, model_id, adapter_name=adapter_name, trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )  # fmt: skip
 
-    def add_adapter(self, adapter_name, peft_config) -> None:
+    def add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=False, autocast_adapter_dtype=True) -> None:
         """Add a new adapter; it becomes active only by `set_adapter`."""
         from fastpeft import adapters
 
-        adapters.add_adapter(self, adapter_name, peft_config)
+        adapters.add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
 
-    def set_adapter(self, adapter_name) -> None:
-        """Make one adapter (or a list, added up) the active one, and train it unless it was loaded for inference."""
+    def set_adapter(self, adapter_name, inference_mode=False) -> None:
+        """Make one adapter (or a list, added up) the active one, and train it unless it was loaded for inference or
+        `inference_mode` is True."""
         from fastpeft import adapters
 
-        adapters.set_adapter(self, adapter_name)
+        adapters.set_adapter(self, adapter_name, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name) -> None:
         """Remove an adapter; if it was the active one, another takes its place."""
@@ -66,11 +82,11 @@ class PatchedModel:
 
         return adapters.disable_adapter(self)
 
-    def merge_adapter(self) -> None:
-        """Add the active adapters to the base weights, until `unmerge_adapter`."""
+    def merge_adapter(self, adapter_names=None, safe_merge=True) -> None:
+        """Add the active (or these) adapters to the base weights, until `unmerge_adapter`; always safely."""
         from fastpeft import adapters
 
-        adapters.merge(self)
+        adapters.merge(self, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""
@@ -78,11 +94,18 @@ class PatchedModel:
 
         adapters.unmerge(self)
 
-    def merge_and_unload(self):
-        """The plain model, with the active adapters in its weights."""
+    def merge_and_unload(self, progressbar=False, safe_merge=True, adapter_names=None):
+        """The plain model, with the active (or these) adapters in its weights; always safely, without a bar."""
         from fastpeft import adapters
 
-        return adapters.merge_and_unload(self)
+        return adapters.merge_and_unload(self, adapter_names)
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """transformers' own method. Raises PatchError if an adapter is made for the present size."""
+        from fastpeft import adapters
+
+        adapters.check_resize(self, new_num_tokens)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def unload(self):
         """The plain model, without the adapters."""

@@ -33,6 +33,7 @@ class PatchState:
     training: dict[str, bool]
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    trainable: bool = True  # whether the active adapters may be trained
     merged: tuple[str, ...] = ()
     trained_biases: dict[str, torch.Tensor] = field(default_factory=dict)  # base parameters trained in place, as before
     input_hooks: list = field(default_factory=list)  # what makes the input embeddings' outputs want a gradient
@@ -60,7 +61,7 @@ def check_model(model: Any) -> None:
             f"patch: this {type(model).__name__} belongs to peft already; pass its base model, "
             "`model.get_base_model()` before any adapter was injected, and the configuration"
         )
-    if "_fastpeft" in model.__dict__:
+    if isinstance(model.__dict__.get("_fastpeft"), PatchState):
         names = ", ".join(map(repr, state_of(model).configs)) or "no adapter"
         raise PatchError(
             f"patch: this model is already patched and has {names}; add another one with "
@@ -74,14 +75,15 @@ def check_model(model: Any) -> None:
         )
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         raise PatchError("patch: the model has lazy modules without shapes; run a batch through it first")
+    kind = f"this {type(model).__name__}"
     for name, module in model.named_modules():
         owner = type(module).__module__.split(".")[0]
         if owner in ("peft", "unsloth", "axolotl", "lorafusion"):
             raise PatchError(
                 f"patch: {name} is a {owner} layer; a model patched by another library is not patched again"
             )
-        if isinstance(module, AdapterLayer):
-            raise PatchError(f"patch: {name} is patched as part of another model; unpatch that one first")
+        if "_fastpeft" in module.__dict__:
+            raise PatchError(f"patch: {name or kind} is patched as part of another model; unpatch that one first")
 
 
 def patch(
@@ -268,11 +270,11 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
     """The active adapters' parameters train, unless loaded for inference; all others are frozen."""
     for _, layer in layers(model):
         for name in layer._fastpeft.adapters:
-            wanted = name in state.active and not state.configs[name].inference_mode
+            wanted = state.trainable and name in state.active and not state.configs[name].inference_mode
             for parameter in layer.parameters_of(name).values():
                 if isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(wanted)
-    train_biases = any(
+    train_biases = state.trainable and any(
         state.configs[name].bias != "none" and not state.configs[name].inference_mode
         for name in state.active
         if name in state.configs
@@ -283,10 +285,10 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
                 parameter.requires_grad_(train_biases)
 
 
-def activate(model: nn.Module, state: PatchState, names: tuple[str, ...]) -> None:
+def activate(model: nn.Module, state: PatchState, names: tuple[str, ...], trainable: bool = True) -> None:
     """Make these the adapters that every call uses from now on."""
     check_names(state, names, "set_adapter")
-    state.active = tuple(names)
+    state.active, state.trainable = tuple(names), trainable
     _set_trainable(model, state)
 
 

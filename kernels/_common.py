@@ -60,10 +60,10 @@ def rank_block(rank: int) -> int:
 def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
     """How `dot` multiplies the data (x, dY) with the adapter's matrices so that neither is rounded.
 
-    half: both are the same 16-bit type. split: bf16 data, fp32 adapter, which is taken apart into a high and a low
-    bf16 half (16 significant bits, error 2**-17). tf32x3: fp16 data, fp32 adapter; fp16 halves would underflow where
-    gradients are small, while tf32 holds fp16 exactly and three products recover fp32. For fp32 data the product
-    follows torch's own setting.
+    half: both are the same 16-bit type. split: bf16 data, fp32 adapter, which is taken apart into three bf16 parts (all
+    of its 24 bits), or into two where both factors are fp32 and the result will be bf16 (16 bits). tf32x3: fp16 data, fp32 adapter; fp16 halves would underflow where
+    gradients are small, while tf32 holds fp16 exactly, so that only the adapter is taken apart: two products, or three
+    where both factors are fp32, recover it (error 2**-21). For fp32 data the product follows torch's own setting.
     """
     if data_dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
@@ -85,8 +85,21 @@ def split_evenly(total: int, block: int, parts: int) -> tuple[int, int]:
 def _product(a, b, acc, UPCAST: tl.constexpr):
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="tf32")
     else:
         return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _high(x, MODE: tl.constexpr, HALF: tl.constexpr):
+    """x as far as a tensor core multiplies it exactly: rounded to 16 bits, or cut to the 10 mantissa bits of tf32."""
+    if MODE == "split":
+        return x.to(HALF)
+    elif x.dtype == tl.float32:
+        return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -94,13 +107,21 @@ def dot(a, b, acc, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr)
     """acc + a @ b, accumulated in fp32. MODE as in `dot_mode`; HALF is the 16-bit type of the data."""
     if MODE == "half":
         acc = _product(a, b, acc, UPCAST)
-    elif MODE == "split":
-        a_high = a.to(HALF)
-        b_high = b.to(HALF)
+    elif MODE == "split" or MODE == "tf32x3":
+        a_high = _high(a, MODE, HALF)
+        b_high = _high(b, MODE, HALF)
         if a.dtype == tl.float32:
-            acc = _product((a - a_high.to(tl.float32)).to(HALF), b_high, acc, UPCAST)
+            a_rest = a - a_high.to(tl.float32)
+            a_middle = a_rest.to(a_high.dtype)
+            if b.dtype != tl.float32 and MODE == "split":
+                acc = _product((a_rest - a_middle.to(tl.float32)).to(a_high.dtype), b_high, acc, UPCAST)
+            acc = _product(a_middle, b_high, acc, UPCAST)
         if b.dtype == tl.float32:
-            acc = _product(a_high, (b - b_high.to(tl.float32)).to(HALF), acc, UPCAST)
+            b_rest = b - b_high.to(tl.float32)
+            b_middle = b_rest.to(b_high.dtype)
+            if a.dtype != tl.float32 and MODE == "split":
+                acc = _product(a_high, (b_rest - b_middle.to(tl.float32)).to(b_high.dtype), acc, UPCAST)
+            acc = _product(a_high, b_middle, acc, UPCAST)
         acc = _product(a_high, b_high, acc, UPCAST)
     else:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=MODE)

@@ -1,6 +1,6 @@
 """Kernels of `lora_linear`: y = x Wᵀ + bias + S Bᵀ with S = s·drop(x) Aᵀ, and all its gradients.
 
-    _shrink         S = s·drop(x) Aᵀ             one read of x        (also T = s·dY B beyond rank 64)
+    _shrink         S = s·drop(x) Aᵀ             one read of x        (also T = s·dY B where dY is read twice)
     _tail           x Wᵀ + bias + S Bᵀ           the base product with the rank-r term inside
                     dY W + mask⊙(T A)            the same kernel, other strides
                     residual + S Bᵀ              the same kernel without the base product
@@ -11,9 +11,13 @@
 The scale s is folded into S and T in fp32, before either is rounded. Shapes: x [M, K], W [N, K], A [R, K], B [N, R],
 dY [M, N]; S and T [M, R]. Every offset is computed in 64 bits. The decomposition at the rank-r tensors follows
 LoRAFusion (arXiv 2510.00206, section 4), without its atomics and its stored masks.
+
+What is streamed (x, dY) is the left factor of a product or, as [rows, columns], the right one, never a transposed left
+one: mma operands of both kinds share one layout in shared memory, so that asynchronous copies can run ahead of both.
+S and T are loaded as [ranks, rows] for the same reason.
 """
 
-from dataclasses import dataclass
+import math
 
 import torch
 import triton
@@ -30,55 +34,49 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
+from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, family_of, tiles_for
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Rows and columns of a program's tile, the depth of its inner step, and how it is pipelined."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# Predicted from the register and shared-memory reports of the compiler; no GPU has measured these yet.
-SHRINK = Tiles(rows=64, columns=0, depth=128, warps=4, stages=3)
-TAIL = Tiles(rows=128, columns=128, depth=64, warps=8, stages=3)
-EXPAND = Tiles(rows=64, columns=128, depth=64, warps=4, stages=1)
-GRAD_B_AND_T = Tiles(rows=32, columns=256, depth=0, warps=8, stages=2)
-GRAD_COLUMNS = Tiles(rows=64, columns=128, depth=0, warps=4, stages=2)
-SMALL = Tiles(rows=16, columns=32, depth=32, warps=4, stages=1)  # the interpreter's, so that every loop turns
+@triton.jit
+def _known_multiple(R, RANK_UNIT: tl.constexpr):
+    """R, of which the compiler then knows that RANK_UNIT divides it: at rank 8 rows are read whole, not by element."""
+    return R // RANK_UNIT * RANK_UNIT
 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptr, out_ptr, seed_ptr, scale, threshold, M, K, R,
+    x_ptr, a_ptr, out_ptr, seed_ptr, scale, threshold, M, K, R, depth_per_program,
     stride_xm, stride_xk, stride_ar, stride_ak,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+    DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program reads BLOCK_M rows of x, once, and keeps their R products in registers."""
+    """One program reads depth_per_program columns of BLOCK_M rows of x, once, and keeps their R products in registers.
+
+    out [depth runs, M, R]: with more than one run, partial sums for `_sum_partials`.
+    """
+    R = _known_multiple(R, RANK_UNIT)
+    stride_xk, stride_ak = tl.cast(stride_xk, tl.int64), tl.cast(stride_ak, tl.int64)
     row_start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    depth_run = tl.program_id(1).to(tl.int64)
+    first = depth_run * depth_per_program
     rows = row_start + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
-    inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    inner = first + tl.arange(0, BLOCK_K)
     p_x = x_ptr + rows[:, None] * stride_xm + inner[None, :] * stride_xk
     p_a = a_ptr + ranks[None, :] * stride_ar + inner[:, None] * stride_ak
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(0, depth_per_program, BLOCK_K):
         m_k = inner < K - k
         x = tl.load(p_x, mask=(rows < M)[:, None] & m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         a = tl.load(p_a, mask=m_k[:, None] & (ranks < R)[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         if DROPOUT:
-            x = tl.where(keep_mask(seed_ptr, row_start, k, threshold, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
+            x = tl.where(keep_mask(seed_ptr, row_start, first + k, threshold, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
         acc = dot(x, a, acc, MODE, HALF, UPCAST)
         p_x += BLOCK_K * stride_xk
         p_a += BLOCK_K * stride_ak
-    p_out = out_ptr + rows[:, None] * R + ranks[None, :]
+    p_out = out_ptr + (depth_run * M + rows)[:, None] * R + ranks[None, :]
     tl.store(p_out, acc * scale, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
 
@@ -88,12 +86,14 @@ def _tail_kernel(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_qn, stride_qr, stride_rm, stride_rn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    DROPOUT: tl.constexpr, MODE: tl.constexpr, BASE_MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+    DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, BASE_MODE: tl.constexpr, HALF: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program computes a [BLOCK_M, BLOCK_N] tile of x wᵀ + bias + residual + mask⊙(p qᵀ), rounded once.
 
     Tiles are walked in groups of GROUP rows of tiles, so that neighbours find x and w in L2.
     """
+    R = _known_multiple(R, RANK_UNIT)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (GROUP * tiles_n)
     group_rows = min(tiles_m - group * GROUP, GROUP)
@@ -104,7 +104,7 @@ def _tail_kernel(
     columns = column_start + tl.arange(0, BLOCK_N)
     m_m, m_n = rows < M, columns < N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for r in range(0, R, BLOCK_R):
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = r + tl.arange(0, BLOCK_R).to(tl.int64)
         p = tl.load(p_ptr + rows[:, None] * R + ranks[None, :], mask=m_m[:, None] & (ranks < R)[None, :], other=0.0)
         p_q = q_ptr + columns[None, :] * stride_qn + ranks[:, None] * stride_qr
@@ -114,6 +114,7 @@ def _tail_kernel(
         keep = keep_mask(seed_ptr, row_start, column_start, threshold, BLOCK_M, BLOCK_N)
         acc = tl.where(keep, acc * keep_scale, 0.0)
     if HAS_BASE:
+        stride_xk, stride_wk = tl.cast(stride_xk, tl.int64), tl.cast(stride_wk, tl.int64)
         inner = tl.arange(0, BLOCK_K).to(tl.int64)
         p_x = x_ptr + rows[:, None] * stride_xm + inner[None, :] * stride_xk
         p_w = w_ptr + columns[None, :] * stride_wn + inner[:, None] * stride_wk
@@ -138,36 +139,37 @@ def _grad_b_and_t_kernel(
     dy_ptr, s_ptr, b_ptr, t_ptr, db_ptr, dbias_ptr, M, N, R, rows_per_program,
     stride_dm, stride_dn, stride_bn, stride_br,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WITH_BIAS: tl.constexpr,
-    MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+    RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program reads a rectangle of dY, rows_per_program by BLOCK_N, once.
 
     It keeps dB of its columns in registers over all its rows, and writes its columns' share of T row block by row
     block: t [N / BLOCK_N, M, R] and db [row runs, N, R] are fp32 partial sums for `_sum_partials`.
     """
+    R = _known_multiple(R, RANK_UNIT)
     column_block, row_run = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     m_n, m_r = columns < N, ranks < R
     first = row_run * rows_per_program
-    p_b = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
-    b = tl.load(p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-    acc = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+    p_b = b_ptr + columns[None, :] * stride_bn + ranks[:, None] * stride_br
+    b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
+    acc = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     for offset in range(0, rows_per_program, BLOCK_M):
         rows = first + offset + tl.arange(0, BLOCK_M)
         m_m = rows < M
         p_dy = dy_ptr + rows[:, None] * stride_dm + columns[None, :] * stride_dn
         dy = tl.load(p_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
-        m_out = m_m[:, None] & m_r[None, :]
-        s = tl.load(s_ptr + rows[:, None] * R + ranks[None, :], mask=m_out, other=0.0)  # [BLOCK_M, BLOCK_R]
-        t = dot(dy, b, tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32), MODE, HALF, UPCAST)
-        tl.store(t_ptr + (column_block * M + rows)[:, None] * R + ranks[None, :], t, mask=m_out)
-        acc = dot(tl.trans(dy), s, acc, MODE, HALF, UPCAST)
+        m_out = m_r[:, None] & m_m[None, :]
+        s = tl.load(s_ptr + rows[None, :] * R + ranks[:, None], mask=m_out, other=0.0)  # [BLOCK_R, BLOCK_M]
+        t = dot(b, tl.trans(dy), tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32), MODE, HALF, UPCAST)
+        tl.store(t_ptr + (column_block * M + rows)[None, :] * R + ranks[:, None], t, mask=m_out)
+        acc = dot(s, dy, acc, MODE, HALF, UPCAST)
         if WITH_BIAS:
             total += tl.sum(dy.to(tl.float32), axis=0)
-    p_db = db_ptr + (row_run * N + columns)[:, None] * R + ranks[None, :]
-    tl.store(p_db, acc, mask=m_n[:, None] & m_r[None, :])
+    p_db = db_ptr + (row_run * N + columns)[None, :] * R + ranks[:, None]
+    tl.store(p_db, acc, mask=m_r[:, None] & m_n[None, :])
     if WITH_BIAS:
         tl.store(dbias_ptr + row_run * N + columns, total, mask=m_n)
 
@@ -178,20 +180,21 @@ def _grad_columns_kernel(
     stride_xm, stride_xk, stride_ar, stride_ak, stride_or, stride_ok,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     WITH_PRODUCT: tl.constexpr, WITH_TAIL: tl.constexpr, WITH_SUM: tl.constexpr,
-    DROPOUT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+    DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program reads BLOCK_K columns of x over rows_per_program rows, once, and keeps tᵀ drop(x) in registers.
 
     WITH_TAIL also writes mask⊙(t a)·keep_scale, for which t is in hand; WITH_SUM also sums x's columns. The partial
     sums out [row runs, R·K] and sum [row runs, K] are fp32, for `_sum_partials`.
     """
+    R = _known_multiple(R, RANK_UNIT)
     row_run = tl.program_id(1).to(tl.int64)
     column_start = tl.program_id(0).to(tl.int64) * BLOCK_K
     columns = column_start + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     m_k, m_r = columns < K, ranks < R
     first = row_run * rows_per_program
-    acc = tl.zeros([BLOCK_K, BLOCK_R], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     total = tl.zeros([BLOCK_K], dtype=tl.float32)
     if WITH_TAIL:
         p_a = a_ptr + ranks[:, None] * stride_ar + columns[None, :] * stride_ak
@@ -205,19 +208,19 @@ def _grad_columns_kernel(
             keep = keep_mask(seed_ptr, first + offset, column_start, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0).to(x.dtype)  # [BLOCK_M, BLOCK_K]
         if WITH_PRODUCT:
-            m_t = m_m[:, None] & m_r[None, :]
-            t = tl.load(t_ptr + rows[:, None] * R + ranks[None, :], mask=m_t, other=0.0)  # [BLOCK_M, BLOCK_R]
-            acc = dot(tl.trans(x), t, acc, MODE, HALF, UPCAST)
+            m_t = m_r[:, None] & m_m[None, :]
+            t = tl.load(t_ptr + rows[None, :] * R + ranks[:, None], mask=m_t, other=0.0)  # [BLOCK_R, BLOCK_M]
+            acc = dot(t, x, acc, MODE, HALF, UPCAST)
             if WITH_TAIL:
-                tail = dot(t, a, tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32), MODE, HALF, UPCAST)
+                tail = dot(tl.trans(t), a, tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32), MODE, HALF, UPCAST)
                 if DROPOUT:
                     tail = tl.where(keep, tail * keep_scale, 0.0)
                 tl.store(tail_ptr + rows[:, None] * K + columns[None, :], tail, mask=m_x)
         if WITH_SUM:
             total += tl.sum(x.to(tl.float32), axis=0)
     if WITH_PRODUCT:
-        p_out = out_ptr + row_run * R * K + columns[:, None] * stride_ok + ranks[None, :] * stride_or
-        tl.store(p_out, acc, mask=m_k[:, None] & m_r[None, :])
+        p_out = out_ptr + row_run * R * K + columns[None, :] * stride_ok + ranks[:, None] * stride_or
+        tl.store(p_out, acc, mask=m_r[:, None] & m_k[None, :])
     if WITH_SUM:
         tl.store(sum_ptr + row_run * K + columns, total, mask=m_k)
 
@@ -234,8 +237,17 @@ def _sum_partials_kernel(parts_ptr, out_ptr, scale, parts, size, BLOCK: tl.const
     tl.store(out_ptr + places, acc * scale, mask=places < size)
 
 
-def _modes(data: torch.Tensor, adapter_dtype: torch.dtype) -> dict:
-    return {"MODE": dot_mode(data.dtype, adapter_dtype), "HALF": TRITON_TYPES[data.dtype], "UPCAST": UPCAST}
+def _modes(rank: int, data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
+    return {
+        "RANK_UNIT": math.gcd(rank, 16),
+        "MODE": dot_mode(data_dtype, adapter_dtype),
+        "HALF": TRITON_TYPES[data_dtype],
+        "UPCAST": UPCAST,
+    }
+
+
+def _tiles(kernel: str, rank: int, modes: dict, dropout: Dropout | None, data: torch.Tensor) -> Tiles:
+    return tiles_for(kernel, rank, modes["MODE"], dropout is not None, family_of(data.device))
 
 
 def _mask_arguments(dropout: Dropout | None) -> tuple:
@@ -248,7 +260,9 @@ def sum_partials(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) ->
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     block = 256 if UPCAST else 1024
     with on_device_of(parts):
-        _sum_partials_kernel[(triton.cdiv(out.numel(), block),)](parts, out, scale, len(parts), out.numel(), block)
+        _sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
+            parts, out, scale, len(parts), out.numel(), block, enable_fp_fusion=True
+        )
     return out
 
 
@@ -257,16 +271,19 @@ def shrink(
 ) -> torch.Tensor:
     """scale·drop(x) aᵀ: x [M, K], a [R, K] (any strides) -> [M, R] in `dtype`."""
     (rows, depth), rank = x.shape, a.shape[0]
-    tiles = tiles or (SMALL if UPCAST else SHRINK)
-    out = torch.empty(rows, rank, dtype=dtype, device=x.device)
+    modes = _modes(rank, x.dtype, a.dtype)
+    tiles = tiles or _tiles("shrink", rank, modes, dropout, x)
+    row_blocks = triton.cdiv(rows, tiles.rows)
+    run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
+    out = torch.empty(runs, rows, rank, dtype=dtype if runs == 1 else torch.float32, device=x.device)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(x):
-        _shrink_kernel[(triton.cdiv(rows, tiles.rows),)](
-            x, a, out, seed, scale * keep_scale, threshold, rows, depth, rank, *x.stride(), *a.stride(),
+        _shrink_kernel[(row_blocks, runs)](
+            x, a, out, seed, scale * keep_scale, threshold, rows, depth, rank, run, *x.stride(), *a.stride(),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(rank), DROPOUT=dropout is not None,
-            **_modes(x, a.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+            **modes, **tiles.options,
         )  # fmt: skip
-    return out
+    return out[0] if runs == 1 else sum_partials(out, dtype)
 
 
 def tail(
@@ -280,11 +297,11 @@ def tail(
     dropout: Dropout | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """x wᵀ + bias + residual + mask⊙(p qᵀ) in `dtype`, rounded once: p [M, R], q [N, R], base = (x [M, K], w [N, K])."""
+    """x wᵀ + bias + residual + mask⊙(p qᵀ) in `dtype`, rounded once: p [M, R], q [N, R], base = x [M, K], w [N, K]."""
     (rows, rank), columns = p.shape, q.shape[0]
-    tiles = tiles or (SMALL if UPCAST else TAIL if base else EXPAND)
+    modes = _modes(rank, dtype, q.dtype)
+    tiles = tiles or _tiles("tail" if base else "expand", rank, modes, dropout, p)
     x, w = base or (None, None)
-    data = torch.empty(0, dtype=dtype)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     out = torch.empty(rows, columns, dtype=dtype, device=p.device)
     grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)
@@ -294,10 +311,9 @@ def tail(
             rows, columns, x.shape[1] if base else 0, rank,
             *(x.stride() if base else (0, 0)), *(w.stride() if base else (0, 0)), *q.stride(),
             *(residual.stride() if residual is not None else (0, 0)),
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, BLOCK_R=min(rank_block(rank), 64), GROUP=8,
-            HAS_BASE=base is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            DROPOUT=dropout is not None, BASE_MODE=dot_mode(dtype, dtype), **_modes(data, q.dtype),
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, BLOCK_R=min(rank_block(rank), tiles.ranks),
+            GROUP=8, HAS_BASE=base is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            DROPOUT=dropout is not None, BASE_MODE=dot_mode(dtype, dtype), **modes, **tiles.options,
         )  # fmt: skip
     return out
 
@@ -307,7 +323,8 @@ def grad_b_and_t(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dB = dyᵀ s [N, R] like b, T = scale·dy b [M, R] like s, Σ dy [N] in fp32 or None) from one read of dy [M, N]."""
     (rows, columns), rank = dy.shape, b.shape[1]
-    tiles = tiles or (SMALL if UPCAST else GRAD_B_AND_T)
+    modes = _modes(rank, dy.dtype, b.dtype)
+    tiles = tiles or _tiles("grad_b_and_t", rank, modes, None, dy)
     column_blocks = triton.cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dy) // column_blocks))
     partial = dict(dtype=torch.float32, device=dy.device)
@@ -318,7 +335,7 @@ def grad_b_and_t(
         _grad_b_and_t_kernel[(column_blocks, runs)](
             dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *dy.stride(), *b.stride(),
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=rank_block(rank), WITH_BIAS=with_bias,
-            **_modes(dy, b.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+            **modes, **tiles.options,
         )  # fmt: skip
     dbias = sum_partials(bias_parts, torch.float32) if with_bias else None
     return sum_partials(db_parts, b.dtype), sum_partials(t_parts, s.dtype, scale), dbias
@@ -340,22 +357,26 @@ def grad_columns(
     The first is [R, K], or [K, R] if `transposed`; each is None where it was not asked for.
     """
     (rows, columns), rank = x.shape, t.shape[1] if t is not None else 1
-    tiles = tiles or (SMALL if UPCAST else GRAD_COLUMNS)
+    modes = _modes(rank, x.dtype, t.dtype if t is not None else x.dtype)
+    fuse = tail_of is not None and rank <= FUSED_TAIL_RANK[modes["MODE"]]
+    fused, tail_out = (tail_of, torch.empty(rows, columns, dtype=x.dtype, device=x.device)) if fuse else (None, None)
+    tiles = tiles or _tiles("grad_columns", rank, modes, dropout, x)
     column_blocks = triton.cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
     partial = dict(dtype=torch.float32, device=x.device)
     shape = (columns, rank) if transposed else (rank, columns)
     parts = torch.empty(runs, *shape, **partial) if t is not None else None
     sums = torch.empty(runs, columns, **partial) if with_sum else None
-    tail_out = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if tail_of is not None else None
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(x):
         _grad_columns_kernel[(column_blocks, runs)](
-            t, x, tail_of, parts, tail_out, sums, seed, keep_scale, threshold, rows, columns, rank, run, *x.stride(),
-            *(tail_of.stride() if tail_of is not None else (0, 0)), *((1, rank) if transposed else (columns, 1)),
+            t, x, fused, parts, tail_out, sums, seed, keep_scale, threshold, rows, columns, rank, run, *x.stride(),
+            *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(rank), WITH_PRODUCT=t is not None,
-            WITH_TAIL=tail_of is not None, WITH_SUM=with_sum, DROPOUT=dropout is not None,
-            **_modes(x, t.dtype if t is not None else x.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+            WITH_TAIL=fuse, WITH_SUM=with_sum, DROPOUT=dropout is not None,
+            **modes, **tiles.options,
         )  # fmt: skip
+    if tail_of is not None and not fuse:
+        tail_out = tail(t, tail_of.t(), x.dtype, dropout=dropout)
     product = sum_partials(parts, dtype, keep_scale) if t is not None else None
     return product, tail_out, sum_partials(sums, torch.float32) if with_sum else None

@@ -1,9 +1,8 @@
-"""Tiny transformers models, built once per process and copied, and what Hugging Face peft's and our patched model of one
-base are compared by."""
+"""Tiny transformers models, built once per process and copied, and what patching may not leave changed in one."""
 
 import copy
 import functools
-import warnings
+import types
 
 import torch
 
@@ -45,6 +44,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "opt": ("opt", {**_ENCODER, "ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "dropout": 0.0}),
     "gpt_neox": ("gpt_neox", _ENCODER),
+    "phi": ("phi", _DECODER),
     "phi3": ("phi3", _DECODER),
     "mixtral": ("mixtral", {**_DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "t5": (
@@ -88,7 +88,9 @@ def _built(family: str, task: str) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(5)  # at the usual scale of initialisation the logits of all models are nearly equal
+                # At the usual scale of initialisation the logits of all inputs are nearly equal. T5's is large, as its
+                # attention is not scaled.
+                parameter.mul_(1 if family == "t5" else 5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)  # zero biases would hide a lost one
     torch.random.set_rng_state(state)
@@ -116,46 +118,6 @@ def batch(task: str = "CAUSAL_LM", rows: int = 2, length: int = 9) -> dict[str, 
         return {**inputs, "start_positions": torch.tensor([1] * rows), "end_positions": torch.tensor([4] * rows)}
     shape = (rows,) if task == "SEQ_CLS" else (rows, length)
     return {**inputs, "labels": torch.randint(0, 3, shape, generator=generator)}
-
-
-def base_name(name: str) -> str:
-    """The name that a parameter of a PeftModel has in the base model, which is its name in a model we patched."""
-    for part in (".base_layer", ".original_module"):
-        name = name.replace(part, "")
-    return name.removeprefix("base_model.model.").removeprefix("base_model.")
-
-
-def by_base_name(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a model of either kind under the names they have in ours."""
-    return {base_name(name): parameter for name, parameter in model.named_parameters()}
-
-
-def patched_pair(family: str, settings: dict, *, task: str = "CAUSAL_LM", dtype=torch.float32, **options):
-    """(peft's model, ours) from one seed and one configuration; both libraries' warnings are left out."""
-    import peft
-
-    import fastpeft
-
-    settings = {"r": 4, "lora_alpha": 8, "task_type": task, **settings}
-    models = []
-    for library, wrap in ((peft, peft.get_peft_model), (fastpeft, fastpeft.patch)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            base = tiny(family, task, dtype)
-            torch.manual_seed(11)
-            models.append(wrap(base, library.LoraConfig(**copy.deepcopy(settings)), **options))
-    return models
-
-
-@torch.no_grad()
-def randomise(*models: torch.nn.Module) -> None:
-    """Give everything trainable the same random offset in all models, so that no adapter is neutral."""
-    for model in models:
-        generator = torch.Generator().manual_seed(13)
-        for _, parameter in sorted(by_base_name(model).items()):
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator) * 0.1
-                parameter.add_(noise.to(parameter.dtype))
 
 
 def snapshot(model: torch.nn.Module) -> dict:
@@ -193,6 +155,8 @@ def _content(value):
         return [_content(item) for item in value]
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
+    if isinstance(value, types.MethodType):
+        return id(value.__func__), id(value.__self__)
     return id(value)
 
 

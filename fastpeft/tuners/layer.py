@@ -25,7 +25,6 @@ class LayerState:
     adapters: dict[str, Any] = field(default_factory=dict)  # name -> the tuner's settings for it
     kept: dict[str, torch.Tensor] = field(default_factory=dict)  # base tensors as they were before patching, on CPU
     unmerged: dict[str, nn.Parameter | torch.Tensor] = field(default_factory=dict)  # base tensors before the merge
-    merged: tuple[str, ...] = ()
 
 
 @functools.cache

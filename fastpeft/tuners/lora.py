@@ -165,7 +165,7 @@ class LoraLayer(AdapterLayer):
             raise PatchError("an adapter with lora_bias cannot be merged into a layer without a bias; use it unmerged")
         return self.bias.detach() + sum(extra).to(self.bias.dtype)
 
-    def prepare_merge(self, names) -> tuple[list[str], torch.Tensor, torch.Tensor | None] | None:
+    def prepare_merge(self, names) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """What `merge` will write, computed and checked beforehand; None if this layer has none of the adapters."""
         names = [name for name in names if name in self._fastpeft.adapters]
         if not names:
@@ -174,12 +174,12 @@ class LoraLayer(AdapterLayer):
             raise PatchError("its weight is computed from other parameters, so nothing can be merged into it")
         if self.weight.is_meta:
             raise PatchError("its weight is offloaded by accelerate; load the model without offloading to merge")
-        return names, self.merged_weight(names), self.merged_bias(names)
+        return self.merged_weight(names), self.merged_bias(names)
 
     def merge(self, prepared, untie: bool) -> None:
         """Put the prepared weight in place. With `untie` the layer gets a parameter of its own, because another
         module (a tied head) uses the same one."""
-        names, weight, bias = prepared
+        weight, bias = prepared
         state = self._fastpeft
         for key, value in (("weight", weight), ("bias", bias)):
             if value is None:
@@ -194,7 +194,6 @@ class LoraLayer(AdapterLayer):
                 state.unmerged[key] = parameter.detach().to("cpu", copy=True)
                 with torch.no_grad():
                     parameter.copy_(value)
-        state.merged = tuple(names)
 
     def unmatrix(self, matrix: torch.Tensor) -> torch.Tensor:
         """The inverse of `matrix`."""
@@ -210,11 +209,10 @@ class LoraLayer(AdapterLayer):
                 with torch.no_grad():
                     getattr(self, key).copy_(kept)
         state.unmerged.clear()
-        state.merged = ()
 
     def forward(self, *args, **kwargs):
         names = self.active_adapters()
-        if not names or self._fastpeft.merged:
+        if not names or self._fastpeft.model.merged:
             return self.base_forward(*args, **kwargs)
         if not self.factors(names[0])[0].is_meta:
             return self.adapted_forward(names, *args, **kwargs)

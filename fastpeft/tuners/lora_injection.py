@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fastpeft.configs import LoraConfig
@@ -44,6 +45,7 @@ def plan(model: nn.Module, config: LoraConfig) -> Plan:
         kind = layer_class(target.module)
         if isinstance(target.module, SavedModule) or target.name.startswith(whole):
             raise TargetError(f"{target.name} is already trained whole by another adapter; exclude it from the targets")
+        _check_called(target.name, model.get_submodule(target.name.rpartition(".")[0]))
         check_target(target.name, target.module, resolution.config, target.r, target.alpha)
         targets.append((target, kind, settings_of(resolution.config, target.r, target.alpha)))
     if decomposes(resolution.config.init_lora_weights):
@@ -54,6 +56,14 @@ def plan(model: nn.Module, config: LoraConfig) -> Plan:
         _check_saved(name, module, whole, saved)
         saved.append((name, module))
     return Plan(resolution.config, tuple(targets), tuple(saved))
+
+
+def _check_called(name: str, parent: nn.Module) -> None:
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"{name}: in eval mode torch.nn.TransformerEncoderLayer reads this weight in a fused kernel and never "
+            "calls the module, so an adapter would do nothing; call torch.backends.mha.set_fastpath_enabled(False)"
+        )
 
 
 def _check_untied(model: nn.Module, resolution) -> None:
@@ -71,6 +81,10 @@ def _check_saved(name: str, module: nn.Module, whole: tuple[str, ...], others: l
     for path, inner in module.named_modules(prefix=name):
         if isinstance(inner, LoraLayer):
             raise TargetError(f"modules_to_save has {name}, but {path} already carries a LoRA; choose one of the two")
+        if any(hasattr(hook, "compute_weight") for hook in inner._forward_pre_hooks.values()):
+            raise TargetError(
+                f"{path} has torch's old weight_norm, which cannot be copied; use torch.nn.utils.parametrizations"
+            )
         if isinstance(inner, SavedModule) and inner is not module:
             raise TargetError(f"modules_to_save has {name}, but another adapter trains {path} in it whole")
     if name.startswith(whole):

@@ -14,6 +14,7 @@ from fastpeft.tuners.layer import offloaded_to
 from fastpeft.tuners.lora import LoraConv1D, LoraLayer, LoraLinear, Settings, settings_of
 
 MAX_SCALING = 1e4
+MAX_RANK = 1 << 16  # far beyond the width of any layer
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -66,15 +67,16 @@ class LoraEmbedding(LoraLayer):
         for name in names:
             settings: Settings = self._fastpeft.adapters[name]
             a, b = self.factors(name)
+            factor = None
+            if settings.use_dora:  # with A as it is before max_norm shortens its columns in place
+                factor = dora.factor(self.matrix(), a, b, settings.scaling, self.magnitude(name))
             rows = F.embedding(
                 input, a.t(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
             update = (rows @ b.t()) * settings.scaling
             if embed_scale is not None:
                 update = update * torch.as_tensor(embed_scale).to(update)
-            result = result + update
-            if settings.use_dora:
-                result = result * dora.factor(self.matrix(), a, b, settings.scaling, self.magnitude(name))
+            result = result + update if factor is None else (result + update) * factor
         return result.to(dtype)
 
 
@@ -170,6 +172,8 @@ def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha
             f"{name} has a weight of dtype {weight.dtype}, which is not served; convert it to a floating type or "
             f"exclude the module with exclude_modules"
         )
+    if r > MAX_RANK:
+        raise ConfigError(f"r={r} for {name}, whose weight is {tuple(weight.shape)}; the most is {MAX_RANK}")
     if abs(settings_of(config, r, alpha).scaling) > MAX_SCALING:
         raise ConfigError(f"lora_alpha={alpha} with r={r} scales {name} by more than {MAX_SCALING:g}; lower lora_alpha")
     if isinstance(module, nn.Embedding) and config.lora_bias:

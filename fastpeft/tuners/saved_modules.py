@@ -35,9 +35,8 @@ class SavedModule(AdapterLayer):
         contents["_modules"] = {key: child for key, child in self._modules.items() if key not in self.containers}
         if self._fastpeft.original_forward is not None:
             contents["forward"] = self._fastpeft.original_forward
-        # The original is called first and its hooks run around the copy; only weight_norm's belong to the copy itself.
-        for hooks in HOOKS:
-            contents[hooks] = OrderedDict((k, h) for k, h in contents[hooks].items() if hasattr(h, "compute_weight"))
+        # The original is called first, and its hooks run around the copy.
+        contents.update({hooks: OrderedDict() for hooks in HOOKS})
         # What refers to the original, such as accelerate's forward, is to refer to the copy.
         clone.__dict__ = copy.deepcopy(contents, {id(self): clone})
         if getattr(clone.__dict__.get("_old_forward"), "__func__", None) is type(self).forward:
@@ -61,7 +60,8 @@ class SavedModule(AdapterLayer):
         return self.modules_to_save[name].state_dict(keep_vars=True)
 
     def forward(self, *args, **kwargs):
-        names = self.active_adapters()
+        merged = self._fastpeft.model.merged
+        names = [name for name in merged if name in self._fastpeft.adapters] if merged else self.active_adapters()
         if not names:
             return self.base_forward(*args, **kwargs)
         return self.modules_to_save[names[-1]](*args, **kwargs)

@@ -19,19 +19,20 @@ class Sizes:
     adapter: int
 
 
-def runs(rows: int, block: int, parts: int) -> int:
-    """How many runs of whole row blocks a reduction over the rows is cut into, for at most `parts` programs."""
-    blocks = ceil(rows / block)
+def runs(length: int, block: int, parts: int) -> int:
+    """How many runs of whole blocks a reduction over `length` is cut into, for at most `parts` programs."""
+    blocks = ceil(length / block)
     return ceil(blocks / ceil(blocks / max(1, parts)))
 
 
-def shrink(m, k, r, tiles, data, adapter, out, dropout=False):
-    """S = s·drop(x) Aᵀ: x exactly once, A once per block of rows."""
+def shrink(m, k, r, tiles, data, adapter, out, processors, dropout=False):
+    """S = s·drop(x) Aᵀ: x exactly once, A once per block of rows; few rows are read in runs of columns."""
     blocks = ceil(m / tiles.rows)
+    parts = runs(k, tiles.depth, processors // blocks)
     loads = {"x_ptr": m * k * data, "a_ptr": blocks * r * k * adapter}
     if dropout:
-        loads["seed_ptr"] = blocks * ceil(k / tiles.depth) * SEED
-    return loads, {"out_ptr": m * r * out}
+        loads["seed_ptr"] = blocks * parts * ceil(ceil(k / tiles.depth) / parts) * SEED
+    return loads, {"out_ptr": m * r * out if parts == 1 else parts * m * r * FP32}
 
 
 def tail(m, n, r, tiles, sizes: Sizes, depth=0, bias=False, residual=False, dropout=False):

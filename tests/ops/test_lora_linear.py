@@ -56,9 +56,9 @@ def test_kernels_in_bfloat16_to_within_the_interpreters_truncation(dtypes, strat
     with on("triton", strategy):
         differences = lora_linear_differences(draws(2, dtypes=dtypes, dropout=0.3))
     for difference in differences:
-        # fp32 gradients of fp32 adapters on bf16 data keep 16 bits by design, eager all 24: 2**8 times its error.
+        # Three bf16 parts hold an fp32 adapter's 24 bits, so its fp32 gradients are eager's; what is bf16 is truncated.
         split = dtypes == "bf16-fp32" and difference.name.startswith("dlora")
-        bounds = Bounds(rms=256, peak=256, row=512) if split else TRUNCATED
+        bounds = Bounds() if split else TRUNCATED
         assert not difference.faults(bounds), difference
 
 

@@ -27,10 +27,12 @@ SPLIT = oracle.Bounds(rms=256, peak=256, row=512, gain=0.01)  # see the test of 
 
 def problems():
     """(strategy, bounds, problem): together they use every feature of every kernel, on tensors with gaps. 45 outputs
-    are two blocks of columns, so that 37 rows make two runs of row blocks in one kernel and 69 rows in the other."""
+    are two blocks of columns, so that 37 rows make two runs of row blocks in one kernel and 69 rows in the other; 21
+    rows make two runs of columns."""
     for strategy, dtypes, rows, rank in (
         ("fused", "fp32", 37, 5), ("prewrite", "fp32", 37, 5), ("prewrite", "fp16-fp32", 37, 5),
         ("fused", "fp32", 69, 70), ("prewrite", "bf16-fp32", 37, 5),
+        ("fused", "fp32", 21, 5),
     ):  # fmt: skip
         (problem,) = draws(1, (rows, 69), 45, rank, dtypes=dtypes, dropout=0.3)
         for name in ("x", "weight", "lora_A", "lora_B", "dy"):

@@ -1,0 +1,163 @@
+"""Which tiles a kernel runs with, as data: per device family a list of rows, of which the first that fits is taken.
+
+Every row is predicted: chosen from what the compiler reports (registers, spills, shared memory, copies in flight; see
+`make aot`) and from the bytes that each tile makes a kernel move, and measured on no GPU yet.
+
+The rules behind the numbers. Shared memory: CUDA's rows fit the 99 KiB of the smallest card from sm_80 on, those of
+sm_90 and sm_100 its 227 KiB, HIP's 64 KiB. Operands that are read again by every program (A by `shrink`, T by
+`grad_columns`) come from L2 in proportion to rank / tile, so wide ranks want wide tiles. Copies in flight: 24 KiB a
+processor and more, which is an H100's bandwidth times its latency (25 bytes/ns, about 0.7 µs).
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and columns of a program's tile, the depth of its inner step, and the ranks it takes at once where it takes
+    them in turn."""
+
+    rows: int
+    columns: int = 0
+    depth: int = 0
+    ranks: int = 16
+    warps: int = 8
+    stages: int = 3
+
+    @property
+    def options(self) -> dict:
+        """For the launch. Fusion of a product and a sum is asked for, as Triton's own default changes with versions."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+class Row(NamedTuple):
+    """The tiles of a kernel up to a rank, in the modes of `_common.dot_mode`, with dropout or without (None: both)."""
+
+    kernel: str
+    modes: tuple[str, ...]
+    rank: int
+    tiles: Tiles
+    dropout: bool | None = None
+
+
+ANY = 1 << 30
+HALF, SPLIT, TF32X3, SINGLE = ("half",), ("split",), ("tf32x3",), ("tf32", "ieee")  # SINGLE: the data are fp32
+SIXTEEN = HALF + SPLIT + TF32X3
+ALL = SIXTEEN + SINGLE
+
+CUDA = (
+    Row("shrink", HALF, 32, Tiles(64, depth=128, warps=4)),
+    Row("shrink", HALF, 128, Tiles(128, depth=64)),
+    Row("shrink", HALF, ANY, Tiles(64, depth=64, stages=2)),
+    Row("shrink", SPLIT, 16, Tiles(64, depth=128, warps=4)),
+    Row("shrink", SPLIT, 32, Tiles(128, depth=64)),
+    Row("shrink", SPLIT, 64, Tiles(128, depth=32, stages=4)),
+    Row("shrink", SPLIT, 128, Tiles(64, depth=32, stages=4)),
+    Row("shrink", TF32X3, 32, Tiles(64, depth=64, warps=4)),
+    Row("shrink", TF32X3, 64, Tiles(128, depth=32)),
+    Row("shrink", SPLIT + TF32X3, ANY, Tiles(64, depth=32)),
+    Row("shrink", SINGLE, 64, Tiles(64, depth=32, warps=4)),
+    Row("shrink", SINGLE, ANY, Tiles(32, depth=32, warps=4)),
+    Row("tail", HALF, ANY, Tiles(128, 128, depth=64, ranks=32)),
+    Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 128, depth=64)),
+    Row("tail", SINGLE, ANY, Tiles(128, 128, depth=32)),
+    Row("expand", HALF, 64, Tiles(64, 128, ranks=32)),
+    Row("expand", HALF, ANY, Tiles(128, 128, ranks=32)),
+    Row("expand", SPLIT + TF32X3, 64, Tiles(64, 128)),
+    Row("expand", SPLIT + TF32X3, ANY, Tiles(128, 128)),
+    Row("expand", SINGLE, ANY, Tiles(64, 128)),
+    # Partial sums beside the bytes of dY, written and read: 4·rank·(1/columns + runs/M), where the runs of rows are
+    # processors/(N/columns). With 512 columns, M = 8192 and 132 processors: rank 8 12 % at N = 4096, 8 % at 14336; rank
+    # 16 25 % and 16 %. A second read of dY would be 100 %.
+    Row("grad_b_and_t", HALF, 16, Tiles(32, 512)),
+    Row("grad_b_and_t", HALF, 32, Tiles(16, 512)),
+    Row("grad_b_and_t", HALF, 64, Tiles(32, 256)),
+    Row("grad_b_and_t", HALF, ANY, Tiles(32, 128)),
+    Row("grad_b_and_t", SPLIT, 16, Tiles(16, 512)),
+    Row("grad_b_and_t", SPLIT, 32, Tiles(16, 256, stages=4)),
+    Row("grad_b_and_t", SPLIT, 64, Tiles(32, 128)),
+    Row("grad_b_and_t", TF32X3, 16, Tiles(16, 256)),
+    Row("grad_b_and_t", TF32X3, 64, Tiles(16, 128)),
+    Row("grad_b_and_t", SPLIT + TF32X3, ANY, Tiles(16, 64, stages=2)),
+    Row("grad_b_and_t", SINGLE, 64, Tiles(16, 128)),
+    Row("grad_b_and_t", SINGLE, ANY, Tiles(16, 32, stages=2)),
+    Row("grad_columns", HALF, 32, Tiles(32, 128, warps=4)),
+    Row("grad_columns", HALF, 64, Tiles(32, 128, stages=4)),
+    Row("grad_columns", HALF, 128, Tiles(64, 128)),
+    Row("grad_columns", HALF, ANY, Tiles(32, 128)),
+    Row("grad_columns", SPLIT, 16, Tiles(32, 128, warps=4)),
+    Row("grad_columns", SPLIT, 32, Tiles(32, 128, stages=4)),
+    Row("grad_columns", SPLIT, 128, Tiles(32, 128)),
+    Row("grad_columns", TF32X3, 16, Tiles(32, 128)),
+    Row("grad_columns", TF32X3, 32, Tiles(16, 128)),
+    Row("grad_columns", TF32X3, 64, Tiles(32, 128)),
+    Row("grad_columns", TF32X3, 128, Tiles(16, 128)),
+    Row("grad_columns", SPLIT + TF32X3, ANY, Tiles(16, 64, stages=2)),
+    Row("grad_columns", SINGLE, 16, Tiles(16, 128)),
+    Row("grad_columns", SINGLE, 128, Tiles(16, 64)),
+    Row("grad_columns", SINGLE, ANY, Tiles(16, 32)),
+)
+
+# For more shared memory. Beside dropout's mask a tile of 128 x 256 would leave no register.
+LARGE = (
+    Row("tail", HALF, ANY, Tiles(128, 256, depth=64, ranks=32), dropout=False),
+    Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 256, depth=64), dropout=False),
+    Row("tail", HALF, ANY, Tiles(128, 128, depth=64, ranks=32, stages=4)),
+    Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 128, depth=64, stages=4)),
+    Row("grad_b_and_t", SPLIT, 32, Tiles(16, 512)),
+    *CUDA,
+)
+
+HIP = (
+    Row("shrink", HALF, 32, Tiles(64, depth=128, warps=4, stages=2)),
+    Row("shrink", SIXTEEN, ANY, Tiles(64, depth=64, warps=4, stages=2)),
+    Row("shrink", SINGLE, 64, Tiles(64, depth=64, warps=4, stages=2)),
+    Row("shrink", SINGLE, ANY, Tiles(64, depth=32, warps=4, stages=2)),
+    Row("tail", HALF, ANY, Tiles(128, 128, depth=64, ranks=32, stages=2)),
+    Row("tail", SIXTEEN, ANY, Tiles(128, 128, depth=64, stages=2)),
+    Row("tail", SINGLE, ANY, Tiles(128, 128, depth=32, stages=2)),
+    Row("expand", ALL, ANY, Tiles(64, 128, warps=4, stages=2)),
+    Row("grad_b_and_t", HALF, 32, Tiles(16, 256, warps=4, stages=2)),
+    Row("grad_b_and_t", SPLIT, 16, Tiles(16, 256, warps=4, stages=2)),
+    Row("grad_b_and_t", ALL, 64, Tiles(16, 128, warps=4, stages=2)),
+    Row("grad_b_and_t", ALL, ANY, Tiles(16, 32, warps=4, stages=2)),
+    Row("grad_columns", ALL, 64, Tiles(32, 128, warps=4, stages=2)),
+    Row("grad_columns", ALL, 128, Tiles(32, 128, warps=4, stages=2)),
+    Row("grad_columns", ALL, ANY, Tiles(16, 64, warps=4, stages=2)),
+)
+
+SMALL = Tiles(16, 32, depth=32, warps=4, stages=1)  # so that every loop turns in small tests
+KERNELS = ("shrink", "tail", "expand", "grad_b_and_t", "grad_columns")
+INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL) for kernel in KERNELS)
+
+FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_90": LARGE, "sm_100": LARGE}
+
+# Up to this rank the pass over x that makes dA holds the rank-r term of dX as well; beyond, registers do not suffice
+# for both and the term has a kernel of its own, which reads nothing of x.
+FUSED_TAIL_RANK = {"half": 64, "split": 32, "tf32x3": 32, "tf32": 32, "ieee": 32}
+
+
+@functools.cache
+def family_of(device: torch.device) -> str:
+    """The device's family: "interpreter", "hip", or CUDA's capability as "sm_90"."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return "hip"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def tiles_for(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> Tiles:
+    """The tiles of `kernel`; a family without a list of its own, known or not, has CUDA's."""
+    for row in FAMILIES.get(family, CUDA):
+        if row.kernel == kernel and mode in row.modes and rank <= row.rank and row.dropout in (None, dropout):
+            return row.tiles
+    raise LookupError(f"no tiles for {kernel} in mode {mode} on {family}")

@@ -1,0 +1,173 @@
+"""The compile gate of tests/aot.py: a few of the configurations that ship pass it, and what it is there to find it
+finds. Compilations run in processes of their own, because this one has Triton's interpreter switched on."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpeft.kernels import _tiles, lora_linear
+from fastpeft.kernels._common import dot_mode
+from tests import aot
+
+ROOT = Path(__file__).resolve().parents[1]
+MODES = ("half", "split", "tf32x3", "tf32", "ieee")
+LORA_KERNELS = {name.strip("_") for name in vars(lora_linear) if name.startswith("_") and name.endswith("_kernel")}
+
+pytestmark = pytest.mark.xdist_group("aot")  # one worker compiles, the other has the rest
+
+
+def run_gate(script: str, file: Path, **environment) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    """(process, facts) of the gate's quick set."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, f"tests/{script}", "--quick", "--json", str(file)],
+        cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    return done, json.loads(file.read_text())["results"] if file.exists() else []
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    done, facts = run_gate("aot.py", tmp_path_factory.mktemp("aot") / "shipped.json")
+    assert facts, done.stderr
+    assert done.returncode == 0, done.stdout
+    return facts
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """(exit status, facts by case and target) of what must be refused."""
+    done, facts = run_gate("aot_planted.py", tmp_path_factory.mktemp("aot") / "planted.json")
+    assert facts, done.stderr
+    return done.returncode, {(each["case"], each["target"]): each for each in facts}
+
+
+def test_every_kernel_is_compiled_for_nvidia_and_amd(shipped):
+    assert {"shrink_kernel", "sum_partials_kernel"} < LORA_KERNELS
+    for target in ("sm_90", "gfx942"):
+        assert {each["kernel"].split()[0] for each in shipped if each["target"] == target} == LORA_KERNELS
+
+
+def test_nothing_spills(shipped):
+    assert [each for each in shipped if each["spilled"] or each["stack"]] == []
+
+
+def test_shared_memory_suffices(shipped):
+    assert [each for each in shipped if each["shared"] > aot.TARGETS[each["target"]].shared] == []
+    assert any(each["shared"] for each in shipped)
+
+
+def test_every_matrix_product_runs_on_tensor_cores(shipped):
+    assert {each["kernel"].split()[0] for each in shipped if not each["tensor_core"]} == {"sum_partials_kernel"}
+
+
+def test_the_kernels_that_wait_for_memory_copy_ahead(shipped):
+    waiting = ("shrink_kernel", "grad_b_and_t_kernel", "grad_columns_kernel")
+    found = [each for each in shipped if each["target"] == "sm_90" and each["kernel"].startswith(waiting)]
+    assert found and all(each["async_copies"] >= 6 for each in found)
+
+
+def test_no_float64_and_no_narrow_address(shipped):
+    assert [each for each in shipped if each["float64"] or each["narrow_products"]] == []
+
+
+REFUSED = {
+    "row times stride": "32-bit product",
+    "carried by a loop": "32-bit product",
+    "float64": "float64",
+    "fusion not stated": "without enable_fp_fusion",
+    "spills": "spills",
+    "shared memory": "bytes of shared memory",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_planted_is_refused(planted, case):
+    status, facts = planted
+    assert status == 1
+    (fault,) = {fault.split(":")[0] for fault in facts[case, "sm_90"]["faults"]}
+    assert REFUSED[case] in fault
+
+
+def test_what_is_right_is_not_refused(planted):
+    _, facts = planted
+    assert facts["in 64 bits", "sm_90"]["faults"] == facts["in 64 bits", "gfx942"]["faults"] == []
+
+
+def test_amd_is_judged_too(planted):
+    _, facts = planted
+    for case in ("row times stride", "float64", "shared memory"):
+        assert any(REFUSED[case] in fault for fault in facts[case, "gfx942"]["faults"]), case
+
+
+def test_the_gate_refuses_to_run_in_the_interpreter(tmp_path):
+    done, facts = run_gate("aot.py", tmp_path / "none.json", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr and not facts
+
+
+def _facts(**changes):
+    plain = {name: 0 for name in inspect.signature(aot.Facts).parameters}
+    plain |= {"target": "sm_90", "warps": 8, "fusion_stated": True, "tensor_core": {"mma.sync": 4}}
+    return aot.Facts(**plain | {"narrow_products": [], "faults": []} | changes)
+
+
+PRODUCT = "  %1 = tt.dot %a, %b, %c{} : tensor<16x16x{}> * tensor<16x16x{}> -> tensor<16x16xf32> loc(#loc1)"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "fault"),
+    [("", "bf16", True), (", inputPrecision = tf32", "f32", True), ("", "f32", False)],
+)
+def test_a_product_without_tensor_cores_is_refused_unless_it_is_of_fp32(precision, dtype, fault):
+    ttir = PRODUCT.format(precision, dtype, dtype)
+    assert list(aot.faults(_facts(), ttir, True)) == []
+    assert bool(list(aot.faults(_facts(tensor_core={}), ttir, True))) is fault
+
+
+def test_a_block_that_wants_all_registers_is_refused():
+    assert list(aot.faults(_facts(registers=255), "", True)) == []
+    (fault,) = aot.faults(_facts(registers=255, warps=16), "", True)
+    assert fault == "130560 registers in a block, above 65536"
+
+
+def test_spills_are_only_reported_of_what_is_not_bounded():
+    assert list(aot.faults(_facts(spilled=8, stack=8), "", False)) == []
+    assert list(aot.faults(_facts(spilled=8), "", True)) == ["spills: 8 spilled, 0 bytes of stack"]
+
+
+@pytest.mark.parametrize("family", ["interpreter", "hip", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "sm_130"])
+def test_every_kernel_has_tiles_in_every_mode_and_rank(family):
+    for kernel in _tiles.KERNELS:
+        for mode in MODES:
+            for rank in (1, 8, 16, 17, 64, 128, 256):
+                for dropout in (False, True):
+                    tiles = _tiles.tiles_for(kernel, rank, mode, dropout, family)
+                    assert tiles.rows >= 16 and (tiles.columns or tiles.depth) >= 16
+
+
+def test_devices_without_tiles_of_their_own_have_cuda_s():
+    ask = ("tail", 16, "half", False)
+    assert _tiles.tiles_for(*ask, "sm_89") == _tiles.tiles_for(*ask, "sm_130") != _tiles.tiles_for(*ask, "sm_90")
+    assert _tiles.tiles_for(*ask, "interpreter") == _tiles.SMALL
+
+
+def test_the_modes_are_those_of_the_products():
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    assert {dot_mode(data, adapter) for data in dtypes for adapter in (data, torch.float32)} <= set(MODES)
+
+
+def test_the_family_of_a_device(monkeypatch):
+    device = torch.device("cuda", 0)
+    assert _tiles.family_of.__wrapped__(device) == ("interpreter" if _tiles.INTERPRETED else "sm_90")
+    monkeypatch.setattr(_tiles, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert _tiles.family_of.__wrapped__(device) == "sm_120"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert _tiles.family_of.__wrapped__(device) == "hip"

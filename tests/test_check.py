@@ -1,0 +1,189 @@
+"""`fastpeft check` finds nothing where everything is right, and what is wrong where something is."""
+
+import contextlib
+import copy
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import fastpeft
+from fastpeft import check, check_model, cli, dispatch, oracle
+from fastpeft.oracle import Bounds
+from fastpeft.patching import layers
+from fastpeft.tuners import lora
+from tests.models import tiny
+
+ADAPTERS = [f"{name}.lora_{letter}" for name in ("q_proj", "k_proj", "v_proj", "o_proj") for letter in "AB"]
+ADAPTERS += [f"{name}.lora_{letter}" for name in ("gate_proj", "up_proj", "down_proj") for letter in "AB"]
+
+
+def run_check(*arguments):
+    """(exit status, what was printed)"""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = cli.main(["check", *map(str, arguments)])
+    return status, printed.getvalue()
+
+
+def document_of(tmp_path, *arguments):
+    status, printed = run_check(*arguments, "--json", tmp_path / "check.json")
+    return status, printed, json.loads((tmp_path / "check.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_everything_is_right(dtype, dropout, tmp_path):
+    status, printed, document = document_of(tmp_path, "--dtype", dtype, "--dropout", dropout, "--backend", "torch")
+    assert (status, document["faults"]) == (0, []), printed
+    assert "14 x LoraLinear: lora_linear on torch (asked for)" in printed and "FAILED" not in printed
+    whole = {row["tensor"]: row for row in document["rows"] if row["part"] == "whole model"}
+    assert list(whole) == ["logits", *ADAPTERS]
+    rounding = {"fp32": 2**-24, "bf16": 2**-9, "fp16": 2**-12}[dtype]
+    for row in whole.values():
+        # Every way of computing it rounds, and each somewhere between once and a few dozen times.
+        assert all(0.1 * rounding < row[who] < 50 * rounding for who in ("ours", "eager", "peft")), row
+        assert row["peft"] == pytest.approx(row["eager"], rel=0.1)
+    ops = [row for row in document["rows"] if row["part"] != "whole model"]
+    assert len(ops) == 4 * 4 and {row["tensor"] for row in ops} == {"y", "dx", "dlora_A", "dlora_B"}
+    for row in document["rows"]:
+        assert f"{row['ours']:.1e}" in printed and f"{row['difference']['rms']:.2f}" in printed
+
+
+def scaled(function, position, factor=0.99):
+    """The function with one positional argument, its scaling, off by a factor."""
+
+    def wrong(*arguments, **options):
+        changed = list(arguments)
+        changed[position] *= factor
+        return function(*changed, **options)
+
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_per_cent_in_the_op_is_found(dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(oracle, "lora_linear", scaled(oracle.lora_linear, 5))
+    status, printed, document = document_of(tmp_path, "--dtype", dtype)
+    assert status == 1
+    wrong = {(row["part"], row["tensor"]) for row in document["rows"] if row["faults"]}
+    assert wrong == {(row["part"], row["tensor"]) for row in document["rows"] if row["part"] != "whole model"}
+    assert "FAILED" in printed and "gain is 0.99" in printed
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_per_cent_in_the_model_is_found(dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(lora, "apply_lora", scaled(lora.apply_lora, 6))
+    status, _, document = document_of(tmp_path, "--dtype", dtype)
+    assert status == 1
+    wrong = {row["tensor"] for row in document["rows"] if row["faults"]}
+    assert wrong >= {tensor for tensor in ADAPTERS}
+    assert all(row["part"] == "whole model" for row in document["rows"] if row["faults"])
+
+
+def test_another_dropout_mask_is_found(monkeypatch):
+    """The plain formula gets the op's own masks; with others, everything differs."""
+    real = check_model.op_dropout
+
+    def other(problem):
+        torch.rand(1)
+        return real(problem)
+
+    monkeypatch.setattr(check_model, "op_dropout", other)
+    assert run_check("--dropout", 0.3)[0] == 1
+    assert run_check("--dropout", 0)[0] == 0
+
+
+def test_the_gain_that_half_precision_takes_from_eager_is_no_fault():
+    generator = torch.Generator().manual_seed(0)
+    truth = [torch.randn(64, 64, generator=generator, dtype=torch.float64)]
+    eager = [(0.99 * truth[0]).bfloat16()]
+    assert check._row("a part", "a tensor", eager, eager, truth, Bounds()).faults == []
+    ours = [(0.97 * truth[0]).bfloat16()]
+    faults = check._row("a part", "a tensor", ours, eager, truth, Bounds(rms=9, peak=9, row=9)).faults
+    assert len(faults) == 1 and "gain is 0.97" in faults[0]
+
+
+def test_layers_are_as_before_after_each_way_of_computing():
+    model = fastpeft.patch(tiny(), fastpeft.LoraConfig(r=4, target_modules="all-linear"))
+    ids = check_model.batches(model, 1, seed=0)[0]
+    eager, masks = check_model.eager(model, ids, 0.5, seed=0)
+    assert len(masks) == len(list(layers(model))) and all(keep is not None for keep, _ in masks)
+    again = check_model.truth(copy.deepcopy(model), ids, masks)
+    assert all(torch.equal(eager[name], again[name]) for name in eager)
+    assert all("forward" not in layer.__dict__ for _, layer in layers(model))
+
+
+def test_the_adapters_share_is_half_the_bases():
+    model = fastpeft.patch(tiny(), fastpeft.LoraConfig(r=16, lora_alpha=7, target_modules="all-linear"))
+    check_model.randomize(model, seed=3)
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
+    layer = model.model.layers[0].self_attn.q_proj
+    with fastpeft.disable_adapter(model):
+        base = layer(x)
+    assert 0.25 < float(((layer(x) - base).std() / base.std()).detach()) < 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2"])
+def test_own_model(family, tmp_path):
+    model = tiny(family, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    status, printed, document = document_of(tmp_path, "--model", tmp_path / "model", "--rank", 4)
+    assert status == 0, printed
+    assert document["model"] == str(tmp_path / "model")
+    logits = next(row for row in document["rows"] if row["tensor"] == "logits")
+    assert 1e-4 < logits["eager"] < 1e-1  # the bf16 of its files
+
+
+def test_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    status, printed = run_check()
+    assert status == 0 and "peft is not installed" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--rank", "0"], ["--rank", "257"], ["--rank", "four"], ["--dropout", "1"], ["--dropout", "nan"],
+     ["--dtype", "int8"], ["--backend", "cuda"], ["--method", "prefix"]],
+)  # fmt: skip
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["check", *arguments])
+    assert stop.value.code == 2
+    assert "error: argument" in capsys.readouterr().err
+
+
+def test_refusals(monkeypatch, tmp_path, capsys):
+    assert cli.main(["check", "--model", str(tmp_path)]) == 2
+    assert "no config.json there" in capsys.readouterr().err
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    if not torch.cuda.is_available():
+        assert cli.main(["check", "--backend", "triton"]) == 2
+        assert "CPU tensors need TRITON_INTERPRET=1" in capsys.readouterr().err
+    assert cli.main(["check", "--backend", "torch", "--json", str(tmp_path)]) == 2
+    assert f"--json {tmp_path}: cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.interpreter
+def test_the_kernels_are_what_is_checked(monkeypatch, tmp_path):
+    """With as little work as can be: the interpreter is slow."""
+    monkeypatch.setattr(check, "extent_of", lambda choice, rank: check.Extent(op_rows=17, op_draws=1, model_draws=1))
+    monkeypatch.setattr(check_model, "ROWS", 1)
+    tiny().save_pretrained(tmp_path / "model")
+    _, printed, document = document_of(tmp_path, "--model", tmp_path / "model", "--backend", "triton", "--dropout", 0.2)
+    assert document["backend"]["backend"] == "triton" and "lora_linear on triton (asked for" in printed
+    assert all(0 < row["ours"] < 5e-6 and abs(row["difference"]["gain"] - 1) < 1e-5 for row in document["rows"])
+
+
+def test_bounds_are_wider_only_for_the_kernels_bf16(monkeypatch):
+    triton, torch_choice = dispatch.Choice("triton", ""), dispatch.Choice("torch", "")
+    bf16, usual = torch.bfloat16, Bounds()
+    for interpreted, expected in ((True, check.TRUNCATED), (False, usual)):
+        monkeypatch.setattr(check, "interpreting", lambda value=interpreted: value)
+        assert check.bounds_of("y", triton, bf16, True, usual) == expected
+        assert check.bounds_of("dlora_A", triton, bf16, False, usual) == expected
+        assert check.bounds_of("dlora_A", triton, bf16, True, usual) == check.SPLIT
+        assert check.bounds_of("y", triton, torch.float16, True, usual) == usual
+        assert check.bounds_of("dlora_A", torch_choice, bf16, True, usual) == usual
