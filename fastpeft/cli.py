@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? and does not raise
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
     except FastpeftError as error:
         print(f"fastpeft: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,3 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`fastpeft info | head`); what is buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a full disk, a file of someone else's
+        print(f"fastpeft: error: {error}", file=sys.stderr)
+        return 2

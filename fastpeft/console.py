@@ -1,4 +1,4 @@
-"""What the commands print: rich tables and progress bars on a terminal, aligned plain text elsewhere or without rich."""
+"""What the commands print: rich tables and progress bars on a terminal, aligned plain text otherwise."""
 
 import contextlib
 import sys
@@ -43,30 +43,44 @@ class Console:
 
         return Text.assemble(*cells)  # never parsed as markup: paths hold brackets
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> None:
-        """Rows under named columns; the first column is aligned left, the others right. An empty row separates."""
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "", figures: bool = True
+    ) -> None:
+        """Rows under named columns, with `figures` all but the first aligned right. An empty row separates."""
         if self.rich:
-            self._rich_table(columns, rows, title)
+            self._rich_table(columns, rows, title, figures)
             return
         lines = [list(columns), *([_text(cell) for cell in row] for row in rows)]
         widths = [max(len(line[i]) for line in lines if line) for i in range(len(columns))]
         lines.insert(1, ["-" * width for width in widths])
         print(f"\n{title}" if title else "", file=self.stream)
         for line in lines:
-            aligned = [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+            cells = zip(line, widths, strict=False)  # a separating line has no cells
+            aligned = [
+                cell.rjust(width) if i and figures else cell.ljust(width) for i, (cell, width) in enumerate(cells)
+            ]
             print("  ".join(aligned).rstrip(), file=self.stream)
         self.stream.flush()
 
-    def _rich_table(self, columns, rows, title) -> None:
+    def _rich_table(self, columns, rows, title, figures) -> None:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=title or None,
+            title_justify="left",
+            title_style="bold",
+            collapse_padding=True,
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left", overflow="fold")
+            figure = figures and i
+            table.add_column(column, justify="right" if figure else "left", overflow="fold", no_wrap=not i)
         for row, following in zip(rows, [*rows[1:], ["end"]], strict=True):
             if row:
                 table.add_row(*(self._styled(cell) for cell in row), end_section=not following)
+        self.rich.print()
         self.rich.print(table)
 
     @contextlib.contextmanager

@@ -1,9 +1,8 @@
 """The demo's models: a small Llama brought up here on English, or the user's own from a directory."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from fastpeft.demo_corpus import Encode, Tokens
 from fastpeft.demo_train import Run, Schedule, train
 from fastpeft.errors import FastpeftError
+from fastpeft.local_model import load_causal_model, loading
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ ON_GPU = Scale(
     hidden=2048, layers=16, heads=32, kv_heads=8, vocabulary=4096, sequence=1024, pretraining_steps=150,
     pretraining_rate=3e-4, steps=100, rate=5e-4, characters=4_000_000, held_out_rows=32,
 )  # fmt: skip
+ON_SMALL_GPU = replace(ON_GPU, hidden=1024, heads=16, kv_heads=4, batch=4)
+LARGE_GPU_BYTES = 40 * 2**30  # the large Llama's training in fp32 takes 12 GiB for weights and moments alone
 OWN_MODEL_RATE = 5e-4
 OWN_MODEL_STEPS = 60
 
@@ -53,6 +55,14 @@ class Base:
 
     name: str
     make: Callable[[], nn.Module]
+
+
+class AutocastRun(Run):
+    """Products in bf16. One block for each forward: autocast keeps the weights it has cast until its block ends."""
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            return super().loss(batch)
 
 
 def base_dtype(device: torch.device) -> torch.dtype:
@@ -75,9 +85,8 @@ def pretrained_llama(english: Tokens, scale: Scale, device: torch.device, seed: 
     starts = english.starts(scale.pretraining_steps, scale.batch, scale.sequence, seed)
     schedule = Schedule(english.training, starts, scale.sequence, scale.pretraining_rate, device, clip=1.0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    half = base_dtype(device) == torch.bfloat16
-    with torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext():
-        train([Run("base", model, optimizer)], schedule, scale.block, seed, advance)
+    kind = AutocastRun if base_dtype(device) == torch.bfloat16 else Run
+    train([kind("base", model, optimizer)], schedule, scale.block, seed, advance)
     model.to(base_dtype(device)).eval()
     return Base("Llama", lambda: copy.deepcopy(model))
 
@@ -85,26 +94,15 @@ def pretrained_llama(english: Tokens, scale: Scale, device: torch.device, seed: 
 def own_model(path: Path, device: torch.device) -> tuple[Base, Encode, int | None, int]:
     """(base, encode, end token or None, longest sequence) of a transformers directory with weights and tokenizer.
 
-    Raises FastpeftError if there is none, it cannot be loaded, or weights are missing from it.
+    Raises FastpeftError if there is none, or it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = load_causal_model(path, device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    longest = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    from transformers import AutoTokenizer
 
-    if not (path / "config.json").is_file():
-        raise FastpeftError(f"--model {path}: no config.json there; give a directory that save_pretrained wrote")
-    with _loading(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-    def make() -> nn.Module:
-        with _loading(path, "model"):
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                path, local_files_only=True, dtype="auto", output_loading_info=True, trust_remote_code=False
-            )
-        if loaded["missing_keys"]:
-            raise FastpeftError(
-                f"--model {path}: no causal language model, the files lack {len(loaded['missing_keys'])} of its "
-                f"weights, such as {sorted(loaded['missing_keys'])[0]}"
-            )
-        return model.to(device).eval()
+    with loading(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
     def encode(documents) -> list[list[int]]:
         ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
@@ -113,18 +111,5 @@ def own_model(path: Path, device: torch.device) -> tuple[Base, Encode, int | Non
             raise FastpeftError(f"--model {path}: its tokenizer gives token {largest}, its model knows {vocabulary}")
         return ids
 
-    model = make()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    longest = getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    base = Base(f"{type(model).__name__} from {path}", make)
-    return base, encode, tokenizer.eos_token_id, longest
-
-
-@contextlib.contextmanager
-def _loading(path: Path, what: str) -> Iterator[None]:
-    """transformers and the readers beneath it raise nearly anything at a damaged directory."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FastpeftError(f"--model {path}: its {what} cannot be loaded: {type(error).__name__}: {reason}") from error
+    name = f"{type(model).__name__} from {path}"
+    return Base(name, lambda: load_causal_model(path, device)), encode, tokenizer.eos_token_id, longest

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ class Run:
 
     name: str
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     losses: list[float] = field(default_factory=list)
     block_seconds: list[float] = field(default_factory=list)
 
@@ -161,8 +162,7 @@ def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes of one training step. resident: weights, adapters, optimizer state. peak: with the most that forward and
     backward add to it. saved: what forward keeps for backward, of it."""
 

@@ -88,8 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     folder = str(Path(fastpeft.__file__).parent)
     rows = [[name, (version, "bold"), folder if name == "fastpeft" else ""] for name, version in versions().items()]
-    console.table(("library", "version", "from"), rows)
-    console.table(("device", "what it is"), [list(item) for item in devices().items()])
-    console.table(("device", "backend", "why"), [[device, (name, "bold"), why] for device, name, why in backends()])
-    console.table(("environment variable", "value"), [list(item) for item in environment().items()])
+    console.table(("library", "version", "from"), rows, figures=False)
+    console.table(("device", "what it is"), [list(item) for item in devices().items()], figures=False)
+    console.table(
+        ("device", "backend", "why"), [[device, (name, "bold"), why] for device, name, why in backends()], figures=False
+    )
+    console.table(("environment variable", "value"), [list(item) for item in environment().items()], figures=False)
     return 0

@@ -61,9 +61,10 @@ def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
     """How `dot` multiplies the data (x, dY) with the adapter's matrices so that neither is rounded.
 
     half: both are the same 16-bit type. split: bf16 data, fp32 adapter, which is taken apart into three bf16 parts (all
-    of its 24 bits), or into two where both factors are fp32 and the result will be bf16 (16 bits). tf32x3: fp16 data, fp32 adapter; fp16 halves would underflow where
-    gradients are small, while tf32 holds fp16 exactly, so that only the adapter is taken apart: two products, or three
-    where both factors are fp32, recover it (error 2**-21). For fp32 data the product follows torch's own setting.
+    of its 24 bits), or into two where both factors are fp32 and the result will be bf16 (16 bits). tf32x3: fp16 data,
+    fp32 adapter; fp16 halves would underflow where gradients are small, while tf32 holds fp16 exactly, so that only the
+    adapter is taken apart: two products, or three where both factors are fp32, recover it (error 2**-21). For fp32 data
+    the product follows torch's own setting.
     """
     if data_dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
