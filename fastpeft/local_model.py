@@ -1,6 +1,7 @@
 """A causal language model from a local transformers directory, for the commands; nothing is ever fetched."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,14 +43,16 @@ def loading(path: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and advice."""
+    """Without transformers' progress bars and advice, and what it says to peft about names on their way out."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
