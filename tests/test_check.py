@@ -177,13 +177,15 @@ def test_the_kernels_are_what_is_checked(monkeypatch, tmp_path):
     assert all(0 < row["ours"] < 5e-6 and abs(row["difference"]["gain"] - 1) < 1e-5 for row in document["rows"])
 
 
-def test_bounds_are_wider_only_for_the_kernels_bf16(monkeypatch):
+def test_bounds_are_wider_only_where_the_kernels_round_more(monkeypatch):
     triton, torch_choice = dispatch.Choice("triton", ""), dispatch.Choice("torch", "")
     bf16, usual = torch.bfloat16, Bounds()
     for interpreted, expected in ((True, check.TRUNCATED), (False, usual)):
         monkeypatch.setattr(check, "interpreting", lambda value=interpreted: value)
         assert check.bounds_of("y", triton, bf16, True, usual) == expected
         assert check.bounds_of("dlora_A", triton, bf16, False, usual) == expected
-        assert check.bounds_of("dlora_A", triton, bf16, True, usual) == check.SPLIT
+        assert check.bounds_of("dlora_A", triton, bf16, True, usual) == usual
         assert check.bounds_of("y", triton, torch.float16, True, usual) == usual
+        two_parts = usual if interpreted else check.TWO_PARTS
+        assert check.bounds_of("dlora_A", triton, torch.float16, True, usual) == two_parts
         assert check.bounds_of("dlora_A", torch_choice, bf16, True, usual) == usual
