@@ -83,8 +83,9 @@ def test_what_cannot_be_run_is_refused(arguments, words, tmp_path, monkeypatch, 
 def test_a_failing_test_is_told_in_its_own_words(tmp_path):
     found = checkin.run_tests(made_up_tests(tmp_path, 'assert "apples" == "pears"'), tmp_path, 60)
     assert (found["rc"], found["passed"], found["failed"], found["timed_out"]) == (1, 1, 1, False)
-    assert [failure["test"] for failure in found["failures"]] == ["test_made_up::test_other"]
-    assert "'apples' == 'pears'" in found["failures"][0]["text"]
+    (failure,) = found["failures"]
+    assert failure["test"].endswith("test_made_up::test_other")  # pytest puts the folders below its root in front
+    assert "'apples' == 'pears'" in failure["text"]
 
 
 def test_tests_that_take_too_long_are_stopped_and_still_report(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastpeft.kernels import lora_linear as kernels
+from fastpeft.kernels._tiles import SMALL
 from fastpeft.ops import lora_linear
 from fastpeft.ops._lora_linear_torch import BLOCK_ELEMENTS
 from tests.memory import Allocations, saved_for_backward
@@ -125,8 +126,8 @@ def test_kernels_allocate_their_results_and_partial_sums(shape, strategy, dropou
         forward_peak = allocations.peak
         dx, da, db = torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
     low_rank = m * RANK * 4
-    partials = expected.partial_sums_of_grad_b_and_t(m, n, RANK, kernels.SMALL, 4)
-    most = max(sum(partials) // 2, runs(m, kernels.SMALL.rows, 8 // -(-k // kernels.SMALL.columns)) * da.nbytes)
+    partials = expected.partial_sums_of_grad_b_and_t(m, n, RANK, SMALL, 4)
+    most = max(sum(partials) // 2, runs(m, SMALL.rows, 8 // -(-k // SMALL.columns)) * da.nbytes)
     product = 0 if strategy == "fused" else y.nbytes  # the vendor's, to which an fp32 term is added out of place
     assert forward_peak <= y.nbytes + product + low_rank + 8
     assert allocations.peak <= 2 * y.nbytes + dx.nbytes + da.nbytes + db.nbytes + 2 * low_rank + 8 + most
