@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 
-from fastpeft.kernels import lora_linear as kernels
 from fastpeft.kernels._tiles import SMALL
 from fastpeft.ops import lora_linear
 from fastpeft.ops._lora_linear_torch import BLOCK_ELEMENTS
