@@ -9,6 +9,7 @@ import math
 import torch
 
 BLOCK_ELEMENTS = 1 << 18  # of an M×K operand, 1 MiB in fp32
+MASKED_ELEMENTS = 1 << 20  # where dropout is drawn as well: twelve calls a block, which show if there are many
 
 
 def draw_seed(x: torch.Tensor) -> torch.Tensor:
@@ -16,9 +17,9 @@ def draw_seed(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(1, dtype=torch.int64).random_()
 
 
-def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Slices of rows, each of about BLOCK_ELEMENTS elements."""
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+def row_blocks(rows: int, columns: int, masked: bool = False) -> list[slice]:
+    """Slices of rows, each of about BLOCK_ELEMENTS elements, or MASKED_ELEMENTS."""
+    step = max(1, (MASKED_ELEMENTS if masked else BLOCK_ELEMENTS) // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -42,8 +43,8 @@ class Dropout:
         size = rows * columns
         # Ten standard deviations above the mean: that the draws do not reach the end has a chance below 1e-20.
         count = math.ceil(size * self.p + 10 * math.sqrt(size * self.p) + 16)
-        draws = torch.empty(count, device=self.generator.device).uniform_(generator=self.generator)
-        gaps = draws.clamp_(min=2.0**-25).log_().div_(math.log1p(-self.p)).to(torch.int64).add_(1)
+        draws = torch.empty(count, device=self.generator.device).uniform_(2.0**-25, 1.0, generator=self.generator)
+        gaps = draws.log_().div_(math.log1p(-self.p)).to(torch.int64).add_(1)
         places = gaps.cumsum(0).sub_(1)
         return places[: int(torch.searchsorted(places, size))]
 
@@ -62,7 +63,7 @@ def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: tor
     """[rows, columns] booleans: the whole mask that forward and backward draw block by block."""
     dropout = Dropout(seed, p, device)
     mask = torch.ones(rows, columns, dtype=torch.bool, device=device)
-    for block in row_blocks(rows, columns):
+    for block in row_blocks(rows, columns, masked=True):
         drop(mask[block], dropout.next(*mask[block].shape))
     return mask
 
@@ -72,7 +73,7 @@ def shrink(x: torch.Tensor, a: torch.Tensor, scale: float, dropout: Dropout | No
     if dropout is None and x.dtype == a.dtype:
         return (x @ a.t()).mul_(scale)
     out = torch.empty(len(x), len(a), dtype=a.dtype, device=x.device)
-    for block in row_blocks(*x.shape):
+    for block in row_blocks(*x.shape, masked=dropout is not None):
         z = x[block].to(a.dtype) if dropout is None else dropped(x[block], a.dtype, dropout.next(*x[block].shape))
         torch.mm(z, a.t(), out=out[block])
     return out.mul_(scale if dropout is None else scale * dropout.scale)
@@ -134,7 +135,7 @@ def _masked_grads(dy, x, t, weight, a, dropout: Dropout, need_a: bool, need_x: b
     t = t * dropout.scale
     da = torch.zeros_like(a, dtype=t.dtype) if need_a else None
     dx = torch.empty(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if need_x else None
-    for block in row_blocks(len(t), a.shape[1]):
+    for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
             da.addmm_(t[block].t(), dropped(x[block], t.dtype, places))

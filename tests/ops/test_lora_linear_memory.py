@@ -12,7 +12,7 @@ import torch
 
 from fastpeft.kernels._tiles import SMALL
 from fastpeft.ops import lora_linear
-from fastpeft.ops._lora_linear_torch import BLOCK_ELEMENTS
+from fastpeft.ops._lora_linear_torch import BLOCK_ELEMENTS, MASKED_ELEMENTS
 from tests.memory import Allocations, saved_for_backward
 from tests.ops import lora_linear_traffic as expected
 from tests.ops.lora_linear_cases import on
@@ -87,7 +87,7 @@ def test_torch_path_allocates_its_results_and_a_block(shape, dropout):
         forward_peak = allocations.peak
         dx, da, db = torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
     # S, T and s·T / (1 - p); an operand's block in fp32, the product it goes into, and the draws of dropped places.
-    low_rank, block = m * RANK * 4, 4 * BLOCK_ELEMENTS
+    low_rank, block = m * RANK * 4, 4 * (MASKED_ELEMENTS if dropout else BLOCK_ELEMENTS)
     assert forward_peak <= y.nbytes + low_rank + 3 * block
     assert allocations.peak <= 2 * y.nbytes + dx.nbytes + da.nbytes + db.nbytes + 3 * low_rank + 3 * block
     mask_or_delta = max(m * k, n * k)  # a byte for each element
@@ -155,7 +155,7 @@ def of_ours(dropout, m, k, n):
     return sum(saved.values()), allocations.peak
 
 
-@pytest.mark.parametrize(("dropout", "less_saved", "less_peak"), [(0.0, 1.9, 2.5), (0.3, 3.5, 4.0)])
+@pytest.mark.parametrize(("dropout", "less_saved", "less_peak"), [(0.0, 1.9, 2.5), (0.3, 3.5, 3.4)])
 def test_beside_hf_peft(dropout, less_saved, less_peak):
     ours, theirs = of_ours(dropout, *TALL), of_peft(dropout, *TALL)
     print(f"saved {ours[0]:,} B, HF peft {theirs[0]:,} B; peak {ours[1]:,} B, HF peft {theirs[1]:,} B")
