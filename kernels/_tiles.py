@@ -63,11 +63,10 @@ CUDA = (
     Row("shrink", TF32X3, 32, Tiles(64, depth=64, warps=4)),
     Row("shrink", TF32X3, 64, Tiles(128, depth=32)),
     Row("shrink", SPLIT + TF32X3, ANY, Tiles(64, depth=32)),
-    Row("shrink", SINGLE, 64, Tiles(64, depth=32, warps=4)),
     Row("shrink", SINGLE, ANY, Tiles(32, depth=32, warps=4)),
     Row("tail", HALF, ANY, Tiles(128, 128, depth=64, ranks=32)),
     Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 128, depth=64)),
-    Row("tail", SINGLE, ANY, Tiles(128, 128, depth=32)),
+    Row("tail", SINGLE, ANY, Tiles(64, 128, depth=32)),
     Row("expand", HALF, 64, Tiles(64, 128, ranks=32)),
     Row("expand", HALF, ANY, Tiles(128, 128, ranks=32)),
     Row("expand", SPLIT + TF32X3, 64, Tiles(64, 128)),
@@ -86,22 +85,21 @@ CUDA = (
     Row("grad_b_and_t", TF32X3, 16, Tiles(16, 256)),
     Row("grad_b_and_t", TF32X3, 64, Tiles(16, 128)),
     Row("grad_b_and_t", SPLIT + TF32X3, ANY, Tiles(16, 64, stages=2)),
-    Row("grad_b_and_t", SINGLE, 64, Tiles(16, 128)),
+    Row("grad_b_and_t", SINGLE, 64, Tiles(16, 64)),
     Row("grad_b_and_t", SINGLE, ANY, Tiles(16, 32, stages=2)),
-    Row("grad_columns", HALF, 32, Tiles(32, 128, warps=4)),
+    Row("grad_columns", HALF, 16, Tiles(32, 128, warps=4)),
     Row("grad_columns", HALF, 64, Tiles(32, 128, stages=4)),
     Row("grad_columns", HALF, 128, Tiles(64, 128)),
     Row("grad_columns", HALF, ANY, Tiles(32, 128)),
     Row("grad_columns", SPLIT, 16, Tiles(32, 128)),
     Row("grad_columns", SPLIT, 64, Tiles(32, 128, stages=4)),
     Row("grad_columns", SPLIT, 128, Tiles(32, 128)),
-    Row("grad_columns", TF32X3, 16, Tiles(32, 128)),
     Row("grad_columns", TF32X3, 32, Tiles(16, 128)),
     Row("grad_columns", TF32X3, 64, Tiles(32, 128)),
     Row("grad_columns", TF32X3, 128, Tiles(16, 128)),
     Row("grad_columns", SPLIT + TF32X3, ANY, Tiles(16, 64, stages=2)),
     Row("grad_columns", SINGLE, 16, Tiles(16, 128)),
-    Row("grad_columns", SINGLE, 128, Tiles(16, 64)),
+    Row("grad_columns", SINGLE, 32, Tiles(16, 64)),
     Row("grad_columns", SINGLE, ANY, Tiles(16, 32)),
 )
 
@@ -115,9 +113,18 @@ LARGE = (
     *CUDA,
 )
 
+# What spills a few bytes there in the tiles of the others.
+SM_100 = (
+    Row("shrink", HALF, 16, Tiles(64, depth=128, warps=4)),
+    Row("shrink", HALF, 128, Tiles(64, depth=64)),
+    Row("shrink", TF32X3, 32, Tiles(64, depth=32, warps=4)),
+    Row("grad_b_and_t", TF32X3, 16, Tiles(16, 128)),
+)
+
 HIP = (
     Row("shrink", HALF, 32, Tiles(64, depth=128, warps=4, stages=2)),
-    Row("shrink", SIXTEEN, ANY, Tiles(64, depth=64, warps=4, stages=2)),
+    Row("shrink", SIXTEEN, 128, Tiles(64, depth=64, warps=4, stages=2)),
+    Row("shrink", SIXTEEN, ANY, Tiles(64, depth=32, warps=4, stages=2)),
     Row("shrink", SINGLE, 64, Tiles(64, depth=64, warps=4, stages=2)),
     Row("shrink", SINGLE, ANY, Tiles(64, depth=32, warps=4, stages=2)),
     Row("tail", HALF, ANY, Tiles(128, 128, depth=64, ranks=32, stages=2)),
@@ -137,7 +144,7 @@ SMALL = Tiles(16, 32, depth=32, warps=4, stages=1)  # so that every loop turns i
 KERNELS = ("shrink", "tail", "expand", "grad_b_and_t", "grad_columns")
 INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL) for kernel in KERNELS)
 
-FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_90": LARGE, "sm_100": LARGE}
+FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_90": LARGE, "sm_100": (*SM_100, *LARGE)}
 
 # Up to this rank the pass over x that makes dA holds the rank-r term of dX as well; beyond, registers do not suffice
 # for both and the term has a kernel of its own, which reads nothing of x.

@@ -191,10 +191,11 @@ def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha
 def settle_fan_in_fan_out(config: LoraConfig, module: nn.Module) -> None:
     """HF peft's rule: the stored layout is the module's, whatever the configuration says; a warning if they differ."""
     stored_transposed = layer_class(module) is LoraConv1D
+    kind = "Conv1D" if stored_transposed else "Linear"
     if isinstance(module, nn.Linear) or stored_transposed:
         if config.fan_in_fan_out != stored_transposed:
             warnings.warn(
-                f"fan_in_fan_out={config.fan_in_fan_out} does not fit {type(module).__name__}, which stores its weight "
+                f"fan_in_fan_out={config.fan_in_fan_out} does not fit {kind}, which stores its weight "
                 f"{'(in, out)' if stored_transposed else '(out, in)'}; using {stored_transposed}",
                 stacklevel=2,
             )
