@@ -110,6 +110,8 @@ LARGE = (
     Row("tail", HALF, ANY, Tiles(128, 128, depth=64, ranks=32, stages=4)),
     Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 128, depth=64, stages=4)),
     Row("grad_b_and_t", SPLIT, 32, Tiles(16, 512)),
+    Row("tail", SINGLE, ANY, Tiles(128, 128, depth=32)),
+    Row("grad_b_and_t", SINGLE, 64, Tiles(16, 128)),
     *CUDA,
 )
 
@@ -119,6 +121,7 @@ SM_100 = (
     Row("shrink", HALF, 128, Tiles(64, depth=64)),
     Row("shrink", TF32X3, 32, Tiles(64, depth=32, warps=4)),
     Row("grad_b_and_t", TF32X3, 16, Tiles(16, 128)),
+    Row("tail", SINGLE, ANY, Tiles(64, 128, depth=32)),
 )
 
 HIP = (
