@@ -206,6 +206,7 @@ IMPLEMENTATIONS = (
     ),
     _strategy("prewrite", "vendor GEMM accumulating onto a pre-written low-rank term"),
     _strategy("addmm", "vendor GEMM, then the low-rank term added in place"),
+    _strategy("augment", "one vendor GEMM over operands copied side by side"),
     _strategy("fused", "one Triton GEMM with the low-rank term inside"),
     Implementation(
         "fastpeft:torch",

@@ -34,7 +34,8 @@ class Plan(NamedTuple):
     """How the rank-r terms meet the base products x Wᵀ (forward) and dY W (backward).
 
     prewrite: a kernel writes the rank-r term, the vendor's product accumulates onto it (beta = 1). addmm: the vendor's
-    product first, the rank-r term added to it. fused: one Triton product carries both. Where rounding or dropout rule
+    product first, the rank-r term added to it. augment: one vendor's product [x|S]·[W|B]ᵀ or [dY|T]·[W;A], for which
+    the operands are copied next to each other. fused: one Triton product carries both. Where rounding or dropout rule
     one out, the nearest stands in: forward, an fp32 term is always added last; backward, a masked one is prewritten.
     """
 

@@ -295,15 +295,19 @@ def tail(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     dropout: Dropout | None = None,
+    out_dtype: torch.dtype | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """x wᵀ + bias + residual + mask⊙(p qᵀ) in `dtype`, rounded once: p [M, R], q [N, R], base = x [M, K], w [N, K]."""
+    """x wᵀ + bias + residual + mask⊙(p qᵀ), rounded once: p [M, R], q [N, R], base = x [M, K], w [N, K].
+
+    `dtype` is the data's, which is what the products are made for; the result is of that type or of `out_dtype`.
+    """
     (rows, rank), columns = p.shape, q.shape[0]
     modes = _modes(rank, dtype, q.dtype)
     tiles = tiles or _tiles("tail" if base else "expand", rank, modes, dropout, p)
     x, w = base or (None, None)
     seed, keep_scale, threshold = _mask_arguments(dropout)
-    out = torch.empty(rows, columns, dtype=dtype, device=p.device)
+    out = torch.empty(rows, columns, dtype=out_dtype or dtype, device=p.device)
     grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)
     with on_device_of(p):
         _tail_kernel[grid](

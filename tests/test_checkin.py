@@ -55,6 +55,7 @@ def test_the_whole_course_on_the_cpu(tmp_path, capfd):
         "peft-compile",
         "fastpeft:prewrite",
         "fastpeft:addmm",
+        "fastpeft:augment",
         "fastpeft:fused",
     }
     table = (out / "table.txt").read_text()

@@ -41,24 +41,24 @@ def _(x, weight, bias, residual, a, b, seed, scaling, dropout, dtype, patched):
 @torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor, b: Tensor, s: Tensor, seed: Tensor | None,
-    triton: Tensor, scaling: float, dropout: float, dtype: str, needs: list[bool],
+    triton: Tensor, scaling: float, dropout: float, dtype: str, dx_dtype: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dX, dW, dbias, dA, dB), empty where `needs` does not ask."""
     plan = lora_linear_plan(dy) if triton.item() else None
-    call = Call(scaling, dropout, getattr(torch, dtype), plan)
+    call = Call(scaling, dropout, getattr(torch, dtype), getattr(torch, dx_dtype), plan)
     grads = run_backward(dy, x, weight, a, b, s, seed, call, tuple(needs))
     # A bias gradient leaves the kernels in fp32 and torch in the call's dtype; the operator promises the latter.
-    kinds = (call.dtype, call.dtype, call.dtype, a.dtype, b.dtype)
+    kinds = (call.dx_dtype, call.dtype, call.dtype, a.dtype, b.dtype)
     return tuple(
         dy.new_empty(0) if grad is None else grad.to(kind).contiguous() for grad, kind in zip(grads, kinds, strict=True)
     )
 
 
 @_backward.register_fake
-def _(dy, x, weight, a, b, s, seed, triton, scaling, dropout, dtype, needs):
+def _(dy, x, weight, a, b, s, seed, triton, scaling, dropout, dtype, dx_dtype, needs):
     columns, kind = a.shape[1], getattr(torch, dtype)
     shapes = ((len(dy), columns), (dy.shape[1], columns), (dy.shape[1],), a.shape, b.shape)
-    kinds = (kind, kind, kind, a.dtype, b.dtype)
+    kinds = (getattr(torch, dx_dtype), kind, kind, a.dtype, b.dtype)
     return tuple(
         dy.new_empty(shape if need else (0,), dtype=of if need else dy.dtype)
         for shape, of, need in zip(shapes, kinds, needs, strict=True)
@@ -68,7 +68,8 @@ def _(dy, x, weight, a, b, s, seed, triton, scaling, dropout, dtype, needs):
 def _setup_context(ctx, inputs, output):
     x, weight, bias, residual, a, b, seed, scaling, dropout, dtype, _ = inputs
     ctx.save_for_backward(x, weight, a, b, output[1], seed, output[2])
-    ctx.numbers = (scaling, dropout, dtype)
+    dx_dtype = str(torch.promote_types(x.dtype, getattr(torch, dtype))).removeprefix("torch.")
+    ctx.numbers = (scaling, dropout, dtype, dx_dtype)
     ctx.dtypes = (x.dtype, None if weight is None else weight.dtype, None if bias is None else bias.dtype)
 
 

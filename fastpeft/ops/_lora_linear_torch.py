@@ -88,8 +88,10 @@ def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> torch.Te
     """out += p q, in place, rounded once: out [M, N], p [M, R], q [R, N]."""
     if out.dtype == q.dtype:
         return out.addmm_(p, q)
+    wide = torch.promote_types(out.dtype, q.dtype)
+    q = q.to(wide)
     for block in row_blocks(*out.shape):
-        out[block] = torch.addmm(out[block].to(q.dtype), p[block], q)
+        out[block] = torch.addmm(out[block].to(wide), p[block].to(wide), q)
     return out
 
 
@@ -116,29 +118,33 @@ def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool):
     return db, shrink(dy, b.t(), scale) if need_t else None
 
 
-def grad_a_and_x(dy, x, t, weight, a, seed, p, need_a: bool, need_x: bool):
-    """(dA = Tᵀ drop(x) [R, K] or None, dX = dY W + mask⊙(T A) [M, K] or None); without `weight`, only the last term."""
+def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
+    """(dA = Tᵀ drop(x) [R, K] or None, dX = dY W + mask⊙(T A) [M, K] in `dx_dtype` or None); without `weight`, only
+    the last term."""
     if not (need_a or need_x):
         return None, None
     if seed is not None:
-        return _masked_grads(dy, x, t, weight, a, Dropout(seed, p, dy.device), need_a, need_x)
+        return _masked_grads(dy, x, t, weight, a, Dropout(seed, p, dy.device), dx_dtype, need_a, need_x)
     da = transposed_product(t, x) if need_a else None
     if not need_x:
         return da, None
     dx = torch.zeros(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if weight is None else dy @ weight
+    dx = dx.to(dx_dtype)
     return da, add_product(dx, t, a)
 
 
-def _masked_grads(dy, x, t, weight, a, dropout: Dropout, need_a: bool, need_x: bool):
+def _masked_grads(dy, x, t, weight, a, dropout: Dropout, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
     """`grad_a_and_x` under dropout: one drawing of the mask serves both, and the masked term is written first, for the
     base product to accumulate onto."""
     t = t * dropout.scale
     da = torch.zeros_like(a, dtype=t.dtype) if need_a else None
-    dx = torch.empty(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if need_x else None
+    dx = torch.empty(len(t), a.shape[1], dtype=dx_dtype, device=dy.device) if need_x else None
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
             da.addmm_(t[block].t(), dropped(x[block], t.dtype, places))
         if need_x:
             dx[block] = drop(t[block] @ a, places)
-    return da, dx if weight is None or dx is None else dx.addmm_(dy, weight)
+    if weight is None or dx is None:
+        return da, dx
+    return da, dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)

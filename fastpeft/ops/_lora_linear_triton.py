@@ -37,10 +37,20 @@ def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
     if plan.forward == "fused":
         return kernels.tail(s, b, x.dtype, base=(x, weight), bias=bias), s
     wide = s.dtype != x.dtype
+    if plan.forward == "augment" and not wide:
+        return torch.nn.functional.linear(_beside(x, s, 1), _beside(weight, b, 1), bias), s
     if plan.forward == "addmm" or wide:  # an fp32 term that was rounded before the product would be HF peft's no more
         y = torch.nn.functional.linear(x, weight, bias)
         return kernels.tail(s, b, y.dtype, residual=y) if wide else y.addmm_(s, b.t()), s
     return kernels.tail(s, b, x.dtype, bias=bias).addmm_(x, weight.t()), s
+
+
+def _beside(wide: torch.Tensor, narrow: torch.Tensor, dim: int) -> torch.Tensor:
+    """The two in one buffer along `dim`, padded with zeros to a multiple of 8, below which a vendor's product falls
+    back to kernels without wide loads."""
+    shape = list(narrow.shape)
+    shape[dim] = -(wide.shape[dim] + narrow.shape[dim]) % 8
+    return torch.cat((wide, narrow, narrow.new_zeros(shape)), dim)
 
 
 def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool):
@@ -56,20 +66,27 @@ def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool):
     return db, t, dbias
 
 
-def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, need_a: bool, need_x: bool):
-    """(dA [R, K], dX [M, K]), each None where not wanted. The pass over x that makes dA also seeds dX."""
+def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
+    """(dA [R, K], dX [M, K] in `dx_dtype`), each None where not wanted. The pass over x that makes dA also seeds dX,
+    unless dX is wanted in a wider type than the base product has: then the two are added in that type."""
     if not (need_a or need_x):
         return None, None
     dropout = _dropout(seed, p)
-    prewrite = need_x and need_a and (weight is None or plan.backward == "prewrite")
+    wide = dx_dtype != dy.dtype
+    exact = dropout is None and t.dtype == dy.dtype  # what the vendor's product can add without rounding it first
+    prewrite = need_x and need_a and not wide and (weight is None or plan.backward == "prewrite")
     da = seeded = None
     if need_a:
         da, seeded, _ = kernels.grad_columns(t, x, t.dtype, tail_of=a if prewrite else None, dropout=dropout)
     if not need_x:
         return da, None
     if weight is not None and plan.backward == "fused":
-        return da, kernels.tail(t, a.t(), dy.dtype, base=(dy, weight.t()), dropout=dropout)
-    if weight is not None and plan.backward == "addmm" and dropout is None and t.dtype == dy.dtype:
+        return da, kernels.tail(t, a.t(), dy.dtype, base=(dy, weight.t()), dropout=dropout, out_dtype=dx_dtype)
+    if wide:
+        return da, kernels.tail(t, a.t(), dy.dtype, residual=dy @ weight, dropout=dropout, out_dtype=dx_dtype)
+    if weight is not None and plan.backward == "addmm" and exact:
         return da, (dy @ weight).addmm_(t, a)
+    if weight is not None and plan.backward == "augment" and exact:
+        return da, _beside(dy, t, 1) @ _beside(weight, a, 0)
     dx = seeded if seeded is not None else kernels.tail(t, a.t(), dy.dtype, dropout=dropout)
     return da, dx if weight is None else dx.addmm_(dy, weight)

@@ -22,11 +22,15 @@ from fastpeft.ops import _lora_linear_torch as torch_path
 
 
 class Call(NamedTuple):
-    """What a call computes besides its tensors; `dtype` is that of the base product, `plan` None on the torch path."""
+    """What a call computes besides its tensors; `plan` is None on the torch path.
+
+    `dtype` is that of the base product, `dx_dtype` that of the sum dX: x's, where autocast narrowed x.
+    """
 
     scaling: float
     dropout: float
     dtype: torch.dtype
+    dx_dtype: torch.dtype
     plan: Plan | None
 
 
@@ -107,12 +111,13 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
     x, weight = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK))
     if call.plan is None:
         db, t_MR = torch_path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a)
-        da, dx = torch_path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, need_a, need_x)
+        da, dx = torch_path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, call.dx_dtype, need_a, need_x)
         dbias = dy.sum(0) if need_bias else None
     else:
         path = _path(True)
         db, t_MR, dbias = path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a, need_bias)
-        da, dx = path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, call.plan, need_a, need_x)
+        arguments = (dy, x, t_MR, weight, a_RK, seed, call.dropout, call.plan, call.dx_dtype)
+        da, dx = path.grad_a_and_x(*arguments, need_a, need_x)
     return dx, dy.t() @ x if need_w else None, dbias, da, db
 
 
@@ -120,7 +125,8 @@ def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK: torch.Tensor, scaling: 
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
     no rows are zeros: without elements it is the torch path."""
     triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, len(a_RK), patched).backend == "triton"
-    return Call(scaling, dropout, dtype, lora_linear_plan(x_MK) if triton else None)
+    dx_dtype = torch.promote_types(x_MK.dtype, dtype)
+    return Call(scaling, dropout, dtype, dx_dtype, lora_linear_plan(x_MK) if triton else None)
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):

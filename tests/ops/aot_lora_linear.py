@@ -16,7 +16,7 @@ DTYPES = {  # data, adapter
     "fp32": (torch.float32, torch.float32),
     "fp32-tf32": (torch.float32, torch.float32),
 }
-PLANS = [Plan(name, name, "forced by the compile gate") for name in ("fused", "prewrite", "addmm")]
+PLANS = [Plan(name, name, "forced by the compile gate") for name in ("fused", "prewrite", "addmm", "augment")]
 MANY, FEW = 8192, 64  # rows; with few of them a reduction over the columns is split as well
 QUICK = {("bf16", 16, 0.1): ("sm_90", "gfx942"), ("bf16-fp32", 64, 0.1): ("sm_90",)}
 
@@ -40,7 +40,8 @@ def launch_all(dtypes: str, rank: int, dropout: float, size: int = 4096, rows=(M
             path.grad_b_and_t(dy, s, b, 2.0, True, False, with_bias)
         t = path.grad_b_and_t(dy, s, b, 2.0, False, True, False)[1]
         for need_a, need_x in ((True, True), (True, False), (False, True)):
-            path.grad_a_and_x(dy, x, t, weight, a, seed, dropout, plan, need_a, need_x)
+            path.grad_a_and_x(dy, x, t, weight, a, seed, dropout, plan, data, need_a, need_x)
+        path.grad_a_and_x(dy, x, t, weight, a, seed, dropout, plan, torch.float32, True, True)  # x was fp32
 
 
 def _case(dtypes, rank, dropout, bounded=True, quick=(), **shape):

@@ -35,8 +35,9 @@ def shrink(m, k, r, tiles, data, adapter, out, processors, dropout=False):
     return loads, {"out_ptr": m * r * out if parts == 1 else parts * m * r * FP32}
 
 
-def tail(m, n, r, tiles, sizes: Sizes, depth=0, bias=False, residual=False, dropout=False):
-    """x Wᵀ + bias + residual + S Bᵀ: `depth` is K, or 0 without the base product, which re-reads as tiles do."""
+def tail(m, n, r, tiles, sizes: Sizes, depth=0, bias=False, residual=False, dropout=False, out=None):
+    """x Wᵀ + bias + residual + S Bᵀ: `depth` is K, or 0 without the base product, which re-reads as tiles do; `out` the
+    bytes of an element of the result where it is not the data's."""
     blocks_m, blocks_n = ceil(m / tiles.rows), ceil(n / tiles.columns)
     loads = {
         "x_ptr": blocks_n * m * depth * sizes.data,
@@ -47,7 +48,7 @@ def tail(m, n, r, tiles, sizes: Sizes, depth=0, bias=False, residual=False, drop
         "q_ptr": blocks_m * n * r * sizes.adapter,
         "seed_ptr": blocks_m * blocks_n * SEED * dropout,
     }
-    return {name: count for name, count in loads.items() if count}, {"out_ptr": m * n * sizes.data}
+    return {name: count for name, count in loads.items() if count}, {"out_ptr": m * n * (out or sizes.data)}
 
 
 def grad_b_and_t(m, n, r, tiles, sizes: Sizes, processors, bias=False):

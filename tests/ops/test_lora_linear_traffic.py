@@ -56,19 +56,20 @@ def test_shrink_reads_x_once(inputs, outputs, rank, dropout, processors, monkeyp
 @shapes
 @pytest.mark.parametrize("rank", [8, 24, 70])
 @dropouts
-@pytest.mark.parametrize("kind", ["base", "bias", "residual", "alone"])
+@pytest.mark.parametrize("kind", ["base", "bias", "residual", "widened", "alone"])
 def test_tail_reads_the_low_rank_factors_once_per_tile(inputs, outputs, rank, dropout, kind):
     options = {
         "base": {"base": (data(ROWS, inputs), data(outputs, inputs)), "bias": data(outputs)},
         "bias": {"bias": data(outputs)},
         "residual": {"residual": data(ROWS, outputs)},
+        "widened": {"residual": data(ROWS, outputs), "out_dtype": torch.float32},
         "alone": {},
     }[kind]
     with count_traffic() as traffic:
         kernels.tail(adapter(ROWS, rank), adapter(outputs, rank), DATA, dropout=dropout, tiles=TILES, **options)
     assert traffic.of("_tail_kernel") == expected.tail(
         ROWS, outputs, rank, TILES, SIZES, depth=inputs if kind == "base" else 0, bias=kind in ("base", "bias"),
-        residual=kind == "residual", dropout=dropout is not None,
+        residual=kind in ("residual", "widened"), dropout=dropout is not None, out=4 if kind == "widened" else None,
     )  # fmt: skip
     assert traffic.atomics == 0
 
