@@ -251,8 +251,8 @@ def _outcomes(backend, problem):
         return lora_linear_outcomes(problem, ("x", "bias", "lora_A", "lora_B"))
 
 
-# Of dX, whose x is fp32, eager adds the two halves in fp32, and so do we. With fp32 adapters under autocast eager rounds
-# more often than we do.
+# Eager adds the two halves of dX, whose x is fp32, in fp32, and so do we. With fp32 adapters under autocast eager
+# rounds more often than we do.
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_autocast_is_as_right_as_eager_under_autocast(adapter, dropout):
