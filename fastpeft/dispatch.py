@@ -144,6 +144,11 @@ def choose_backend(x: torch.Tensor, dtype: torch.dtype, rank: int, patched: str 
     return Choice("torch", reason)
 
 
+def prefix_attention_plan(tensors, scores, dropout: float, patched: str | None = None) -> Plan | None:
+    """The strategy for one call of `prefix_attention` on the Triton backend; None is the torch path."""
+    return None
+
+
 def lora_linear_plan(x: torch.Tensor) -> Plan:
     """The strategy for x [M, K] on the Triton backend. No row is measured yet, and each says so."""
     if (plan := _plan.get()) is not None:

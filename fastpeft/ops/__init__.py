@@ -2,5 +2,6 @@
 
 from fastpeft.ops import _lora_linear_compiled as _lora_linear_compiled  # registers the operators
 from fastpeft.ops.lora_linear import dropout_mask, lora_linear, lora_linear_reference
+from fastpeft.ops.prefix_attention import prefix_attention, prefix_attention_reference
 
-__all__ = ["dropout_mask", "lora_linear", "lora_linear_reference"]
+__all__ = ["dropout_mask", "lora_linear", "lora_linear_reference", "prefix_attention", "prefix_attention_reference"]
