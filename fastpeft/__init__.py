@@ -22,9 +22,11 @@ from fastpeft.adapters import (
 )
 from fastpeft.configs import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    AdaptionPromptConfig,
     LoraConfig,
     PeftConfig,
     PeftType,
+    PrefixTuningConfig,
     TaskType,
     get_peft_config,
 )
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdapterFileError",
+    "AdaptionPromptConfig",
     "BackendError",
     "ConfigError",
     "FastpeftError",
@@ -53,6 +56,7 @@ __all__ = [
     "PatchError",
     "PeftConfig",
     "PeftType",
+    "PrefixTuningConfig",
     "TargetError",
     "TaskType",
     "adapter_state_dict",

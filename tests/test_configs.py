@@ -277,11 +277,8 @@ def test_nothing_of_the_callers_is_kept_or_changed():
         ({"peft_type": "EVIL"}, "peft_type='EVIL': unknown method; fastpeft supports LORA"),
         ({"peft_type": ["LORA"]}, "peft_type=['LORA']: unknown method"),
         ({"peft_type": "IA3"}, "peft_type='IA3': unknown method; fastpeft supports LORA"),
-        (
-            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
-            "PREFIX_TUNING: not supported yet; fastpeft supports",
-        ),
-        (peft.PrefixTuningConfig(num_virtual_tokens=4), "peft_type=PREFIX_TUNING: not supported yet"),
+        ({"peft_type": "P_TUNING", "num_virtual_tokens": 4}, "P_TUNING: not supported yet; fastpeft supports"),
+        (peft.PromptTuningConfig(num_virtual_tokens=4), "peft_type=PROMPT_TUNING: not supported yet"),
         (peft.AdaLoraConfig(total_step=10), "peft_type=ADALORA: not supported yet"),
         (peft.IA3Config(), "unknown method"),
         (PeftConfig(), "peft_type is missing"),

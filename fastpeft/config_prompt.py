@@ -1,0 +1,127 @@
+"""The configurations of the methods that train virtual tokens: prefix tuning and LLaMA-Adapter."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastpeft.config_base import (
+    PeftConfig,
+    PeftType,
+    in_order,
+    is_count,
+    is_names,
+    own,
+    refuse,
+    require_bool,
+    require_saved_names,
+)
+
+# More of anything than a model has: what a damaged or hostile file may ask for.
+MOST = 2**20
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """What the methods with virtual tokens have in common. All but num_virtual_tokens is taken from the model if None.
+
+    num_transformer_submodules: how many stacks the table is laid out for: 2 for sequence-to-sequence tasks, else 1.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    def normalise(self) -> None:
+        super().normalise()
+        if is_names(self.modules_to_save):
+            self.modules_to_save = in_order(self.modules_to_save)
+
+    def validate(self) -> None:
+        super().validate()
+        require_count(self, "num_virtual_tokens", "the number of virtual tokens", needed=True)
+        require_count(self, "token_dim", "the width of a virtual token in one layer's keys")
+        require_count(self, "num_attention_heads", "the number of heads that the keys have")
+        require_count(self, "num_layers", "the number of layers")
+        stacks, heads = self.num_transformer_submodules, self.num_attention_heads
+        if stacks is not None and not (is_count(stacks) and stacks <= 2):
+            why = "must be 1, 2 (sequence-to-sequence) or None, which takes it from task_type"
+            refuse("num_transformer_submodules", stacks, why)
+        if self.token_dim is not None and heads is not None and self.token_dim % heads:
+            refuse("token_dim", self.token_dim, f"must be a multiple of num_attention_heads={heads}")
+        require_saved_names(self)
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning (Li & Liang, arXiv 2101.00190), with peft's fields and four of our own.
+
+    prefix_projection: the prefix comes out of a small network of width encoder_hidden_size, not out of a table.
+    init_weights: None is random, "zero" makes the prefix zeros (which still draw attention).
+    prefix_window: in layers with a sliding window the prefix slides out as peft's does ("slide"), or stays ("pin").
+    encoder_prefix, cross_prefix: of a sequence-to-sequence model, also the encoder or the cross-attention gets one.
+    legacy_bloom_layout: the tensors to be loaded pair keys and values as peft did for BLOOM until transformers 4.44.
+    """
+
+    init_weights: str | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+    prefix_window: str = own("slide")
+    encoder_prefix: bool = own(False)
+    cross_prefix: bool = own(False)
+    legacy_bloom_layout: bool = own(False, stored=False)  # what is saved has today's layout
+
+    method: ClassVar[PeftType | None] = PeftType.PREFIX_TUNING
+
+    def validate(self) -> None:
+        super().validate()
+        if not (self.init_weights is None or isinstance(self.init_weights, str) and self.init_weights == "zero"):
+            refuse("init_weights", self.init_weights, "must be None (random) or 'zero'")
+        require_count(self, "encoder_hidden_size", "the width of the network that prefix_projection=True makes")
+        if not (isinstance(self.prefix_window, str) and self.prefix_window in ("slide", "pin")):
+            refuse("prefix_window", self.prefix_window, "must be 'slide' (as peft) or 'pin'")
+        for name in ("prefix_projection", "encoder_prefix", "cross_prefix", "legacy_bloom_layout"):
+            require_bool(self, name)
+
+
+@dataclass
+class AdaptionPromptConfig(PeftConfig):
+    """LLaMA-Adapter (Zhang et al., arXiv 2303.16199), with peft's fields and one of our own.
+
+    target_modules: what the attention modules are called, as in "self_attn"; None takes the model family's name.
+    adapter_len: how many virtual tokens a layer gets; adapter_layers: how many layers, counted from the top.
+    modules_to_save: modules trained whole besides, such as a head (peft has none here, and leaves heads untrained).
+    """
+
+    target_modules: str | None = None
+    adapter_len: int | None = None
+    adapter_layers: int | None = None
+    modules_to_save: list[str] | None = own(None)
+
+    method: ClassVar[PeftType | None] = PeftType.ADAPTION_PROMPT
+
+    def normalise(self) -> None:
+        super().normalise()
+        if is_names(self.modules_to_save):
+            self.modules_to_save = in_order(self.modules_to_save) or None
+
+    def validate(self) -> None:
+        super().validate()
+        name = self.target_modules
+        if name is not None and not (isinstance(name, str) and name and "." not in name):
+            refuse("target_modules", name, "must be the name of the attention modules, as in 'self_attn', or None")
+        require_count(self, "adapter_len", "the number of virtual tokens in a layer", needed=True)
+        require_count(self, "adapter_layers", "the number of adapted layers, from the top", needed=True)
+        require_saved_names(self)
+
+
+def require_count(config: PeftConfig, name: str, meaning: str, needed: bool = False) -> None:
+    """Raises ConfigError unless the field is an int from 1 to MOST, or None where it may be."""
+    value = getattr(config, name)
+    if value is None and not needed:
+        return
+    if not is_count(value):
+        refuse(name, value, f"{meaning} must be an int of at least 1{'' if needed else ', or None'}")
+    if value > MOST:
+        refuse(name, value, f"{meaning} can be at most {MOST}")
