@@ -23,7 +23,9 @@ MOST = 2**20
 class PromptLearningConfig(PeftConfig):
     """What the methods with virtual tokens have in common. All but num_virtual_tokens is taken from the model if None.
 
-    num_transformer_submodules: how many stacks the table is laid out for: 2 for sequence-to-sequence tasks, else 1.
+    num_transformer_submodules: how many stacks the table is laid out for; None is 2 for sequence-to-sequence tasks, else
+    1. A prefix with 2 uses every other pair of blocks (for an even number of layers half of the table is never used and
+    two layers share each pair); 1 gives each decoder layer a pair of its own, in peft as here.
     """
 
     num_virtual_tokens: int | None = None
@@ -91,7 +93,8 @@ class AdaptionPromptConfig(PeftConfig):
 
     target_modules: what the attention modules are called, as in "self_attn"; None takes the model family's name.
     adapter_len: how many virtual tokens a layer gets; adapter_layers: how many layers, counted from the top.
-    modules_to_save: modules trained whole besides, such as a head (peft has none here, and leaves heads untrained).
+    modules_to_save: modules trained whole besides. None is the head of the task; [] is nothing, as in peft, which has no
+    such field here and leaves heads untrained.
     """
 
     target_modules: str | None = None
@@ -104,7 +107,7 @@ class AdaptionPromptConfig(PeftConfig):
     def normalise(self) -> None:
         super().normalise()
         if is_names(self.modules_to_save):
-            self.modules_to_save = in_order(self.modules_to_save) or None
+            self.modules_to_save = in_order(self.modules_to_save)
 
     def validate(self) -> None:
         super().validate()

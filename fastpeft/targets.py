@@ -13,7 +13,7 @@ from functools import cached_property
 
 from torch import nn
 
-from fastpeft.configs import LoraConfig, as_config
+from fastpeft.configs import AdaptionPromptConfig, LoraConfig, PeftConfig, as_config
 from fastpeft.default_targets import (
     DEFAULT_TARGETS,
     OTHER_HEADS,
@@ -79,6 +79,42 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> Resolution:
     return Resolution(targets, selection.saved, selection.config)
 
 
+def saved_modules(model: nn.Module, config: PeftConfig) -> tuple[str, ...]:
+    """The paths of the modules that `config` trains whole; config.modules_to_save is extended by the heads of its task.
+
+    A path counts if it ends with an entry; a module inside another one of them is trained with that one. An entry that
+    matches nothing is legal if the task adds it. Raises TargetError for any other, and for a container of modules.
+    """
+    if isinstance(config, AdaptionPromptConfig) and config.modules_to_save == []:
+        return ()  # a file of peft's, which has no heads
+    # Every path, as in peft: one module may be reached by two, and is replaced under each.
+    every = dict(model.named_modules(remove_duplicate=False))
+    paths = [name for name in every if name and not _inside_adapter(name)]
+    heads = TASK_HEADS.get(config.task_type, ())
+    _add_heads(config, heads, paths)
+    entries = config.modules_to_save or []
+    for entry in entries:
+        if entry not in heads and not any(name.endswith(entry) for name in paths):
+            raise TargetError(f"modules_to_save={entry!r} is not in the model{nearest(entry, paths)}")
+    found = [name for name in paths if name.endswith(tuple(entries))]
+    for name in found:
+        if isinstance(every[name], _CONTAINERS):
+            kind = type(every[name]).__name__
+            raise TargetError(f"modules_to_save matches {name}, a {kind}; name the modules in it instead")
+    return tuple(name for name in found if not any(name.startswith(f"{outer}.") for outer in found))
+
+
+def _add_heads(config: PeftConfig, heads: tuple[str, ...], paths: list[str]) -> None:
+    entries = list(config.modules_to_save or [])
+    missing = [head for head in heads if head not in entries]
+    # A saved configuration names peft's heads already; then it says what its file holds, and nothing is added.
+    if missing == list(heads) and not any(name.endswith(heads) for name in paths):
+        others = OTHER_HEADS.get(config.task_type, ())
+        missing += [head for head in others if any(name.endswith(head) for name in paths)]
+    if missing:
+        config.modules_to_save = list(dict.fromkeys(entries + missing))
+
+
 class _Selection:
     """One configuration's view of one model."""
 
@@ -88,41 +124,12 @@ class _Selection:
         self.by_user = config.target_modules
         self.modules = {name: module for name, module in model.named_modules() if name and not _inside_adapter(name)}
         self.model_type = getattr(getattr(model, "config", None), "model_type", None)
-        self._add_heads()
-        self.saved = self._saved_modules()
+        self.saved = saved_modules(model, config)
 
     @cached_property
     def linear(self) -> dict[str, nn.Module]:
         kinds = (nn.Linear, *_conv1d())
         return {name: module for name, module in self.modules.items() if isinstance(module, kinds)}
-
-    # Modules trained whole.
-
-    def _add_heads(self) -> None:
-        task, entries = self.config.task_type, list(self.config.modules_to_save or [])
-        heads = TASK_HEADS.get(task, ())
-        missing = [head for head in heads if head not in entries]
-        # A saved configuration names peft's heads already; then it says what its file holds, and nothing is added.
-        if missing == list(heads) and not any(name.endswith(heads) for name in self.modules):
-            missing += [head for head in OTHER_HEADS.get(task, ()) if any(n.endswith(head) for n in self.modules)]
-        if missing:
-            self.config.modules_to_save = list(dict.fromkeys(entries + missing))
-
-    def _saved_modules(self) -> tuple[str, ...]:
-        """The paths that end with an entry; a module inside another one of them is trained with that one."""
-        entries = self.config.modules_to_save or []
-        # Every path, as in peft: one module may be reached by two, and is replaced under each.
-        every = dict(self.model.named_modules(remove_duplicate=False))
-        paths = [name for name in every if name and not _inside_adapter(name)]
-        for entry in entries:
-            if entry not in TASK_HEADS.get(self.config.task_type, ()) and not any(n.endswith(entry) for n in paths):
-                raise TargetError(f"modules_to_save={entry!r} is not in the model{nearest(entry, paths)}")
-        found = [name for name in paths if name.endswith(tuple(entries))]
-        for name in found:
-            if isinstance(every[name], _CONTAINERS):
-                kind = type(every[name]).__name__
-                raise TargetError(f"modules_to_save matches {name}, a {kind}; name the modules in it instead")
-        return tuple(name for name in found if not any(name.startswith(f"{outer}.") for outer in found))
 
     # target_modules that the configuration leaves to us.
 

@@ -28,6 +28,7 @@ MAY_KNOW = {
         "fastpeft.configs",
         "fastpeft.dispatch",
         "fastpeft.errors",
+        "fastpeft.prefix_geometry",  # the sizes of virtual tokens
         "fastpeft.selection",  # which adapters a call uses
         "fastpeft.targets",  # which modules a configuration asks for
     ),
