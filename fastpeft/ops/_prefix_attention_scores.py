@@ -32,6 +32,10 @@ class Scores(NamedTuple):
     slopes_H: Tensor | None = None  # fp32, ALiBi
     positions_BT: Tensor | None = None  # fp32, ALiBi's key positions
 
+    def of_prompt(self) -> "Scores":
+        """Those of a softmax over virtual keys alone, which has a scale and nothing else."""
+        return Scores(causal=False, scale=self.scale, start=0)
+
 
 class Tensors(NamedTuple):
     """What may want a gradient, in the order of the gradients. The prefix is (B or 1, G, P, D)."""
@@ -46,11 +50,28 @@ class Tensors(NamedTuple):
     sinks_H: Tensor | None
 
 
+def of_sequence(tensors: Tensors) -> Tensors:
+    """Without virtual keys: P = 0."""
+    pk, pv = tensors.pk_BGPD[:, :, :0], tensors.pv_BGPD[:, :, :0]
+    return tensors._replace(pk_BGPD=pk, pv_BGPD=pv, pbias_BHSP=None)
+
+
+def of_prompt(tensors: Tensors) -> Tensors:
+    """Without real keys: T = 0."""
+    q, k, v, pk, pv, *_ = tensors
+    return Tensors(q, k[:, :, :0], v[:, :, :0], pk, pv, None, None, None)
+
+
 def visible(scores: Scores, queries: int, keys: int, device) -> Tensor:
     """(B or 1, 1, S, T) booleans: which keys of the sequence a query sees."""
-    at = scores.start + torch.arange(queries, device=device)[:, None]
-    key = torch.arange(keys, device=device)[None]
-    see = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return visible_block(scores, slice(0, queries), slice(0, keys), device)
+
+
+def visible_block(scores: Scores, rows: slice, columns: slice, device) -> Tensor:
+    """These rows and columns of `visible`."""
+    at = scores.start + torch.arange(rows.start, rows.stop, device=device)[:, None]
+    key = torch.arange(columns.start, columns.stop, device=device)[None]
+    see = torch.ones(at.shape[0], key.shape[1], dtype=torch.bool, device=device)
     if scores.causal:
         see = see & (key <= at)
     if scores.window is not None:
@@ -59,21 +80,26 @@ def visible(scores: Scores, queries: int, keys: int, device) -> Tensor:
             see = see & (key < at + scores.window)
     see = see[None, None]
     if scores.padding_BT is not None:
-        see = see & scores.padding_BT[:, None, None, :]
+        see = see & scores.padding_BT[:, None, None, columns]
     if scores.segments_BT is not None:
-        own = scores.segments_BT[:, scores.start : scores.start + queries]
-        see = see & (own[:, None, :, None] == scores.segments_BT[:, None, None, :])
+        own = scores.segments_BT[:, scores.start + rows.start : scores.start + rows.stop]
+        see = see & (own[:, None, :, None] == scores.segments_BT[:, None, None, columns])
     return see
 
 
 def prefix_visible(scores: Scores, queries: int, prefix: int, device) -> Tensor | None:
     """(B or 1, 1, S, P) booleans: which virtual keys a query sees; None: all of them."""
+    return prefix_visible_block(scores, slice(0, queries), prefix, device)
+
+
+def prefix_visible_block(scores: Scores, rows: slice, prefix: int, device) -> Tensor | None:
+    """These rows of `prefix_visible`."""
     if scores.window is None or scores.pin:
         return None
     if scores.local_BT is not None:
-        at = scores.local_BT[:, None, scores.start : scores.start + queries, None]
+        at = scores.local_BT[:, None, scores.start + rows.start : scores.start + rows.stop, None]
     else:
-        at = scores.start + torch.arange(queries, device=device)[None, None, :, None]
+        at = scores.start + torch.arange(rows.start, rows.stop, device=device)[None, None, :, None]
     key = torch.arange(prefix, device=device) - prefix
     see = key > at - scores.window
     return see if scores.causal else see & (key < at + scores.window)

@@ -1,7 +1,17 @@
-"""`prefix_attention` in plain torch."""
+"""`prefix_attention` in plain torch: CPU flash attention where it can serve the call, else products in blocks of rows.
+
+Both take the prefix and the sequence one after the other, never side by side, and make masks for a block of rows at a
+time. Either may be absent: no virtual keys (P = 0), or no real ones (T = 0), for `gated_prompt_attention`.
+"""
 
 import torch
 from torch import Tensor
+
+from fastpeft.ops import _prefix_attention_blocks as blocks
+from fastpeft.ops import _prefix_attention_flash as flash
+from fastpeft.ops._prefix_attention_scores import Tensors
+
+keep_mask = blocks.keep_mask
 
 
 def draw_seed(q: Tensor) -> Tensor:
@@ -9,23 +19,15 @@ def draw_seed(q: Tensor) -> Tensor:
     return torch.empty(1, dtype=torch.int64).random_()
 
 
-def forward(tensors, call, seed):
-    """(out (B, H, S, D) over (B, S, H, D) storage, L (B, H, S) in fp32)."""
-    from fastpeft.ops.prefix_attention import prefix_attention_reference
+def forward(tensors: Tensors, call, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out (B, H, S, D) over (B, S, H, D) storage, L (B, H, S) in fp32, or fp64 for fp64)."""
+    if flash.serves_forward(tensors, call):
+        return flash.forward(tensors, call.scores)
+    return blocks.forward(tensors, call.scores, call.dropout, seed)
 
-    out = prefix_attention_reference(tensors, call.scores)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), out.new_zeros(out.shape[:3], dtype=torch.float32)
 
-
-def backward(dout, tensors, out, lse, call, seed, needs):
+def backward(dout: Tensor, tensors: Tensors, out, lse, call, seed, needs: Tensors) -> tuple[Tensor | None, ...]:
     """The gradients of `Tensors`, None where not needed."""
-    from fastpeft.ops.prefix_attention import prefix_attention_reference
-
-    with torch.enable_grad():
-        leaves = [
-            None if t is None else t.detach().requires_grad_(bool(n)) for t, n in zip(tensors, needs, strict=True)
-        ]
-        y = prefix_attention_reference(type(tensors)(*leaves), call.scores)
-        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        grads = iter(torch.autograd.grad(y, wanted, dout))
-    return tuple(next(grads) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
+    if flash.serves_forward(tensors, call) and not (needs.bias_BHST or needs.pbias_BHSP):
+        return flash.backward(dout, tensors, out, lse, call.scores, needs)
+    return blocks.backward(dout, tensors, out, lse, call.scores, call.dropout, seed, needs)

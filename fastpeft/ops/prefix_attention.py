@@ -97,7 +97,8 @@ class PrefixAttentionFunction(torch.autograd.Function):
     def forward(ctx, call: Call, *tensors):
         path = _path(call.plan is not None)
         seed = path.draw_seed(tensors[0]) if call.dropout else None
-        out_BHSD, lse_BHS = path.forward(Tensors(*tensors), call, seed)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            out_BHSD, lse_BHS = path.forward(Tensors(*tensors), call, seed)
         ctx.save_for_backward(*tensors, out_BHSD, lse_BHS, seed)
         ctx.call = call
         return out_BHSD
@@ -183,9 +184,15 @@ def prefix_attention(
 
 def apply_prefix_attention(tensors: Tensors, scores: Scores, dropout: float, patched_backend: str | None) -> Tensor:
     """`prefix_attention` for callers that have checked their tensors: autocast, backend, `apply`."""
-    device_type = tensors.q_BHSD.device.type
-    if torch.is_autocast_enabled(device_type) and tensors.q_BHSD.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        tensors = Tensors(*(t.to(dtype) for t in tensors[:5]), *tensors[5:])
+    tensors = in_common_dtype(tensors)
     plan = prefix_attention_plan(tensors, scores, dropout, patched_backend)
     return PrefixAttentionFunction.apply(Call(scores, dropout, plan), *tensors)
+
+
+def in_common_dtype(tensors: Tensors) -> Tensors:
+    """What is multiplied, in autocast's dtype where that is in force."""
+    device_type = tensors.q_BHSD.device.type
+    if not torch.is_autocast_enabled(device_type) or tensors.q_BHSD.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return Tensors(*(t.to(dtype) for t in tensors[:5]), *tensors[5:])

@@ -1,0 +1,216 @@
+"""How right `prefix_attention` and `gated_prompt_attention` are, by the yardstick of `fastpeft.oracle`: random problems
+with any modifiers, and their results beside the definition's in the same dtype and in float64."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpeft.dispatch import prefix_attention_plan
+from fastpeft.ops import gated_prompt_attention as gated
+from fastpeft.ops import gated_prompt_attention_reference, prefix_attention, prefix_attention_reference
+from fastpeft.ops._prefix_attention_scores import Tensors, make_scores
+from fastpeft.ops.prefix_attention import _path
+from fastpeft.oracle import Difference, compare
+
+GRADIENTS = ("query", "key", "value", "prefix_key", "prefix_value", "bias", "prefix_bias", "sinks", "gate")
+
+MODIFIERS = {
+    "bidirectional": "causal=False",
+    "left": "samples padded on the left, by different amounts",
+    "right": "samples padded on the right",
+    "holes": "keys left out at random, and one sample without any",
+    "packed": "three runs of segment ids in a sample",
+    "window": "a sliding window over about a third of the keys, out of which the prefix slides",
+    "pin": "the same, with the prefix always visible",
+    "alibi": "slopes that are not powers of two",
+    "positions": "ALiBi with given key positions",
+    "bias": "an additive bias for each head, shared by the batch",
+    "bias-by-sample": "an additive bias for each sample, shared by the heads",
+    "prefix-bias": "an additive bias on the virtual keys",
+    "softcap": "a cap that bends the scores",
+    "sinks": "a sink for each head",
+    "scale": "a scale that is not D ** -0.5",
+    "by-sample": "a prefix for each sample",
+    "dropout": "of 0.3",
+}
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One call with the gradient of its result, dout (B, H, S, D). The tensors are named as in `prefix_attention`; with
+    a gate it is a call of `gated_prompt_attention`, whose prompt is the prefix. options: the other arguments."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_key: Tensor
+    prefix_value: Tensor
+    dout: Tensor
+    bias: Tensor | None = None
+    prefix_bias: Tensor | None = None
+    sinks: Tensor | None = None
+    gate: Tensor | None = None
+    dropout: float = 0.0
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def present(self) -> tuple[str, ...]:
+        """The tensors that may want a gradient."""
+        return tuple(name for name in GRADIENTS if getattr(self, name) is not None)
+
+
+def random_attention_problem(
+    modifiers: Sequence[str] = (),
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    groups: int = 2,
+    queries: int = 19,
+    keys: int | None = None,
+    depth: int = 16,
+    prefix: int = 5,
+    gate: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> AttentionProblem:
+    """Normal tensors with the modifiers of these names in `MODIFIERS`; keys: `queries` by default."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = queries if keys is None else keys
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(dtype).to(device)
+
+    sizes = (batch, groups, prefix, depth) if "by-sample" in modifiers else (groups, prefix, depth)
+    tensors = {
+        "query": normal(batch, heads, queries, depth),
+        "key": normal(batch, groups, keys, depth),
+        "value": normal(batch, groups, keys, depth),
+        "prefix_key": normal(*sizes),
+        "prefix_value": normal(*sizes),
+        "dout": normal(batch, heads, queries, depth),
+        "gate": None if gate is None else normal(*gate),
+    }
+    if "bias" in modifiers:
+        tensors["bias"] = normal(1, heads, queries, keys)
+    if "bias-by-sample" in modifiers:
+        tensors["bias"] = normal(batch, 1, queries, keys)
+    if "prefix-bias" in modifiers:
+        tensors["prefix_bias"] = normal(1, heads, queries, prefix)
+    if "sinks" in modifiers:
+        tensors["sinks"] = normal(heads)
+    options = _options(modifiers, batch, heads, keys, generator, device)
+    return AttentionProblem(**tensors, dropout=0.3 if "dropout" in modifiers else 0.0, options=options)
+
+
+def _options(modifiers, batch, heads, keys, generator, device) -> dict:
+    unknown = set(modifiers) - set(MODIFIERS)
+    assert not unknown, f"no modifiers {unknown}"
+    at, sample = torch.arange(keys, device=device), torch.arange(batch, device=device)[:, None]
+    options = {"causal": "bidirectional" not in modifiers}
+    padding = {
+        "left": at >= 1 + 3 * sample,
+        "right": at < keys - 2 - 3 * sample,
+        "holes": (torch.rand(batch, keys, generator=generator) < 0.6).to(device) & (sample > 0),
+    }
+    for name in padding.keys() & set(modifiers):
+        options["padding_mask"] = padding[name] & options.get("padding_mask", torch.tensor(True, device=device))
+    if "packed" in modifiers:
+        options["segment_ids"] = (at >= keys // 3).int() + (at >= keys // 3 + 5 + sample).int()
+    if "window" in modifiers or "pin" in modifiers:
+        options["sliding_window"] = max(2, keys // 3)
+        options["prefix_window"] = "pin" if "pin" in modifiers else "slide"
+    if "alibi" in modifiers or "positions" in modifiers:
+        options["alibi_slopes"] = torch.linspace(0.05, 0.4, heads, device=device)
+    if "positions" in modifiers:
+        options["key_positions"] = at.flip(0) % 7 + sample
+    if "softcap" in modifiers:
+        options["softcap"] = 1.5
+    if "scale" in modifiers:
+        options["scale"] = 0.4
+    return options
+
+
+def _tensors(leaves: dict) -> Tensors:
+    prefix = [leaves[name] if leaves[name].ndim == 4 else leaves[name][None] for name in ("prefix_key", "prefix_value")]
+    own = [leaves[name] for name in ("query", "key", "value")]
+    return Tensors(*own, *prefix, leaves["bias"], leaves["prefix_bias"], leaves["sinks"])
+
+
+def _scores(problem: AttentionProblem):
+    given = {"causal": True, **problem.options}
+    pin = given.pop("prefix_window", "slide") == "pin"
+    names = ("scale", "padding_mask", "segment_ids", "query_start", "alibi_slopes", "key_positions", "sliding_window",
+             "softcap")  # fmt: skip
+    rest = {name: given.pop(name, None) for name in names}
+    tensors = _tensors({name: getattr(problem, name) for name in GRADIENTS})
+    return make_scores("attention_oracle", tensors, given.pop("causal"), **rest)._replace(pin=pin)
+
+
+def _op(problem: AttentionProblem, leaves: dict) -> Tensor:
+    options = {"dropout": problem.dropout, "training": True, **problem.options}
+    five = [leaves[name] for name in GRADIENTS[:5]]
+    extras = {name: leaves[name] for name in ("bias", "sinks")}
+    if problem.gate is None:
+        return prefix_attention(*five, prefix_bias=leaves["prefix_bias"], **extras, **options)
+    return gated(*five, leaves["gate"], **extras, **options)
+
+
+def _reference(problem: AttentionProblem, leaves: dict, keep, p: float) -> Tensor:
+    if problem.gate is None:
+        return prefix_attention_reference(_tensors(leaves), _scores(problem), keep, p)
+    return gated_prompt_attention_reference(_tensors(leaves), leaves["gate"].view(-1), _scores(problem), keep, p)
+
+
+def op_dropout(problem: AttentionProblem) -> tuple[Tensor | None, float]:
+    """The mask (B, H, S, P + T) that the op would draw now, and its exact probability of dropping."""
+    if not problem.dropout:
+        return None, 0.0
+    tensors, scores = _tensors({name: getattr(problem, name) for name in GRADIENTS}), _scores(problem)
+    triton = problem.gate is None and prefix_attention_plan(tensors, scores, problem.dropout) is not None
+    path = _path(triton)
+    q, keys = problem.query, problem.key.shape[2]
+    columns = keys + (problem.prefix_key.shape[-2] if problem.gate is None else 0)
+    keep = path.keep_mask(path.draw_seed(q), problem.dropout, *q.shape[:3], columns, q.device)
+    return keep, round(problem.dropout * 65536) / 65536 if triton else problem.dropout
+
+
+def outcome(function, problem: AttentionProblem, wanted: Sequence[str], dtype: torch.dtype | None = None) -> dict:
+    """{"out": result, "dquery": gradient, ...} of function(problem, leaves), in `dtype` or as given."""
+    leaves = {name: getattr(problem, name) for name in GRADIENTS}
+    leaves = {
+        name: None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(name in wanted)
+        for name, t in leaves.items()
+    }
+    out = function(problem, leaves)
+    if not wanted:
+        return {"out": out}
+    gradients = torch.autograd.grad(out, [leaves[name] for name in wanted], problem.dout.to(out.dtype))
+    return {"out": out.detach(), **{f"d{name}": t for name, t in zip(wanted, gradients, strict=True)}}
+
+
+def attention_outcomes(problem: AttentionProblem, wanted: Sequence[str], seed: int = 0) -> tuple[dict, dict, dict]:
+    """Of the op, of its reference in the same dtypes and in float64, with the mask that the op draws, on the backend in
+    force: {"out": result, "dquery": gradient, ...}. Leaves torch's generators as they were."""
+    with torch.random.fork_rng([problem.query.device] if problem.query.is_cuda else []):
+        torch.manual_seed(seed)
+        keep, p = op_dropout(problem)
+        torch.manual_seed(seed)
+        got = outcome(_op, problem, wanted)
+
+    def reference(problem, leaves):
+        return _reference(problem, leaves, keep, p)
+
+    return got, outcome(reference, problem, wanted), outcome(reference, problem, wanted, torch.float64)
+
+
+def attention_differences(
+    problems: Sequence[AttentionProblem], wanted: Sequence[str] | None = None
+) -> list[Difference]:
+    """How far the result and its gradients, all or those `wanted`, are from the truth, pooled over problems of one
+    shape."""
+    wanted = problems[0].present() if wanted is None else wanted
+    draws = [attention_outcomes(problem, wanted, seed) for seed, problem in enumerate(problems)]
+    return [compare(name, *([draw[i][name] for draw in draws] for i in range(3))) for name in draws[0][0]]

@@ -1,0 +1,337 @@
+"""`prefix_attention` by CPU flash attention: pieces of rows × keys that the vendor's op serves, merged by log-sum-exp.
+
+The op knows causal squares, groups of heads, and additive masks that may be broadcast. So a padding mask, and ALiBi,
+which adds one number to each key, cost a row of T numbers. Only what depends on the row and the key (windows, packed
+sequences, a bias with padding) needs a mask of rows × keys, made for a block of rows and the keys they can see.
+
+Backward gives the op's backward the merged output and L. Its weights are exp(s - L) and its row sum is δ = Σ dout∘out,
+so with the merged two each piece's gradients are those of the whole softmax.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops._prefix_attention_blocks import key_range
+from fastpeft.ops._prefix_attention_scores import Scores, Tensors, prefix_visible_block, visible_block
+
+MASK_BYTES = 1 << 24  # of a mask made for a block of rows
+MASK_ROWS = 256  # a block's rows: beyond, more hidden keys are multiplied; below, the op has too little to do
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Piece(NamedTuple):
+    """Query rows × keys of the prefix or of the sequence. mask: makes the additive mask (B or 1, H or 1, rows or 1,
+    keys), or None; causal: row i sees keys 0 to i of the piece."""
+
+    of_prefix: bool
+    rows: slice
+    keys: slice
+    causal: bool = False
+    mask: Callable[[], Tensor] | None = None
+
+
+def serves_forward(tensors: Tensors, call) -> bool:
+    """Whether this path serves the forward of a call, and its backward but for the gradient of a bias."""
+    return tensors.q_BHSD.device.type == "cpu" and call.scores.softcap is None and not call.dropout
+
+
+# Which pieces
+
+
+def pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
+    """Disjoint pieces that together are everything visible, and perhaps pairs that a mask hides; the prefix last."""
+    yield from _sequence_pieces(tensors, scores)
+    yield from _prefix_pieces(tensors, scores)
+
+
+def _sequence_pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
+    queries, keys = tensors.q_BHSD.shape[2], tensors.k_BGTD.shape[2]
+    start, bias = scores.start, tensors.bias_BHST
+    plain = scores.window is None and scores.segments_BT is None and bias is None
+    if keys == 0:
+        return
+    if queries == 1 and scores.segments_BT is None and bias is None:  # order and window leave a range of keys
+        seen = key_range(scores, slice(0, 1), keys)
+        if seen.stop > seen.start:
+            yield Piece(False, slice(0, 1), seen, mask=_vector(tensors, scores, seen))
+    elif plain and not scores.causal:
+        yield Piece(False, slice(0, queries), slice(0, keys), mask=_vector(tensors, scores, slice(0, keys)))
+    elif plain:  # the keys before the first query, then a square
+        rows, start = slice(min(queries, max(0, -start)), queries), max(0, start)
+        for part, causal in ((slice(0, min(start, keys)), False), (slice(start, min(keys, start + queries)), True)):
+            if part.stop > part.start and rows.stop > rows.start:
+                yield Piece(False, rows, part, causal, _vector(tensors, scores, part))
+    else:
+        yield from _masked_pieces(tensors, scores)
+
+
+def _masked_pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
+    (batch, heads, queries, _), keys, bias = tensors.q_BHSD.shape, tensors.k_BGTD.shape[2], tensors.bias_BHST
+    only_bias = not (scores.causal or scores.window is not None or scores.slopes_H is not None)
+    if only_bias and scores.padding_BT is None and scores.segments_BT is None:
+        yield Piece(False, slice(0, queries), slice(0, keys), mask=lambda: bias)
+        return
+    samples = batch if scores.padding_BT is not None or scores.segments_BT is not None else 1
+    if bias is not None:
+        samples = max(samples, bias.shape[0])
+    by_head = scores.slopes_H is not None or (bias is not None and bias.shape[1] > 1)
+    for rows in _row_blocks(queries, keys * samples * (heads if by_head else 1), tensors.q_BHSD):
+        seen = _within_segments(scores, rows, key_range(scores, rows, keys))
+        if seen.stop > seen.start:
+            yield Piece(False, rows, seen, mask=_matrix(tensors, scores, rows, seen))
+
+
+def _row_blocks(queries: int, row_elements: int, q: Tensor) -> Iterator[slice]:
+    step = max(1, min(MASK_ROWS, MASK_BYTES // (max(1, row_elements) * max(4, q.element_size()))))
+    for first in range(0, queries, step):
+        yield slice(first, min(first + step, queries))
+
+
+def _within_segments(scores: Scores, rows: slice, seen: slice) -> slice:
+    """The keys of `seen` from the first to the last that share a segment with one of the rows."""
+    segments = scores.segments_BT
+    if segments is None or not bool((segments[:, 1:] >= segments[:, :-1]).all()):
+        return seen
+    own = segments[:, scores.start + rows.start : scores.start + rows.stop]
+    ends = own[:, :1].contiguous(), own[:, -1:].contiguous()
+    segments = segments.contiguous()
+    low = int(torch.searchsorted(segments, ends[0]).min()) if segments.numel() else 0
+    high = int(torch.searchsorted(segments, ends[1], right=True).max()) if segments.numel() else 0
+    low = max(seen.start, low)
+    return slice(low, max(low, min(seen.stop, high)))
+
+
+def _prefix_pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
+    (_, heads, queries, _), prefix, pbias = tensors.q_BHSD.shape, tensors.pk_BGPD.shape[2], tensors.pbias_BHSP
+    if prefix == 0:
+        return
+    every, slides = slice(0, prefix), scores.window is not None and not scores.pin
+    if not slides:
+        if pbias is None and scores.slopes_H is None:
+            yield Piece(True, slice(0, queries), every)
+        elif pbias is None or scores.slopes_H is None:
+            mask = (lambda: _prefix_slopes(tensors, scores)) if pbias is None else (lambda: pbias)
+            yield Piece(True, slice(0, queries), every, mask=mask)
+    if slides or not (pbias is None or scores.slopes_H is None):
+        # A row at position W - 1 or later sees no virtual key: the last of them stands at -1.
+        last = queries
+        if slides and scores.local_BT is None and scores.causal:
+            last = min(queries, max(0, scores.window - 1 - scores.start))
+        samples = max(1 if scores.local_BT is None else len(scores.local_BT), 1 if pbias is None else pbias.shape[0])
+        for rows in _row_blocks(last, prefix * samples * heads, tensors.q_BHSD):
+            if scores.local_BT is None or scores.pin or _some_see_the_prefix(scores, rows):
+                yield Piece(True, rows, every, mask=_prefix_matrix(tensors, scores, rows))
+
+
+def _some_see_the_prefix(scores: Scores, rows: slice) -> bool:
+    local = scores.local_BT[:, scores.start + rows.start : scores.start + rows.stop]
+    return bool((local < scores.window - 1).any())
+
+
+# Masks
+
+
+def _vector(tensors: Tensors, scores: Scores, keys: slice) -> Callable[[], Tensor] | None:
+    """Padding and ALiBi, (B or 1, H or 1, 1, keys)."""
+    if scores.padding_BT is None and scores.slopes_H is None:
+        return None
+    wide = torch.promote_types(tensors.q_BHSD.dtype, torch.float32)
+
+    def make() -> Tensor:
+        mask = torch.zeros(1, 1, 1, keys.stop - keys.start, dtype=wide)
+        if scores.slopes_H is not None:
+            mask = scores.slopes_H.to(wide)[:, None, None] * scores.positions_BT[:, None, None, keys].to(wide)
+        if scores.padding_BT is not None:
+            mask = mask.masked_fill(~scores.padding_BT[:, None, None, keys], -torch.inf)
+        return mask
+
+    return make
+
+
+def _matrix(tensors: Tensors, scores: Scores, rows: slice, keys: slice) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        bias, q = tensors.bias_BHST, tensors.q_BHSD
+        see = visible_block(scores, rows, keys, q.device)
+        added = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
+        if scores.slopes_H is not None:
+            added = _vector(tensors, scores._replace(padding_BT=None), keys)()
+        if bias is not None:
+            added = added + bias[:, :, rows, keys]
+        return torch.where(see, added, -torch.inf)
+
+    return make
+
+
+def _prefix_slopes(tensors: Tensors, scores: Scores) -> Tensor:
+    wide = torch.promote_types(tensors.q_BHSD.dtype, torch.float32)
+    return (scores.slopes_H.to(wide)[:, None, None] * torch.arange(-tensors.pk_BGPD.shape[2], 0))[None]
+
+
+def _prefix_matrix(tensors: Tensors, scores: Scores, rows: slice) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        q, pbias, prefix = tensors.q_BHSD, tensors.pbias_BHSP, tensors.pk_BGPD.shape[2]
+        added = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
+        if scores.slopes_H is not None:
+            added = _prefix_slopes(tensors, scores)
+        if pbias is not None:
+            added = added + pbias[:, :, rows]
+        see = prefix_visible_block(scores, rows, prefix, q.device)
+        return added if see is None else torch.where(see, added, -torch.inf)
+
+    return make
+
+
+def _operands(tensors: Tensors, piece: Piece):
+    """(q, k, v, mask as the op wants it) of a piece, the latter three by the batch of q."""
+    q, k, v, pk, pv, *_ = tensors
+    k, v = (pk, pv) if piece.of_prefix else (k, v)
+    q = q[:, :, piece.rows]
+    k, v = (t[:, :, piece.keys].expand(q.shape[0], -1, -1, -1) for t in (k, v))
+    mask = None
+    if piece.mask is not None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        mask = piece.mask().to(wide)
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    return q, k, v, mask
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    """The op reads rows of D adjacent numbers whatever the last stride says."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+# Forward
+
+
+def forward(tensors: Tensors, scores: Scores) -> tuple[Tensor, Tensor]:
+    """(out, L) as in `_prefix_attention_torch`."""
+    tensors = Tensors(*(_unit_stride(t) for t in tensors[:5]), *tensors[5:])
+    q, sinks = tensors.q_BHSD, tensors.sinks_H
+    batch, heads, queries, depth = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = None, None
+    for piece in pieces(tensors, scores):
+        o, log = _attend(tensors, piece, scores.scale)
+        whole = piece.rows == slice(0, queries)
+        if out is None and whole:
+            out, lse = o, log
+            continue
+        if out is None:
+            out = torch.zeros(batch, queries, heads, depth, dtype=wide).transpose(1, 2)
+            lse = torch.full((batch, heads, queries), -torch.inf, dtype=wide)
+        out = out.to(wide)
+        _merge(out[:, :, piece.rows], lse[:, :, piece.rows], o.to(wide), log)
+    if out is None:  # nothing is visible
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+    if sinks is not None:
+        sink = sinks.to(wide)[:, None]
+        out = out.to(wide).mul_(torch.sigmoid(lse - sink).unsqueeze(-1))
+        lse = torch.logaddexp(lse, sink)
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+
+
+def _merge(out, lse, o, log) -> None:
+    """Merges (o, log) into (out, lse), in place."""
+    weight = torch.sigmoid(log - lse)
+    # Two rows that see nothing are both 0, and the difference of their L is NaN.
+    out.lerp_(o, weight.nan_to_num_(0.0).unsqueeze(-1))
+    lse.copy_(torch.logaddexp(lse, log))
+
+
+def _attend(tensors: Tensors, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
+    """The op's (out, L) of a piece, L = -inf where a row sees nothing."""
+    q, k, v, mask = _operands(tensors, piece)
+    (batch, heads, queries, depth), groups = q.shape, k.shape[1]
+    if queries == 1 and (mask is None or mask.shape[1] == 1):
+        # One row: the heads of a group, and for a shared prefix the samples, are rows of one product.
+        shared = piece.of_prefix and mask is None and tensors.pk_BGPD.shape[0] == 1
+        q = q.reshape(batch, groups, -1, depth)
+        if shared:
+            q = q.transpose(0, 1).reshape(1, groups, -1, depth)
+            k, v = k[:1], v[:1]
+        out, lse = _flash(q, k, v, scale=scale, attn_mask=_fit(mask, q.shape[2]))
+        out, lse = out.reshape(-1, q.shape[2], depth), lse.reshape(-1, q.shape[2])
+        if shared:
+            out, lse = (t.unflatten(1, (batch, -1)).transpose(0, 1) for t in (out, lse))
+        out, lse = out.reshape(batch, heads, 1, depth), lse.reshape(batch, heads, 1)
+    else:
+        out, lse = _flash(q, k, v, is_causal=piece.causal, scale=scale, attn_mask=mask)
+    if mask is not None:
+        empty = _empty_rows(mask, piece.causal)
+        lse = lse.masked_fill(empty, -torch.inf)
+    return out, lse
+
+
+def _fit(mask: Tensor | None, rows: int) -> Tensor | None:
+    return None if mask is None else mask.expand(-1, -1, rows, -1)
+
+
+def _empty_rows(mask: Tensor, causal: bool) -> Tensor:
+    """(B or 1, H or 1, rows) booleans: which rows see nothing; of these the op says out = 0, L = 0."""
+    if not causal:
+        if mask.stride(2) == 0:
+            mask = mask[:, :, :1]
+        return mask.amax(-1) == -torch.inf
+    rows, best = mask.shape[2], mask[:, :, 0].cummax(-1).values  # a causal piece's mask does not depend on the row
+    if rows > best.shape[-1]:
+        best = torch.cat((best, best[..., -1:].expand(-1, -1, rows - best.shape[-1])), -1)
+    return best[..., :rows] == -torch.inf
+
+
+# Backward
+
+
+class Total:
+    """A sum of pieces' gradients of one tensor: the only one as it came, several in the wide type."""
+
+    def __init__(self, like: Tensor):
+        self.like, self.sum = like, None
+
+    def add(self, part: Tensor, places: slice) -> None:
+        if part.shape[0] != self.like.shape[0]:  # a prefix that the samples share
+            part = part.sum(0, keepdim=True, dtype=torch.promote_types(part.dtype, torch.float32))
+        if self.sum is None and part.shape == self.like.shape:
+            self.sum = part
+            return
+        wide = torch.promote_types(self.like.dtype, torch.float32)
+        if self.sum is None:
+            self.sum = torch.zeros(self.like.shape, dtype=wide)
+        self.sum = self.sum.to(wide)
+        self.sum[:, :, places] += part
+
+    def get(self) -> Tensor:
+        return torch.zeros_like(self.like) if self.sum is None else self.sum.to(self.like.dtype)
+
+
+def backward(dout, tensors: Tensors, out, lse, scores: Scores, needs: Tensors) -> tuple[Tensor | None, ...]:
+    """The gradients of `Tensors` but for biases, None where not needed."""
+    operands = Tensors(*(_unit_stride(t) for t in tensors[:5]), *tensors[5:])
+    dout = _unit_stride(dout)
+    dsinks = _sink_gradient(dout, tensors.sinks_H, out, lse) if needs.sinks_H else None
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # then every score is -inf, and its weight 0
+    totals = [Total(t) for t in tensors[:5]]
+    for piece in pieces(operands, scores):
+        at = 3 if piece.of_prefix else 1  # the keys' place in Tensors
+        if not (needs[0] or needs[at] or needs[at + 1]):
+            continue
+        q, k, v, mask = _operands(operands, piece)
+        rows = piece.rows
+        dq, dk, dv = _flash_backward(
+            dout[:, :, rows], q, k, v, out[:, :, rows], lse[:, :, rows].contiguous(), 0.0, piece.causal,
+            attn_mask=mask, scale=scores.scale,
+        )  # fmt: skip
+        for place, part, own in ((0, dq, rows), (at, dk, piece.keys), (at + 1, dv, piece.keys)):
+            if needs[place]:
+                totals[place].add(part, own)
+    grads = (total.get() if need else None for total, need in zip(totals, needs, strict=False))
+    return *grads, None, None, dsinks
+
+
+def _sink_gradient(dout, sinks, out, lse) -> Tensor:
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return (torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).neg_().to(sinks.dtype)

@@ -1,0 +1,126 @@
+"""Attention, plus a second softmax over a learned prompt behind a gate (LLaMA-Adapter, Zhang et al., arXiv 2303.16199,
+equations 4 to 8, where the gate γ is given as it multiplies; a tanh is the caller's):
+
+    out = O_s + γ_h O_p        O_s = attention(q, K, V)        O_p = softmax(scale·q Kpᵀ) Vp
+
+O_s has every modifier of `prefix_attention`; the prompt's softmax has the scale only. With δ_p = Σ dout∘O_p:
+
+    dγ_h = Σ δ_p      dVp = γ pᵀ dout      u = γ p∘(dout Vpᵀ - δ_p)      dKp = scale·uᵀ q      dq += scale·u Kp
+
+At γ = 0, where training begins, dKp and dVp are zero and dγ is not. Saved for backward: the tensors, O_s and its L.
+"""
+
+import torch
+from torch import Tensor
+
+from fastpeft.dispatch import requested_backend
+from fastpeft.errors import BackendError
+from fastpeft.ops import _gated_prompt_attention_torch as torch_path
+from fastpeft.ops._prefix_attention_scores import Scores, Tensors, check_tensors, make_scores, of_prompt, of_sequence
+from fastpeft.ops.prefix_attention import Call, in_common_dtype, prefix_attention_reference
+
+# Letters of the shape suffixes in this file: B batch, H query heads, G key/value heads, S queries, T keys, P virtual
+# keys, D head dimension.
+
+
+def gated_prompt_attention_reference(
+    tensors: Tensors, gate: Tensor, scores: Scores, keep: Tensor | None = None, p: float = 0.0
+) -> Tensor:
+    """The definition, for autograd, as eager attention computes it. gate (1,) or (H,); keep (B, H, S, T) or None."""
+    own = prefix_attention_reference(of_sequence(tensors), scores, keep, p)
+    of = prefix_attention_reference(of_prompt(tensors), scores.of_prompt())
+    return (own + gate.view(-1, 1, 1) * of).to(own.dtype)
+
+
+def _path(triton: bool):
+    assert not triton, "no kernels of this op"
+    return torch_path
+
+
+class GatedPromptAttentionFunction(torch.autograd.Function):
+    """Tensors as in `Tensors`; all reshaping, casting and choosing is before `apply`."""
+
+    @staticmethod
+    def forward(ctx, call: Call, gate, *tensors):
+        path = _path(call.plan is not None)
+        seed = path.draw_seed(tensors[0]) if call.dropout else None
+        with torch.autocast(gate.device.type, enabled=False):
+            out_BHSD, own_BHSD, lse_BHS = path.forward(Tensors(*tensors), gate, call, seed)
+        ctx.save_for_backward(gate, *tensors, own_BHSD, lse_BHS, seed)
+        ctx.call = call
+        return out_BHSD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout_BHSD):
+        gate, *tensors, own_BHSD, lse_BHS, seed = ctx.saved_tensors
+        _, need_gate, *needs = ctx.needs_input_grad
+        path = _path(ctx.call.plan is not None)
+        with torch.autocast(gate.device.type, enabled=False):
+            gradients = path.backward(
+                dout_BHSD, Tensors(*tensors), gate, own_BHSD, lse_BHS, ctx.call, seed, Tensors(*needs), need_gate
+            )
+        return None, *gradients
+
+
+def gated_prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    gate: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    query_start: int | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+    patched_backend: str | None = None,
+) -> Tensor:
+    """Attention plus gate times a softmax over P virtual keys, with the gradients of every tensor that wants one.
+
+    Args:
+        query, key, value: as in `prefix_attention`.
+        prompt_key, prompt_value: (Hkv, P, D), shared by the batch, or (B, Hkv, P, D); query's dtype.
+        gate: (), (1,) or (H,), any floating-point dtype; it multiplies the prompt's part as it is.
+        causal to patched_backend: as in `prefix_attention`, for the sequence; the prompt's softmax has `scale` only.
+
+    Returns:
+        (B, H, S, D) in query's dtype, stored so that `.transpose(1, 2)` is contiguous.
+
+    Raises:
+        ValueError: a shape, device, dtype or number does not fit.
+        BackendError: the triton backend was demanded, and this op has no kernels.
+    """
+    prompt_key, prompt_value = (t[None] if t.ndim == 3 else t for t in (prompt_key, prompt_value))
+    tensors = Tensors(query, key, value, prompt_key, prompt_value, bias, None, sinks)
+    check_tensors("gated_prompt_attention", tensors)
+    heads = query.shape[1]
+    if tuple(gate.shape) not in ((), (1,), (heads,)) or not gate.is_floating_point():
+        raise ValueError(
+            f"gated_prompt_attention: gate is {gate.dtype} of shape {tuple(gate.shape)}; floating point of shape (), "
+            f"(1,) or ({heads},) is needed"
+        )
+    if gate.device != query.device:
+        raise ValueError(f"gated_prompt_attention: gate is on {gate.device}, query on {query.device}; move one of them")
+    scores = make_scores(
+        "gated_prompt_attention", tensors, causal, scale, padding_mask, segment_ids, query_start, alibi_slopes,
+        key_positions, sliding_window, softcap,
+    )  # fmt: skip
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"gated_prompt_attention: dropout is {dropout}; a probability in [0, 1) is needed")
+    if requested_backend(patched_backend) == "triton":
+        raise BackendError(
+            "the triton backend was demanded but cannot serve this call: gated_prompt_attention has no kernels"
+        )
+    call = Call(scores, dropout if training else 0.0, None)
+    return GatedPromptAttentionFunction.apply(call, gate.reshape(-1), *in_common_dtype(tensors))
