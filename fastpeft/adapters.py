@@ -24,6 +24,7 @@ from fastpeft.patching import (
     remove_adapter,
     restore,
     state_of,
+    trains_biases,
 )
 from fastpeft.selection import override
 from fastpeft.state import (
@@ -137,8 +138,8 @@ def load_adapter(
 
 
 def _check_header(model: nn.Module, plan, header, where: str) -> None:
-    expected = {f"{PREFIX}{name}": shape for name, shape in plan.shapes().items()}
-    optional = {}
+    expected = plan.file_shapes()
+    optional, bias = {}, getattr(plan.config, "bias", "none")
     targeted = {target.name: target.module for target, _, _ in plan.targets}
     ends = {id(module) for module in embeddings(model)}
     for name, module in targeted.items():
@@ -149,13 +150,13 @@ def _check_header(model: nn.Module, plan, header, where: str) -> None:
         path, _, leaf = name.rpartition(".")
         inner = "base_layer." if path in targeted else ""
         key = f"{PREFIX}{path}.{inner}{leaf}"
-        if plan.config.bias == "all" and "bias" in name or plan.config.bias == "lora_only" and inner and leaf == "bias":
+        if bias == "all" and "bias" in name or bias == "lora_only" and inner and leaf == "bias":
             optional[key] = parameter.shape
     whole = {name for name, _ in plan.saved}
     whole.update(name for name, layer in layers(model) if isinstance(layer, SavedModule))
     # HF's bias="all" writes the biases of these a second time, which nobody needs
     again = [f"{PREFIX}{name}.{copy}." for name in whole for copy in ("original_module", "modules_to_save")]
-    again = tuple(again) if plan.config.bias == "all" else ()
+    again = tuple(again) if bias == "all" else ()
     check_tensors(expected, optional, {key: i.shape for key, i in header.items() if not key.startswith(again)}, where)
 
 
@@ -216,7 +217,7 @@ def use_adapter(model: nn.Module, name: str | list[str]):
 def disable_adapter(model: nn.Module):
     """Inside, this thread's calls compute the base model. A merged adapter is taken out and put back in the end."""
     state = state_of(model)
-    if any(state.configs[name].bias != "none" for name in state.active):
+    if any(trains_biases(state.configs[name]) for name in state.active):
         warnings.warn("the adapter trains biases of the base model, which stay as trained inside", stacklevel=3)
     merged = state.merged
     if merged:

@@ -9,7 +9,10 @@ from types import ModuleType
 from fastpeft.configs import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from fastpeft.errors import ConfigError
 
-TUNERS: dict[PeftType, str] = {PeftType.LORA: "fastpeft.tuners.lora_injection"}
+TUNERS: dict[PeftType, str] = {
+    PeftType.LORA: "fastpeft.tuners.lora_injection",
+    PeftType.PREFIX_TUNING: "fastpeft.tuners.prefix_injection",
+}
 
 
 def tuner_of(peft_type: PeftType) -> ModuleType:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.attention.interface import switch_back
 from fastpeft.configs import PeftConfig, as_config
 from fastpeft.dispatch import checked_backend
 from fastpeft.errors import ConfigError, PatchError
@@ -18,7 +19,9 @@ from fastpeft.files import adapter_directory
 from fastpeft.mapping import tuner_of
 from fastpeft.model import patched_model_class
 from fastpeft.selection import CarriedCheckpoint
+from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer, detach
+from fastpeft.tuners.prefix_encoder import PromptEncoders
 
 
 @dataclass
@@ -204,11 +207,28 @@ def remove_adapter(model: nn.Module, state: PatchState, name: str) -> None:
     so do the biases that the adapter trained in place."""
     for _, layer in list(layers(model)):
         layer.delete_adapter(name)
-        if not layer._fastpeft.adapters:
+        if not layer._fastpeft.adapters and not isinstance(layer, PromptEncoders):
             detach(layer)
     config = state.configs.pop(name, None)
-    if config is not None and config.bias != "none":
+    if config is not None and trains_biases(config):
         restore_biases(model, state)
+    drop_unused(model)
+
+
+def trains_biases(config: PeftConfig) -> bool:
+    """Whether an adapter trains biases of the base model in place."""
+    return getattr(config, "bias", "none") != "none"
+
+
+def drop_unused(model: nn.Module) -> None:
+    """Give back what no adapter uses any more: the holder of encoders, the attention implementation."""
+    holder = model._modules.get(PromptEncoders.NAME)
+    if not isinstance(holder, PromptEncoders) or len(holder):
+        return
+    del model._modules[PromptEncoders.NAME]
+    if not any(isinstance(module, AdaptedAttention) for module in model.modules()):
+        for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+            switch_back(config)
 
 
 def restore_biases(model: nn.Module, state: PatchState) -> None:
@@ -229,8 +249,8 @@ def add_planned(
         raise PatchError(
             f"adapter {adapter_name!r} cannot be added while {', '.join(state.merged)} is merged; unmerge first"
         )
-    if config.bias != "none":
-        others = [name for name, other in state.configs.items() if other.bias != "none"]
+    if trains_biases(config):
+        others = [name for name, other in state.configs.items() if trains_biases(other)]
         if others:
             raise ConfigError(
                 f"adapter {adapter_name!r} has bias={config.bias!r} and so has {others[0]!r}: both would train "
@@ -252,12 +272,13 @@ def add_planned(
 def _biases(model: nn.Module, plan):
     """(name, parameter) of the base parameters that `bias="all"` or `"lora_only"` trains in place; HF peft's rule for
     "all" is that the name contains "bias"."""
-    if plan.config.bias == "all":
+    bias = getattr(plan.config, "bias", "none")
+    if bias == "all":
         owned = tuple(f"{path}.{held}." for path, layer in layers(model) for held in layer.containers)
         # The original of a module that is trained whole is not called, and stays as it is.
         owned += tuple(f"{path}." for path, layer in layers(model) if "modules_to_save" in layer.containers)
         return [(n, p) for n, p in model.named_parameters() if "bias" in n and not n.startswith(owned)]
-    if plan.config.bias == "lora_only":
+    if bias == "lora_only":
         return [
             (f"{target.name}.bias", target.module.bias)
             for target, _, _ in plan.targets
@@ -275,7 +296,7 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
                 if isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(wanted)
     train_biases = state.trainable and any(
-        state.configs[name].bias != "none" and not state.configs[name].inference_mode
+        trains_biases(state.configs[name]) and not state.configs[name].inference_mode
         for name in state.active
         if name in state.configs
     )
@@ -320,7 +341,11 @@ def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
         if keep_weights:
             layer._fastpeft.unmerged.clear()
             layer._fastpeft.kept.clear()
-        detach(layer)
+        if isinstance(layer, PromptEncoders):
+            layer.clear()
+        else:
+            detach(layer)
+    drop_unused(model)
     if not keep_weights:
         restore_biases(model, state)
     for module in model.modules():

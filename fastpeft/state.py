@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
+from fastpeft.configs import LoraConfig, PeftConfig, PromptLearningConfig
 from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.patching import layers, state_of
 from fastpeft.patterns import matches_name
+from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.saved_modules import SavedModule, own_tensors
 
 PREFIX = "base_model.model."
@@ -35,16 +37,25 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
     out = {}
     for path, layer in layers(model):
         if name in layer._fastpeft.adapters:
-            for key, tensor in layer.parameters_of(name).items():
-                out[f"{PREFIX}{path}.{key}"] = tensor.detach()
+            for key, tensor in layer.file_tensors(name).items():
+                out[file_key(state.configs[name], path, key)] = tensor.detach()
     out.update({key: tensor.detach() for key, tensor in base_tensors(model, name).items()})
     return out
+
+
+def file_key(config: PeftConfig, path: str, key: str) -> str:
+    """The name in HF peft's file of a layer's tensor: prompt learning has its table, and its heads, nearer the top."""
+    if not isinstance(config, PromptLearningConfig):
+        return f"{PREFIX}{path}.{key}"
+    return key if path == PromptEncoders.NAME else f"base_model.{path}.{key}"
 
 
 def base_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """The tensors besides its own that belong into the adapter's file: trained biases, and the weights of targeted
     `embed_tokens` and `lm_head`. Those of an adapted layer stand under its `base_layer`."""
     config = state_of(model).configs[adapter_name]
+    if not isinstance(config, LoraConfig):
+        return {}
     adapted = dict(layers(model))
     out = {}
     for name, parameter in model.named_parameters():

@@ -38,7 +38,8 @@ class Tiles:
 
 
 class Row(NamedTuple):
-    """The tiles of a kernel up to a rank, in the modes of `_common.dot_mode`, with dropout or without (None: both)."""
+    """The tiles of a kernel up to a rank, in the modes of `_common.dot_mode`. dropout: for launches with a mask, or
+    with another burden on the registers, for those without, or None for both."""
 
     kernel: str
     modes: tuple[str, ...]
@@ -91,8 +92,8 @@ CUDA = (
     Row("grad_columns", HALF, 64, Tiles(32, 128, stages=4)),
     Row("grad_columns", HALF, 128, Tiles(64, 128)),
     Row("grad_columns", HALF, ANY, Tiles(32, 128)),
-    Row("grad_columns", SPLIT, 16, Tiles(32, 128)),
-    Row("grad_columns", SPLIT, 64, Tiles(32, 128, stages=4)),
+    Row("grad_columns", SPLIT, 32, Tiles(32, 128)),
+    Row("grad_columns", SPLIT, 64, Tiles(16, 128)),
     Row("grad_columns", SPLIT, 128, Tiles(32, 128)),
     Row("grad_columns", TF32X3, 32, Tiles(16, 128)),
     Row("grad_columns", TF32X3, 64, Tiles(32, 128)),
@@ -103,13 +104,14 @@ CUDA = (
     Row("grad_columns", SINGLE, ANY, Tiles(16, 32)),
 )
 
-# For more shared memory. Beside dropout's mask a tile of 128 x 256 would leave no register.
+# For more shared memory. Beside dropout's mask, or an fp32 result, a tile of 128 x 256 would leave no register.
 LARGE = (
     Row("tail", HALF, ANY, Tiles(128, 256, depth=64, ranks=32), dropout=False),
     Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 256, depth=64), dropout=False),
     Row("tail", HALF, ANY, Tiles(128, 128, depth=64, ranks=32, stages=4)),
     Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 128, depth=64, stages=4)),
     Row("grad_b_and_t", SPLIT, 32, Tiles(16, 512)),
+    Row("grad_columns", SPLIT, 128, Tiles(32, 128)),
     Row("tail", SINGLE, ANY, Tiles(128, 128, depth=32)),
     Row("grad_b_and_t", SINGLE, 64, Tiles(16, 128)),
     *CUDA,
@@ -121,6 +123,7 @@ SM_100 = (
     Row("shrink", HALF, 128, Tiles(64, depth=64)),
     Row("shrink", TF32X3, 32, Tiles(64, depth=32, warps=4)),
     Row("grad_b_and_t", TF32X3, 16, Tiles(16, 128)),
+    Row("grad_columns", SPLIT, 16, Tiles(16, 128), dropout=False),
     Row("tail", SINGLE, ANY, Tiles(64, 128, depth=32)),
 )
 

@@ -304,7 +304,8 @@ def tail(
     """
     (rows, rank), columns = p.shape, q.shape[0]
     modes = _modes(rank, dtype, q.dtype)
-    tiles = tiles or _tiles("tail" if base else "expand", rank, modes, dropout, p)
+    burden = dropout is not None or out_dtype not in (None, dtype)
+    tiles = tiles or tiles_for("tail" if base else "expand", rank, modes["MODE"], burden, family_of(p.device))
     x, w = base or (None, None)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     out = torch.empty(rows, columns, dtype=out_dtype or dtype, device=p.device)

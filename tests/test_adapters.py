@@ -99,8 +99,8 @@ def test_a_deleted_adapter_leaves_no_trace_in_the_base():
         (lambda m: m.load_adapter("/nowhere", "c", key_mapping={"a": "b"}), "key_mapping"),
         (lambda m: m.load_adapter("/nowhere", "c", subfolder="x"), "subfolder='x'"),
         (lambda m: m.merge_and_unload(adapter_names=["c"]), "merge_and_unload: there is no adapter 'c'"),
-        (lambda m: m.add_adapter("c", config(modules_to_save=["q_proj"])), "q_proj already carries a LoRA"),
-        (lambda m: m.add_adapter("c", config(modules_to_save=["layers.0.mlp"])), "up_proj already carries a LoRA"),
+        (lambda m: m.add_adapter("c", config(modules_to_save=["q_proj"])), "q_proj already carries an adapter"),
+        (lambda m: m.add_adapter("c", config(modules_to_save=["layers.0.mlp"])), "up_proj already carries an adapter"),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_changes_nothing(call, words):

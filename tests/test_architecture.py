@@ -23,6 +23,7 @@ MAY_KNOW = {
     "fastpeft/errors.py": (),
     "fastpeft/ops/": ("fastpeft.kernels", "fastpeft.ops", "fastpeft.dispatch", "fastpeft.errors"),
     "fastpeft/tuners/": (
+        "fastpeft.attention",  # where a prefix goes
         "fastpeft.ops",
         "fastpeft.tuners",
         "fastpeft.configs",
@@ -30,6 +31,7 @@ MAY_KNOW = {
         "fastpeft.errors",
         "fastpeft.prefix_geometry",  # the sizes of virtual tokens
         "fastpeft.selection",  # which adapters a call uses
+        "fastpeft.prefix_geometry",  # which sizes a configuration takes from the model
         "fastpeft.targets",  # which modules a configuration asks for
     ),
 }

@@ -31,7 +31,7 @@ class LayerState:
 def patched_class(mixin: type, original: type) -> type:
     """The subclass of `original` that computes with the mixin's forward; one for each pair."""
     name = f"{mixin.prefix}{original.__name__}"
-    return type(name, (mixin, original), {"__module__": original.__module__, "__doc__": mixin.__doc__})
+    return type(name, (mixin, original, *mixin.behind), {"__module__": original.__module__, "__doc__": mixin.__doc__})
 
 
 def _rebuild(mixin: type, original: type):
@@ -43,12 +43,17 @@ class AdapterLayer:
     """Mixin in front of a module's own class; `self._fastpeft` is its LayerState."""
 
     prefix = "Adapter"
+    behind: tuple[type, ...] = ()  # classes that the module's own class finds by `super()`
     containers: dict[str, type[nn.Module]] = {}  # the children that hold the adapters' parameters, by name
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so pickle and spawn are told how to make it again.
-        mixin, original = type(self).__bases__
+        mixin, original = type(self).__bases__[:2]
         return _rebuild, (mixin, original), self.__dict__
+
+    def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """An adapter's tensors by their names in HF's file, relative to this module."""
+        return self.parameters_of(name)
 
     def active_adapters(self) -> list[str]:
         """The adapters that this call uses and that this layer has."""

@@ -15,7 +15,7 @@ from fastpeft.tuners.layer import AdapterLayer, attach
 from fastpeft.tuners.lora import LoraLayer, Settings, settings_of
 from fastpeft.tuners.lora_init import decomposes
 from fastpeft.tuners.lora_kinds import check_target, layer_class, settle_fan_in_fan_out
-from fastpeft.tuners.saved_modules import SavedModule, own_tensors
+from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Plan:
     targets: tuple[tuple[Target, type[LoraLayer], Settings], ...]
     saved: tuple[tuple[str, nn.Module], ...]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The names (relative to the model) and shapes of the tensors in the adapter's file, biases aside."""
+    def file_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of the tensors in the adapter's file, biases aside."""
         out = {}
         for target, kind, settings in self.targets:
             out.update({f"{target.name}.{key}": shape for key, shape in kind.shapes(target.module, settings).items()})
         for name, module in self.saved:
             out.update({f"{name}.{key}": tuple(value.shape) for key, value in own_tensors(module).items()})
-        return out
+        return {f"base_model.model.{name}": shape for name, shape in out.items()}
 
 
 def plan(model: nn.Module, config: LoraConfig) -> Plan:
@@ -50,12 +50,9 @@ def plan(model: nn.Module, config: LoraConfig) -> Plan:
         targets.append((target, kind, settings_of(resolution.config, target.r, target.alpha)))
     if decomposes(resolution.config.init_lora_weights):
         _check_untied(model, resolution)
-    saved: list[tuple[str, nn.Module]] = []
-    for name in resolution.saved_modules:
-        module = model.get_submodule(name)
-        _check_saved(name, module, whole, saved)
-        saved.append((name, module))
-    return Plan(resolution.config, tuple(targets), tuple(saved))
+    saved = tuple((name, model.get_submodule(name)) for name in resolution.saved_modules)
+    check_saved(model, saved)
+    return Plan(resolution.config, tuple(targets), saved)
 
 
 def _check_called(name: str, parent: nn.Module) -> None:
@@ -73,32 +70,6 @@ def _check_untied(model: nn.Module, resolution) -> None:
             raise ConfigError(
                 f"init_lora_weights={resolution.config.init_lora_weights!r} changes the weight of {target.name}, which "
                 "another module shares (tied embeddings) and which would change with it; exclude it from the targets"
-            )
-
-
-def _check_saved(name: str, module: nn.Module, whole: tuple[str, ...], others: list[tuple[str, nn.Module]]) -> None:
-    """Refuse a module that cannot be trained whole. Raises TargetError."""
-    for path, inner in module.named_modules(prefix=name):
-        if isinstance(inner, LoraLayer):
-            raise TargetError(f"modules_to_save has {name}, but {path} already carries a LoRA; choose one of the two")
-        if any(hasattr(hook, "compute_weight") for hook in inner._forward_pre_hooks.values()):
-            raise TargetError(
-                f"{path} has torch's old weight_norm, which cannot be copied; use torch.nn.utils.parametrizations"
-            )
-        if isinstance(inner, SavedModule) and inner is not module:
-            raise TargetError(f"modules_to_save has {name}, but another adapter trains {path} in it whole")
-    if name.startswith(whole):
-        raise TargetError(f"modules_to_save has {name}, which another adapter already trains whole as part of more")
-    for other, same in others:
-        if same is module:
-            raise TargetError(f"modules_to_save matches {other} and {name}, which are one module; name one of them")
-    for key, tensor in own_tensors(module).items():
-        if tensor.is_meta:
-            raise TargetError(f"modules_to_save: {name}.{key} is on the meta device or offloaded; load it first")
-        if not tensor.is_floating_point():
-            raise TargetError(
-                f"modules_to_save: {name}.{key} is {tensor.dtype}, and an adapter's file holds floating-point tensors "
-                "only; leave the module out"
             )
 
 

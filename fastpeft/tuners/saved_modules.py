@@ -2,11 +2,13 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from types import MethodType
 
 import torch
 from torch import nn
 
+from fastpeft.errors import TargetError
 from fastpeft.tuners.layer import AdapterLayer
 
 HOOKS = (
@@ -19,6 +21,38 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a module that is trained whole, without those that adapters have added to it."""
     skip = tuple(f"{name}." for name in SavedModule.containers)
     return {key: value for key, value in module.state_dict(keep_vars=True).items() if not key.startswith(skip)}
+
+
+def check_saved(model: nn.Module, saved: Sequence[tuple[str, nn.Module]]) -> None:
+    """Refuse modules that cannot be trained whole. Raises TargetError."""
+    whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SavedModule))
+    for position, (name, module) in enumerate(saved):
+        _check_inside(name, module)
+        if name.startswith(whole):
+            raise TargetError(f"modules_to_save has {name}, which another adapter already trains whole as part of more")
+        for other, same in saved[:position]:
+            if same is module:
+                raise TargetError(f"modules_to_save matches {other} and {name}, which are one module; name one of them")
+        for key, tensor in own_tensors(module).items():
+            if tensor.is_meta:
+                raise TargetError(f"modules_to_save: {name}.{key} is on the meta device or offloaded; load it first")
+            if not tensor.is_floating_point():
+                raise TargetError(
+                    f"modules_to_save: {name}.{key} is {tensor.dtype}, and an adapter's file holds floating-point "
+                    "tensors only; leave the module out"
+                )
+
+
+def _check_inside(name: str, module: nn.Module) -> None:
+    for path, inner in module.named_modules(prefix=name):
+        if isinstance(inner, AdapterLayer) and not isinstance(inner, SavedModule):
+            raise TargetError(f"modules_to_save has {name}, but {path} already carries an adapter; choose one of the two")
+        if any(hasattr(hook, "compute_weight") for hook in inner._forward_pre_hooks.values()):
+            raise TargetError(
+                f"{path} has torch's old weight_norm, which cannot be copied; use torch.nn.utils.parametrizations"
+            )
+        if isinstance(inner, SavedModule) and inner is not module:
+            raise TargetError(f"modules_to_save has {name}, but another adapter trains {path} in it whole")
 
 
 class SavedModule(AdapterLayer):

@@ -1,0 +1,27 @@
+"""BLOOM, whose attention computes its scores itself: the same forward over the op, with ALiBi by slopes."""
+
+from torch.nn import functional as F
+
+from fastpeft.attention.interface import attend, plain_mask
+from fastpeft.tuners.attention_layer import AdaptedAttention
+
+
+class BloomAttention(AdaptedAttention):
+    """transformers' class of this name, with a prefix. (pretraining_tp only changes the order of a sum there.)"""
+
+    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
+        from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+
+        if not self.active_adapters():
+            mask = plain_mask(attention_mask, "eager", hidden_states.dtype)
+            return self.base_forward(hidden_states, residual, alibi, mask, layer_past=layer_past, **kwargs)
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        out = attend(
+            self, query, key, value, attention_mask, self.active_prefix(query.dtype),
+            dropout=self.attention_dropout.p if self.training else 0.0, scaling=self.inv_norm_factor,
+            alibi_slopes=_get_alibi_slopes(self.num_heads, query.device), **kwargs,
+        )  # fmt: skip
+        out = self.dense(out.transpose(1, 2).flatten(2))
+        return residual + F.dropout(out, self.hidden_dropout, self.training), None

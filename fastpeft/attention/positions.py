@@ -1,0 +1,101 @@
+"""Real tokens stand behind the prefix: where a model makes something of positions, they are moved by its length.
+
+Rotary embeddings take positions as an argument, tables of learned positions look them up, and T5 makes a bias of
+differences of positions. ALiBi needs nothing: its virtual keys stand at negative positions.
+"""
+
+import inspect
+
+from torch import nn
+
+from fastpeft.tuners.attention_layer import AdaptedAttention
+from fastpeft.tuners.layer import AdapterLayer
+
+TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
+class Shift(AdapterLayer):
+    """A module that makes something of positions; an adapter's entry is its number of virtual tokens."""
+
+    prefix = "Shifted"
+
+    def shift(self) -> int:
+        """How far this call's positions are moved."""
+        return sum(self._fastpeft.adapters[name] for name in self.active_adapters())
+
+    def parameters_of(self, name: str) -> dict:
+        return {}
+
+    def delete_adapter(self, name: str) -> None:
+        self._fastpeft.adapters.pop(name, None)
+
+    def prepare_merge(self, names) -> None:
+        """Nothing to merge."""
+
+    def unmerge(self) -> None:
+        """Nothing to do."""
+
+
+class ShiftedRotary(Shift):
+    """forward(x, position_ids, ...), as all of transformers' rotary embeddings have it."""
+
+    def forward(self, x, position_ids=None, *args, **kwargs):
+        shift = self.shift()
+        return self.base_forward(x, position_ids + shift if shift else position_ids, *args, **kwargs)
+
+
+class ShiftedTable(Shift):
+    """nn.Embedding over positions. What stands for padding (RoBERTa's) stays."""
+
+    def forward(self, input):
+        return self.base_forward(_moved(self, input))
+
+
+class _Lookup(nn.Embedding):
+    """Stands behind a subclass of nn.Embedding, whose forward computes positions and calls nn.Embedding's."""
+
+    def forward(self, input):
+        return nn.Embedding.forward(self, _moved(self, input))
+
+
+class ShiftedSubclass(Shift):
+    """A subclass of nn.Embedding (OPT's, BART's)."""
+
+    behind = (_Lookup,)
+
+    def forward(self, *args, **kwargs):
+        return self.base_forward(*args, **kwargs)
+
+
+def _moved(table, positions):
+    shift = table.shift()
+    if not shift:
+        return positions
+    moved = positions + shift
+    return moved if table.padding_idx is None else moved.where(positions != table.padding_idx, positions)
+
+
+class RelativeBias(AdaptedAttention):
+    """T5's attention: the bias gets columns for the prefix, in front; the first layer makes it for all."""
+
+    def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
+        length = self.active_length()
+        return super().compute_bias(
+            query_length, key_length + length, device=device, past_seen_tokens=past_seen_tokens + length
+        )
+
+
+def _takes_positions(kind: type) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
+
+
+def shifted_modules(backbone: nn.Module, path: str) -> list[tuple[str, nn.Module, type[Shift]]]:
+    """(path, module, mixin) of all that makes something of positions inside the backbone."""
+    found = []
+    for name, module in backbone.named_modules(prefix=path):
+        kind = type(module)
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES:
+            found.append((name, module, ShiftedTable if kind.forward is nn.Embedding.forward else ShiftedSubclass))
+        elif any(buffer.endswith("inv_freq") for buffer in module._buffers) and _takes_positions(kind):
+            found.append((name, module, ShiftedRotary))
+    return found

@@ -1,0 +1,94 @@
+"""The learned table behind a prefix (prefix tuning, Li & Liang, arXiv 2101.00190, section 4.2), under HF peft's names.
+
+One row for each virtual token, one block of columns for the keys and one for the values of each layer. With a
+projection the rows are short and an MLP makes the blocks of them; a layer asks for its own blocks alone, so that each
+is computed once a pass, in the layer that needs it, and recomputed there under gradient checkpointing.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastpeft.errors import PatchError
+from fastpeft.tuners.layer import AdapterLayer, LayerState
+
+
+class PrefixEncoder(nn.Module):
+    """P rows of `blocks` blocks of `width` columns. Drawn in the order of HF peft's: the table, then the layers."""
+
+    def __init__(self, length: int, width: int, blocks: int, hidden: int | None = None, device=None):
+        super().__init__()
+        self.length, self.width, self.count = length, width, blocks
+        if hidden is None:
+            self.embedding = nn.Embedding(length, blocks * width, device=device)
+        else:
+            self.embedding = nn.Embedding(length, width, device=device)
+            layers = (
+                nn.Linear(width, hidden, device=device),
+                nn.Tanh(),
+                nn.Linear(hidden, blocks * width, device=device),
+            )
+            self.transform = nn.Sequential(*layers)
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Zeros out of the encoder, which are not neutral: zero keys still take their share of the softmax."""
+        last = self.transform[2].parameters() if self.projects else self.embedding.parameters()
+        for parameter in last:
+            parameter.zero_()
+
+    @property
+    def projects(self) -> bool:
+        return "transform" in self._modules
+
+    def blocks(self, first: int, second: int) -> tuple[Tensor, Tensor]:
+        """Two blocks of columns, (P, width) each."""
+        if second == first + 1:
+            return self.columns(first * self.width, (second + 1) * self.width).chunk(2, 1)
+        return tuple(self.columns(block * self.width, (block + 1) * self.width) for block in (first, second))
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """These columns of the table."""
+        if not self.projects:
+            return self.embedding.weight[:, start:stop]
+        inner, activation, outer = self.transform
+        return F.linear(activation(inner(self.embedding.weight)), outer.weight[start:stop], outer.bias[start:stop])
+
+    def table(self) -> Tensor:
+        """(P, blocks·width): what HF peft saves."""
+        return self.columns(0, self.count * self.width)
+
+
+class PromptEncoders(AdapterLayer, nn.ModuleDict):
+    """The encoders of all adapters with virtual tokens, by name: the model's child `prompt_encoder`, as in HF peft."""
+
+    NAME = "prompt_encoder"
+
+    def __init__(self, model_state):
+        super().__init__()
+        self._fastpeft = LayerState(model_state, type(self), None)
+
+    def add_adapter(self, name: str, encoder: PrefixEncoder) -> None:
+        self[name] = encoder
+        self._fastpeft.adapters[name] = encoder
+
+    def delete_adapter(self, name: str) -> None:
+        if name in self:
+            del self[name]
+        self._fastpeft.adapters.pop(name, None)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        return dict(self[name].named_parameters())
+
+    def file_tensors(self, name: str) -> dict[str, Tensor]:
+        return {"prompt_embeddings": self[name].table()}
+
+    def prepare_merge(self, names) -> None:
+        if held := [name for name in names if name in self]:
+            raise PatchError(f"{held[0]!r} is a prefix, which no weight can hold; leave it out or keep it unmerged")
+
+    def unmerge(self) -> None:
+        """Nothing to do."""
+
+    def __reduce_ex__(self, protocol):
+        return nn.ModuleDict.__reduce_ex__(self, protocol)
