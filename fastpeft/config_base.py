@@ -5,7 +5,7 @@ The classes for the methods are in config_lora.py and config_prompt.py; `fastpef
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, NoReturn
@@ -77,7 +77,7 @@ class PeftConfig:
     method: ClassVar[PeftType | None] = None
 
     def __post_init__(self):
-        if self.peft_type is None or self.peft_type == self.method:
+        if self.peft_type is None or one_of(self.peft_type, [self.method]):
             self.peft_type = self.method
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
@@ -88,14 +88,14 @@ class PeftConfig:
         """Give equal requests one form, in containers of this object's own. What has the wrong type stays as it is."""
         if isinstance(self.auto_mapping, Mapping):
             self.auto_mapping = dict(self.auto_mapping)
-        if isinstance(self.task_type, str) and self.task_type in list(TaskType):
+        if one_of(self.task_type, TaskType):
             self.task_type = TaskType(self.task_type)
 
     def validate(self) -> None:
         """Raises ConfigError unless every field is one that fastpeft can honour. Changes nothing."""
-        if self.peft_type != self.method:
+        if self.peft_type is not self.method:
             refuse("peft_type", self.peft_type, f"a {type(self).__name__} is for {_value(self.method)}; leave it out")
-        if self.task_type is not None and self.task_type not in list(TaskType):
+        if self.task_type is not None and not one_of(self.task_type, TaskType):
             refuse("task_type", self.task_type, f"choose one of {', '.join(t.value for t in TaskType)}")
         for name in ("peft_version", "base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
@@ -174,7 +174,7 @@ def class_for(peft_type: object) -> type[PeftConfig]:
     supported = ", ".join(method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING)
     if peft_type is None:
         raise ConfigError(f"peft_type is missing from the configuration; fastpeft supports {supported}")
-    if not isinstance(peft_type, str) or peft_type not in list(PeftType):
+    if not one_of(peft_type, PeftType):
         refuse("peft_type", peft_type, f"unknown method; fastpeft supports {supported}")
     method = PeftType(peft_type)
     if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -199,6 +199,11 @@ def require_saved_names(config: PeftConfig) -> None:
     """Raises ConfigError unless modules_to_save is None or a list of names."""
     if config.modules_to_save is not None and not is_names(config.modules_to_save):
         refuse("modules_to_save", config.modules_to_save, "must be a list of module names or None, as in ['lm_head']")
+
+
+def one_of(value: object, names: Iterable[str]) -> bool:
+    """Whether it is one of these strings. An array, which compares element by element, is not."""
+    return isinstance(value, str) and value in list(names)
 
 
 def is_int(value: object) -> bool:

@@ -13,6 +13,7 @@ from fastpeft.config_base import (
     is_int,
     is_names,
     is_number,
+    one_of,
     refuse,
     require_bool,
     require_pattern,
@@ -90,7 +91,8 @@ class LoraConfig(PeftConfig):
             if getattr(self, name) is None or isinstance(getattr(self, name), Mapping):
                 setattr(self, name, dict(getattr(self, name) or {}))
         runtime = self.runtime_config
-        if runtime in (None, {"ephemeral_gpu_offload": False}) or _keeps_gpu(runtime):
+        empty = runtime is None or isinstance(runtime, Mapping) and runtime == {"ephemeral_gpu_offload": False}
+        if empty or _keeps_gpu(runtime):
             self.runtime_config = LoraRuntimeConfig()
 
     def validate(self) -> None:
@@ -103,7 +105,7 @@ class LoraConfig(PeftConfig):
             refuse("lora_alpha", self.lora_alpha, "must be a finite int or float")
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             refuse("lora_dropout", self.lora_dropout, "must be a number from 0 to below 1")
-        if self.bias not in ("none", "all", "lora_only"):
+        if not one_of(self.bias, ["none", "all", "lora_only"]):
             refuse("bias", self.bias, "must be 'none', 'all' or 'lora_only'")
         self._validate_patterns("rank_pattern", is_count, "a rank, an int of at least 1")
         self._validate_patterns("alpha_pattern", is_number, "a finite int or float")

@@ -9,6 +9,7 @@ from fastpeft.config_base import (
     in_order,
     is_count,
     is_names,
+    one_of,
     own,
     refuse,
     require_bool,
@@ -23,9 +24,9 @@ MOST = 2**20
 class PromptLearningConfig(PeftConfig):
     """What the methods with virtual tokens have in common. All but num_virtual_tokens is taken from the model if None.
 
-    num_transformer_submodules: how many stacks the table is laid out for; None is 2 for sequence-to-sequence tasks, else
-    1. A prefix with 2 uses every other pair of blocks (for an even number of layers half of the table is never used and
-    two layers share each pair); 1 gives each decoder layer a pair of its own, in peft as here.
+    num_transformer_submodules: how many stacks the table is laid out for; None is 2 for sequence-to-sequence tasks, 1
+    for others. With 2, a prefix of an even number of layers leaves half of its table unused, and two layers share each
+    pair of blocks; with 1 each layer of the decoder has a pair of its own, in peft as here.
     """
 
     num_virtual_tokens: int | None = None
@@ -78,10 +79,10 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def validate(self) -> None:
         super().validate()
-        if not (self.init_weights is None or isinstance(self.init_weights, str) and self.init_weights == "zero"):
+        if self.init_weights is not None and not one_of(self.init_weights, ["zero"]):
             refuse("init_weights", self.init_weights, "must be None (random) or 'zero'")
         require_count(self, "encoder_hidden_size", "the width of the network that prefix_projection=True makes")
-        if not (isinstance(self.prefix_window, str) and self.prefix_window in ("slide", "pin")):
+        if not one_of(self.prefix_window, ["slide", "pin"]):
             refuse("prefix_window", self.prefix_window, "must be 'slide' (as peft) or 'pin'")
         for name in ("prefix_projection", "encoder_prefix", "cross_prefix", "legacy_bloom_layout"):
             require_bool(self, name)
@@ -93,8 +94,8 @@ class AdaptionPromptConfig(PeftConfig):
 
     target_modules: what the attention modules are called, as in "self_attn"; None takes the model family's name.
     adapter_len: how many virtual tokens a layer gets; adapter_layers: how many layers, counted from the top.
-    modules_to_save: modules trained whole besides. None is the head of the task; [] is nothing, as in peft, which has no
-    such field here and leaves heads untrained.
+    modules_to_save: modules trained whole besides. None is the head of the task; [] is nothing, as in peft, which has
+    no such field here and leaves heads untrained.
     """
 
     target_modules: str | None = None
@@ -115,7 +116,7 @@ class AdaptionPromptConfig(PeftConfig):
         if name is not None and not (isinstance(name, str) and name and "." not in name):
             refuse("target_modules", name, "must be the name of the attention modules, as in 'self_attn', or None")
         require_count(self, "adapter_len", "the number of virtual tokens in a layer", needed=True)
-        require_count(self, "adapter_layers", "the number of adapted layers, from the top", needed=True)
+        require_count(self, "adapter_layers", "the number of adapted layers (from the top)", needed=True)
         require_saved_names(self)
 
 

@@ -14,11 +14,14 @@ from torch import nn
 from fastpeft.configs import PeftType, PromptLearningConfig, TaskType, as_config, is_count, refuse
 from fastpeft.errors import ConfigError
 
-# What model families call these, in peft's order; peft knows neither MPT's names nor those of decoders.
+# What model families call these, in peft's order; it does not know those of MPT, XGLM and of decoders.
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers")
 _DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 _WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
-_HEADS = ("decoder_attention_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
+_HEADS = (
+    *("decoder_attention_heads", "num_attention_heads", "n_head", "num_heads"),
+    *("n_heads", "attention_heads", "encoder_attention_heads"),
+)
 
 
 @dataclass(frozen=True)

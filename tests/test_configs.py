@@ -232,7 +232,16 @@ def test_a_field_that_is_not_honoured_is_refused_by_name(name):
 WEIRD = [
     *(math.nan, math.inf, -1, 0, 1, 2**70, 10**400, 1.5, True, False, None, "", "x", "(", b"x", object(), LoraConfig),
     *([], [1], ["x"], [None], [[["x"]]], (), ("x",), set(), {1, "x"}, {}, {"x": 1}, {1: "x"}, {"x": {"y": []}}),
-    *(numpy.int64(3), numpy.float64(0.5), torch.float16, json.loads("[" * 900 + "]" * 900), "\ud800", "x" * 10**6),
+    *(
+        numpy.int64(3),
+        numpy.float64(0.5),
+        numpy.ones(2),
+        torch.ones(2),
+        torch.float16,
+        json.loads("[" * 900 + "]" * 900),
+        "\ud800",
+        "x" * 10**6,
+    ),
 ]
 
 
