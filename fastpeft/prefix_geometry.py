@@ -71,8 +71,8 @@ def geometry(model: object) -> Geometry:
 def fill_prompt_dims(model: object, config: object) -> PromptLearningConfig:
     """A copy of `config` with the sizes filled in that it leaves to the model (a model, its config, or that as a dict).
 
-    A prefix of a model with grouped queries is as wide as its keys; the width and heads of the queries may be given
-    for these, as in peft. Raises ConfigError if a size, the task or an option does not fit the model.
+    A prefix is as wide as the model's keys; the width of the model and the heads of the queries may be given for these,
+    as in peft. Raises ConfigError if a size, the task or an option does not fit the model.
     """
     config = as_config(config)
     if not isinstance(config, PromptLearningConfig):
@@ -82,14 +82,11 @@ def fill_prompt_dims(model: object, config: object) -> PromptLearningConfig:
     prefix = config.peft_type == PeftType.PREFIX_TUNING
     if prefix:
         _check_prefix(config, found)
-    grouped = found.kv_heads != found.heads
     heads = found.kv_heads if prefix else found.heads
     width = found.kv_heads * found.head_dim if prefix and found.kv_heads and found.head_dim else found.width
     config.num_layers = _settled(config, "num_layers", found, found.layers, kept=found.decoder_layers)
-    config.num_attention_heads = _settled(
-        config, "num_attention_heads", found, heads, replaced=found.heads if prefix and grouped else None
-    )
-    config.token_dim = _settled(config, "token_dim", found, width, replaced=found.width if prefix and grouped else None)
+    config.num_attention_heads = _settled(config, "num_attention_heads", found, heads, replaced=found.heads)
+    config.token_dim = _settled(config, "token_dim", found, width, replaced=found.width)
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
     if hasattr(config, "encoder_hidden_size") and config.encoder_hidden_size is None:
@@ -106,7 +103,7 @@ def _settled(
     kept: int | None = None,
     replaced: int | None = None,
 ) -> int:
-    """The size `name`: the model's, unless the configuration has another one that is as good (`kept`)."""
+    """The size `name`: the model's, in place of none, of itself and of `replaced`; `kept` is as good and stays."""
     given = getattr(config, name)
     if given is None and value is None:
         refuse(name, None, f"the configuration of this {found.model_type} does not say it; set it")

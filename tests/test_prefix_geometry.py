@@ -246,6 +246,7 @@ AS_GOOD = [
         {"encoder_hidden_size": 32},
     ),
     ("llama", "CAUSAL_LM", {}, {"encoder_hidden_size": 5, "prefix_projection": True}, {"encoder_hidden_size": 5}),
+    ("llama", "CAUSAL_LM", {"num_key_value_heads": 4, "head_dim": 16}, {"token_dim": 32}, {"token_dim": 64}),
     # A decoder that is shorter than its encoder may have a prefix of either length.
     ("t5", S2S, {"num_decoder_layers": 1}, {"num_layers": 1}, {"num_layers": 1}),
     ("bart", S2S, {"decoder_layers": 1}, {"num_layers": 2}, {"num_layers": 2}),
