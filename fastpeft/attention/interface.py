@@ -57,15 +57,20 @@ def attention_forward(module, query, key, value, attention_mask, dropout=0.0, sc
 
 def attend(
     module, query, key, value, attention_mask, prefix, *, dropout=0.0, scaling=None, is_causal=None, softcap=None,
-    s_aux=None, position_bias=None, sliding_window=None, local_window=None, alibi_slopes=None, **_,
+    s_aux=None, position_bias=None, sliding_window=None, local_window=None, alibi_slopes=None, positions="tokens",
+    **_,
 ) -> Tensor:  # fmt: skip
     """The op, of what a module and its mask say: (B, H, S, D). `prefix` is ((Hkv, P, D), (Hkv, P, D)); `local_window`
-    a window that the mask does not say."""
-    prefix_key, prefix_value = prefix
+    a window that the mask does not say; ALiBi's `positions` count "tokens", without padding, or "slots"."""
+    prefix_key, prefix_value = (t[: key.shape[1], :, : key.shape[3]] for t in prefix)  # layers narrower than the widest
     count = prefix_key.shape[-2]
-    options = _mask_options(module, query, key, attention_mask, is_causal, sliding_window or local_window, count)
-    if local_window is not None:
+    options = _mask_options(module, query, key, attention_mask, is_causal)
+    if "bias" in options:
+        options = _with_window(options, sliding_window, local_window, count, module.prefix_window())
+    elif local_window is not None:
         options["sliding_window"] = local_window
+    if positions == "slots" and options.get("segment_ids") is None:
+        options["key_positions"] = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
     if position_bias is not None:
         options = _with_position_bias(options, position_bias, count)
     return prefix_attention(
@@ -75,12 +80,9 @@ def attend(
     )  # fmt: skip
 
 
-def _mask_options(module, query, key, mask, is_causal, sliding_window, count: int) -> dict:
+def _mask_options(module, query, key, mask, is_causal) -> dict:
     """The op's arguments that say which keys a query sees."""
     queries, keys = query.shape[2], key.shape[2]
-    if mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        return {"causal": causal, "query_start": keys - queries}
     if isinstance(mask, Mask):
         return {
             "causal": mask.causal,
@@ -89,30 +91,37 @@ def _mask_options(module, query, key, mask, is_causal, sliding_window, count: in
             "padding_mask": mask.padding,
             "segment_ids": mask.segments,
         }
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None:
+        return {"causal": causal, "query_start": keys - queries}
     if mask.ndim == 2 and mask.shape == (len(query), keys):
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         return {"causal": causal, "query_start": keys - queries, "padding_mask": mask.bool()}
     if mask.ndim != 4 or mask.shape[-2:] != (queries, keys):
         raise PatchError(
             f"attention over a prefix: a mask of shape {tuple(mask.shape)} for {queries} queries and {keys} keys; "
             f"(B, T), or (B, 1 or H, {queries}, {keys}) over the real tokens alone is needed"
         )
-    return _matrix_options(module, query, mask, sliding_window, count)
-
-
-def _matrix_options(module, query, mask, sliding_window, count: int) -> dict:
-    """A matrix becomes a bias. Where the layer has a window that the prefix slides out of, a query's own position is
-    that of the last key it sees."""
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device) if mask.dtype == torch.bool else mask
-    options = {"causal": False, "bias": bias.masked_fill(~seen, -torch.inf)}
-    if sliding_window is not None and module.prefix_window() == "slide":
-        at = (seen * torch.arange(mask.shape[-1], device=mask.device)).amax(-1, keepdim=True)
-        virtual = torch.arange(-count, 0, device=mask.device)
-        options["prefix_bias"] = torch.zeros((*mask.shape[:-1], count), device=mask.device).masked_fill(
-            virtual <= at - sliding_window, -torch.inf
-        )
-    return options
+    bias = torch.zeros(mask.shape, device=mask.device) if mask.dtype == torch.bool else mask
+    return {"causal": False, "bias": bias.masked_fill(~seen, -torch.inf)}
+
+
+def _with_window(options: dict, said: int | None, unsaid: int | None, count: int, prefix_window: str) -> dict:
+    """A window beside a matrix, which knows of it (`said`) or not. A query's own position is that of the last key that
+    it sees; what the window does to the prefix is a bias, too."""
+    window = said or unsaid
+    if window is None:
+        return options
+    bias = options["bias"]
+    keys = torch.arange(bias.shape[-1], device=bias.device)
+    at = keys.where(bias > -torch.inf, 0).amax(-1, keepdim=True)
+    if unsaid is not None:
+        bias = bias.masked_fill(keys <= at - window, -torch.inf)
+    if prefix_window == "pin":
+        return {**options, "bias": bias}
+    virtual = torch.arange(-count, 0, device=bias.device)
+    prefix_bias = torch.zeros((*bias.shape[:-1], count), device=bias.device)
+    return {**options, "bias": bias, "prefix_bias": prefix_bias.masked_fill(virtual <= at - window, -torch.inf)}
 
 
 def _with_position_bias(options: dict, position_bias: Tensor, count: int) -> dict:

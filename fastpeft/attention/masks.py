@@ -7,6 +7,7 @@ can still be made, for modules that have no prefix. Only what cannot be said so 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ class Mask:
     padding: Tensor | None
     segments: Tensor | None
     arguments: dict
+
+    ndim: ClassVar[int] = 2  # Falcon asks, and adds its ALiBi onto what has 4
+
+    def to(self, *_) -> "Mask":
+        """Itself: MPT wants its mask as booleans."""
+        return self
 
     def matrix(self, implementation: str) -> Tensor | None:
         """The mask as that implementation of attention has it."""

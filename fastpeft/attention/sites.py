@@ -16,8 +16,10 @@ from fastpeft.tuners.layer import AdapterLayer
 OWN_FORWARD = {
     "BloomAttention": "bloom",
     "CodeGenAttention": "own_scores",
+    "FalconAttention": "falcon",
     "GPTJAttention": "own_scores",
     "GPTNeoSelfAttention": "own_scores",
+    "MptAttention": "mpt",
 }
 CROSS = ("crossattention", "encoder_attn", "EncDecAttention", "cross_attn")
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastpeft.attention.interface import register, switch
 from fastpeft.attention.sites import Sites, find_sites
-from fastpeft.configs import PrefixTuningConfig, TaskType
+from fastpeft.configs import PrefixTuningConfig
 from fastpeft.errors import ConfigError
 from fastpeft.prefix_geometry import fill_prompt_dims
 from fastpeft.targets import saved_modules
@@ -52,11 +52,11 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
 
 
 def blocks_of(config: PrefixTuningConfig, layer: int) -> tuple[int, int]:
-    """Which columns of the table are a layer's keys and values. Of a sequence-to-sequence model HF peft lays the table
-    out twice and takes the first two of every four blocks, so that half of them are never read."""
+    """Which columns of the table are a layer's keys and values. For two submodules HF peft lays the table out twice and
+    takes the first two of every four blocks, so that half of them are never read."""
     if config.legacy_bloom_layout:
         return layer, config.num_layers + layer
-    if config.task_type == TaskType.SEQ_2_SEQ_LM:
+    if config.num_transformer_submodules == 2:
         return 4 * layer % (2 * config.num_layers), (4 * layer + 1) % (2 * config.num_layers)
     return 2 * layer, 2 * layer + 1
 
