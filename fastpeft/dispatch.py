@@ -1,8 +1,8 @@
 """Which backend serves a call, by which strategy, and why.
 
-Two questions, each answered by one function. `choose_backend`: Triton or torch, by the precedence context manager >
-`patch(backend=)` > `set_backend` > FASTPEFT_BACKEND > "auto". `lora_linear_plan`: how the Triton path divides the work
-with the vendor's matrix product, from a table that says of each row whether a GPU measured it.
+Two questions. `choose_backend`: Triton or torch, by the precedence context manager > `patch(backend=)` > `set_backend` >
+FASTPEFT_BACKEND > "auto". `lora_linear_plan`, `prefix_attention_plan`: how the Triton path divides the work with the
+vendor's matrix product or flash attention; every plan says whether a GPU measured it.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from fastpeft.errors import BackendError
 
 BACKENDS = ("auto", "triton", "torch")
 MAX_RANK = 256
+LIMITS = {"rank": MAX_RANK, "head dimension": 256}  # what the kernels hold in registers
 
 _context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastpeft_backend", default=None)
 _default: str | None = None
@@ -31,12 +32,16 @@ class Choice(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the rank-r terms meet the base products x Wᵀ (forward) and dY W (backward).
+    """How a kernel meets the vendor's; of `lora_linear`, the rank-r terms and the base products x Wᵀ (forward) and dY W
+    (backward).
 
     prewrite: a kernel writes the rank-r term, the vendor's product accumulates onto it (beta = 1). addmm: the vendor's
     product first, the rank-r term added to it. augment: one vendor's product [x|S]·[W|B]ᵀ or [dY|T]·[W;A], for which
     the operands are copied next to each other. fused: one Triton product carries both. Where rounding or dropout rule
     one out, the nearest stands in: forward, an fp32 term is always added last; backward, a masked one is prewritten.
+
+    Of `prefix_attention`. fused: the kernels attend to prefix and sequence. merge: the vendor's flash to the sequence,
+    and a kernel merges the prefix into its result.
     """
 
     forward: str
@@ -47,6 +52,13 @@ class Plan(NamedTuple):
 PREWRITE = Plan("prewrite", "prewrite", "predicted: the vendor's product is the faster one on wide matrices")
 SHORT = Plan("addmm", "prewrite", "predicted: few rows, so launches count more than passes")
 FUSED = Plan("fused", "fused", "the interpreter has no vendor product worth keeping")
+LORA_STRATEGIES = ("prewrite", "addmm", "augment", "fused")
+
+ATTENTION_FUSED = Plan("fused", "fused", "the interpreter has no vendor's flash worth keeping")
+ATTENTION_SHORT = Plan("fused", "fused", "predicted: few queries, so launches count more than the rate of products")
+ATTENTION_MERGE = Plan("merge", "merge", "predicted: the vendor's flash is the faster one on long sequences")
+ATTENTION_STRATEGIES = ("fused", "merge")
+MERGE_FROM = 256  # queries
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_plan", default=None)
 
 
@@ -109,8 +121,8 @@ def _too_old(device: torch.device) -> str | None:
     return None
 
 
-def triton_refusal(x: torch.Tensor, dtype: torch.dtype, rank: int) -> str | None:
-    """Why Triton cannot serve this call, or None."""
+def triton_refusal(x: torch.Tensor, dtype: torch.dtype, width: int, of: str = "rank") -> str | None:
+    """Why Triton cannot serve this call, or None; `width` is what `LIMITS` limits under the name `of`."""
     if reason := triton_unavailable():
         return reason
     if x.is_cuda:
@@ -124,19 +136,22 @@ def triton_refusal(x: torch.Tensor, dtype: torch.dtype, rank: int) -> str | None
         return "CPU tensors need TRITON_INTERPRET=1 in the environment before triton is imported"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is not served"
-    if rank > MAX_RANK:
-        return f"rank {rank} is above {MAX_RANK}"
+    if width > LIMITS[of]:
+        return f"{of} {width} is above {LIMITS[of]}"
     return None
 
 
-def choose_backend(x: torch.Tensor, dtype: torch.dtype, rank: int, patched: str | None = None) -> Choice:
-    """The backend of one call on `x` computing in `dtype`. Raises BackendError where "triton" is demanded in vain."""
+def choose_backend(
+    x: torch.Tensor, dtype: torch.dtype, width: int, patched: str | None = None, of: str = "rank"
+) -> Choice:
+    """The backend of one call on `x` computing in `dtype`, with the `width` that `triton_refusal` asks for. Raises
+    BackendError where "triton" is demanded in vain."""
     asked = requested_backend(patched)
     if asked == "torch":
         return Choice("torch", "asked for")
     if asked == "auto" and x.device.type == "cpu":
         return Choice("torch", "CPU tensors run in torch unless Triton is demanded")
-    reason = triton_refusal(x, dtype, rank)
+    reason = triton_refusal(x, dtype, width, of)
     if reason is None:
         return Choice("triton", "asked for" if asked == "triton" else f"{x.device.type} tensors")
     if asked == "triton":
@@ -144,14 +159,50 @@ def choose_backend(x: torch.Tensor, dtype: torch.dtype, rank: int, patched: str 
     return Choice("torch", reason)
 
 
-def prefix_attention_plan(tensors, scores, dropout: float, patched: str | None = None) -> Plan | None:
-    """The strategy for one call of `prefix_attention` on the Triton backend; None is the torch path."""
+def merge_refusal(tensors, scores, dropout: float) -> str | None:
+    """Why the vendor's flash cannot do the sequence's part of a call of `prefix_attention`, or None."""
+    q, k = tensors.q_BHSD, tensors.k_BGTD
+    modifiers = {
+        "a bias": tensors.bias_BHST,
+        "ALiBi": scores.slopes_H,
+        "a softcap": scores.softcap,
+        "a window": scores.window,
+        "padding": scores.padding_BT,
+        "segments": scores.segments_BT,
+        "dropout": dropout or None,
+    }
+    for name, value in modifiers.items():
+        if value is not None:
+            return f"{name} is the kernels' own"
+    if scores.causal and (q.shape[2] != k.shape[2] or scores.start != 0):
+        return "the vendor's causal mask is for queries that begin where the keys do"
+    if k.shape[2] == 0 or q.shape[3] % 8:
+        return "no keys" if k.shape[2] == 0 else f"head dimension {q.shape[3]} is no multiple of 8"
     return None
+
+
+def prefix_attention_plan(tensors, scores, dropout: float, patched: str | None = None) -> Plan | None:
+    """The strategy for one call of `prefix_attention` on the Triton backend; None is the torch path.
+
+    No row is measured yet, and each says so. Raises BackendError where "triton" is demanded in vain.
+    """
+    q = tensors.q_BHSD
+    if choose_backend(q, q.dtype, q.shape[3], patched, "head dimension").backend == "torch" or q.numel() == 0:
+        return None
+    if (plan := _plan.get()) is not None and plan.forward in ATTENTION_STRATEGIES:
+        return plan
+    if not q.is_cuda:
+        return ATTENTION_FUSED
+    if reason := merge_refusal(tensors, scores, dropout):
+        return Plan("fused", "fused", reason)
+    if q.dtype == torch.float32:
+        return Plan("fused", "fused", "predicted: the vendor's flash does not serve fp32")
+    return ATTENTION_SHORT if q.shape[2] < MERGE_FROM else ATTENTION_MERGE
 
 
 def lora_linear_plan(x: torch.Tensor) -> Plan:
     """The strategy for x [M, K] on the Triton backend. No row is measured yet, and each says so."""
-    if (plan := _plan.get()) is not None:
+    if (plan := _plan.get()) is not None and plan.forward in LORA_STRATEGIES:
         return plan
     if not x.is_cuda:
         return FUSED
@@ -160,7 +211,7 @@ def lora_linear_plan(x: torch.Tensor) -> Plan:
 
 @contextlib.contextmanager
 def override_plan(plan: Plan):
-    """Force one strategy within the block, for benchmarks and tests."""
+    """Force one strategy within the block, for benchmarks and tests, on the ops that know it."""
     token = _plan.set(plan)
     try:
         yield
