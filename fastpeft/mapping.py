@@ -11,6 +11,7 @@ from fastpeft.errors import ConfigError
 
 TUNERS: dict[PeftType, str] = {
     PeftType.LORA: "fastpeft.tuners.lora_injection",
+    PeftType.ADAPTION_PROMPT: "fastpeft.tuners.adaption_prompt_injection",
     PeftType.PREFIX_TUNING: "fastpeft.tuners.prefix_injection",
 }
 

@@ -9,6 +9,8 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 class BloomAttention(AdaptedAttention):
     """transformers' class of this name, with a prefix. (pretraining_tp only changes the order of a sum there.)"""
 
+    attends_itself = True
+
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
         from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 

@@ -9,6 +9,8 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 class FalconAttention(AdaptedAttention):
     """transformers' class of this name, with a prefix."""
 
+    attends_itself = True
+
     def forward(
         self,
         hidden_states,

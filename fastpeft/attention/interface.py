@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastpeft.attention.masks import Mask, mask_function
+from fastpeft.attention.prompts import gated_term, prompt_keys_and_values
 from fastpeft.errors import PatchError
+from fastpeft.ops.gated_prompt_attention import gated_prompt_attention
 from fastpeft.ops.prefix_attention import prefix_attention
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
@@ -41,29 +43,37 @@ def switch_back(config) -> None:
         delattr(config, BEFORE)
 
 
-def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def attention_forward(module, query, key, value, attention_mask, **kwargs):
     """transformers' contract: query (B, H, S, D), key and value (B, Hkv, T, D) -> ((B, S, H, D), None)."""
-    prefix = module.active_prefix(query.dtype) if isinstance(module, AdaptedAttention) else None
-    if prefix is None or _out_of_sight(module, attention_mask):
-        return _as_before(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if kwargs.get("output_attentions"):
-        raise PatchError(
-            "output_attentions=True: the weights of attention over a prefix are never computed as a whole; leave it "
-            "out, or fastpeft.unpatch(model) and use attn_implementation='eager'"
-        )
-    out = attend(module, query, key, value, attention_mask, prefix, dropout=dropout, scaling=scaling, **kwargs)
-    return out.transpose(1, 2), None
+    prefix, prompts, apart = None, [], None
+    if isinstance(module, AdaptedAttention):
+        prefix, prompts = module.active_prefix(query.dtype), module.active_prompts()
+        if (prefix is not None or prompts) and kwargs.get("output_attentions"):
+            raise PatchError(
+                "output_attentions=True: the weights of attention over virtual tokens are never computed as a whole; "
+                "leave it out, or fastpeft.unpatch(model) and use attn_implementation='eager'"
+            )
+        if prefix is not None and _out_of_sight(module, attention_mask):
+            prefix = None
+        if prompts and hasattr(module, "prompts_apart"):
+            # Their part does not go through the output projection, and is handed over beside the rest.
+            prompts, apart = [], module.prompts_apart(query, prompts)
+    if prefix is None and not prompts:
+        out, weights = _as_before(module, query, key, value, attention_mask, **kwargs)
+        return out, weights if apart is None else apart
+    out = attend(module, query, key, value, attention_mask, prefix, prompts, **kwargs)
+    return out.transpose(1, 2), apart
 
 
 def attend(
-    module, query, key, value, attention_mask, prefix, *, dropout=0.0, scaling=None, is_causal=None, softcap=None,
-    s_aux=None, position_bias=None, sliding_window=None, local_window=None, alibi_slopes=None, positions="tokens",
-    **_,
+    module, query, key, value, attention_mask, prefix, prompts=(), *, dropout=0.0, scaling=None, is_causal=None,
+    softcap=None, s_aux=None, position_bias=None, sliding_window=None, local_window=None, alibi_slopes=None,
+    positions="tokens", **_,
 ) -> Tensor:  # fmt: skip
-    """The op, of what a module and its mask say: (B, H, S, D). `prefix` is ((Hkv, P, D), (Hkv, P, D)); `local_window`
-    a window that the mask does not say; ALiBi's `positions` count "tokens", without padding, or "slots"."""
-    prefix_key, prefix_value = (t[: key.shape[1], :, : key.shape[3]] for t in prefix)  # layers narrower than the widest
-    count = prefix_key.shape[-2]
+    """The op, of what a module and its mask say: (B, H, S, D). `prefix` is ((Hkv, P, D), (Hkv, P, D)) or None;
+    `prompts` are gated ones; `local_window` a window that the mask does not say; ALiBi's `positions` count "tokens",
+    without padding, or "slots"."""
+    count = 0 if prefix is None else prefix[0].shape[1]
     options = _mask_options(module, query, key, attention_mask, is_causal)
     if "bias" in options:
         options = _with_window(options, sliding_window, local_window, count, module.prefix_window())
@@ -73,11 +83,21 @@ def attend(
         options["key_positions"] = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
     if position_bias is not None:
         options = _with_position_bias(options, position_bias, count)
-    return prefix_attention(
-        query, key, value, prefix_key, prefix_value,
+    options.update(
         scale=scaling, softcap=softcap, sinks=s_aux, alibi_slopes=alibi_slopes, dropout=dropout, training=dropout > 0,
-        prefix_window=module.prefix_window(), patched_backend=module._fastpeft.model.backend, **options,
+        patched_backend=module._fastpeft.model.backend,
     )  # fmt: skip
+    prompts = [(*prompt_keys_and_values(module, prompt, key), gate) for prompt, gate in prompts]
+    if prefix is None:
+        options.pop("prefix_bias", None)
+        (prompt_key, prompt_value, gate), *prompts = prompts
+        out = gated_prompt_attention(query, key, value, prompt_key, prompt_value, gate, **options)
+    else:
+        ours = (t[: key.shape[1], :, : key.shape[3]] for t in prefix)  # a layer may be narrower than the widest
+        out = prefix_attention(query, key, value, *ours, prefix_window=module.prefix_window(), **options)
+    for prompt_key, prompt_value, gate in prompts:
+        out = out + gated_term(query, prompt_key, prompt_value, gate, scaling)
+    return out
 
 
 def _mask_options(module, query, key, mask, is_causal) -> dict:
@@ -125,7 +145,7 @@ def _with_window(options: dict, said: int | None, unsaid: int | None, count: int
 
 
 def _with_position_bias(options: dict, position_bias: Tensor, count: int) -> dict:
-    """Where the bias has columns for the prefix too, they come first; a zero bias has none (T5's cross-attention)."""
+    """A bias (T5's) has columns for the prefix too, in front."""
     ours, theirs = position_bias[..., :count], position_bias[..., count:]
     if options.get("bias") is not None:
         theirs = theirs + options["bias"]

@@ -7,6 +7,8 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 class MptAttention(AdaptedAttention):
     """transformers' class of this name, with a prefix. Its positions count padding too."""
 
+    attends_itself = True
+
     def forward(self, hidden_states, position_bias, past_key_values=None, attention_mask=None, **kwargs):
         if not self.active_adapters():
             mask = plain_mask(attention_mask, "eager", hidden_states.dtype)

@@ -10,6 +10,8 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 
 
 class _OwnScores(AdaptedAttention):
+    attends_itself = True
+
     def _attn(self, query, key, value, attention_mask=None):
         if not self.active_adapters():
             return super()._attn(query, key, value, plain_mask(attention_mask, "eager", value.dtype))

@@ -11,12 +11,13 @@ from fastpeft.errors import TargetError
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
 
-# Attention classes of transformers that do not ask its interface -> the module of this package with the mixin of the
-# same name.
+# Attention classes of transformers that do not ask its interface, or need more than that -> the module of this package
+# with the mixin of the same name.
 OWN_FORWARD = {
     "BloomAttention": "bloom",
     "CodeGenAttention": "own_scores",
     "FalconAttention": "falcon",
+    "GPT2Attention": "gpt2",
     "GPTJAttention": "own_scores",
     "GPTNeoSelfAttention": "own_scores",
     "MptAttention": "mpt",

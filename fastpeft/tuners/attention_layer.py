@@ -1,10 +1,15 @@
-"""Attention modules that carry a prefix: what they add to their own class, and where the prefix comes from."""
+"""Attention modules that carry virtual tokens: what they add to their own class, and where the tokens come from.
+
+A prefix shares the softmax of the sequence. A gated prompt (LLaMA-Adapter, Zhang et al., arXiv 2303.16199, section 3.2)
+has one of its own, whose result is scaled by a gate that begins at zero.
+"""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastpeft.errors import PatchError
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.prefix_encoder import PrefixEncoder
 
@@ -31,39 +36,74 @@ class Slice:
 
 
 class AdaptedAttention(AdapterLayer):
-    """An attention module with prefixes. As it is, it serves every class that asks transformers' interface for its
-    attention function; the function finds the prefix here."""
+    """An attention module with virtual tokens: the entry of an adapter is its `Slice` of a prefix, or None for a gated
+    prompt, whose parameters are here. As it is, it serves every class that asks transformers' interface for its
+    attention function; the function finds the virtual tokens here."""
 
-    prefix = "Prefixed"
+    prefix = "Adapted"
+    attends_itself = False  # whether its forward calls the op, and not transformers' interface
+    containers = {"adaption_prompt": nn.ParameterDict, "adaption_gate": nn.ParameterDict}
+
+    def slices(self) -> list[Slice]:
+        """The prefixes of a call now."""
+        entries = self._fastpeft.adapters
+        return [entries[name] for name in self.active_adapters() if entries[name] is not None]
 
     def active_prefix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """((Hkv, P, D), (Hkv, P, D)), one after the other of the active adapters; None without any."""
-        adapters = self._fastpeft.adapters
-        found = [adapters[name].keys_and_values(dtype) for name in self.active_adapters()]
+        found = [each.keys_and_values(dtype) for each in self.slices()]
         if len(found) < 2:
             return found[0] if found else None
         return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
     def active_length(self) -> int:
-        """How many virtual tokens a call now has."""
-        return sum(self._fastpeft.adapters[name].length for name in self.active_adapters())
+        """How many virtual tokens before the sequence a call now has."""
+        return sum(each.length for each in self.slices())
 
     def prefix_window(self) -> str:
         """What a sliding window does to the prefix."""
-        return self._fastpeft.adapters[self.active_adapters()[0]].window
+        return next((each.window for each in self.slices()), "slide")
+
+    def active_prompts(self) -> list[tuple[Tensor, Tensor]]:
+        """(prompt (1, P, hidden), gate (1,)) of the active adapters that have one."""
+        entries = self._fastpeft.adapters
+        names = [name for name in self.active_adapters() if entries[name] is None]
+        return [(self.adaption_prompt[name], self.adaption_gate[name]) for name in names]
+
+    def add_prompt(self, name: str, length: int, hidden: int, init: bool) -> None:
+        """A gated prompt, drawn as HF peft's is: in the dtype of the base, which it keeps."""
+        weight = next(parameter for parameter in self.parameters() if parameter.ndim == 2)
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        prompt = torch.empty(1, length, hidden, device=weight.device, dtype=dtype)
+        self.adaption_prompt[name] = nn.Parameter(prompt.normal_() if init else prompt)
+        self.adaption_gate[name] = nn.Parameter(torch.zeros(1, device=weight.device, dtype=dtype))
+        self._fastpeft.adapters[name] = None
 
     def forward(self, *args, **kwargs):
-        return self.base_forward(*args, **kwargs)
+        out = self.base_forward(*args, **kwargs)
+        return out if not self.active_prompts() else self.with_prompts(out)
+
+    def with_prompts(self, out: tuple) -> tuple:
+        """The module's result, into whose output projection the prompts' part has gone already. HF peft projects that
+        part by itself, and so adds the projection's bias once more."""
+        projection = next((p for n, p in self.named_children() if n == "o_proj"), None)
+        bias = getattr(projection, "bias", None)
+        return out if bias is None else (out[0] + bias, *out[1:])
 
     def parameters_of(self, name: str) -> dict:
-        """None of its own: the encoder has them."""
-        return {}
+        """A gated prompt's; a prefix's encoder has them."""
+        held = {key: getattr(self, key) for key in self.containers}
+        return {key: container[name] for key, container in held.items() if name in container}
 
     def delete_adapter(self, name: str) -> None:
+        for key in self.containers:
+            getattr(self, key).pop(name) if name in getattr(self, key) else None
         self._fastpeft.adapters.pop(name, None)
 
     def prepare_merge(self, names) -> None:
-        """A prefix cannot be merged into weights; `merge` asks the encoders, which refuse."""
+        """Of a prefix `merge` asks the encoders, which refuse."""
+        if held := [name for name in names if name in self.adaption_prompt]:
+            raise PatchError(f"{held[0]!r} has a gated prompt, which no weight can hold; leave it out")
 
     def unmerge(self) -> None:
         """Nothing to do."""

@@ -46,7 +46,7 @@ def check_saved(model: nn.Module, saved: Sequence[tuple[str, nn.Module]]) -> Non
 def _check_inside(name: str, module: nn.Module) -> None:
     for path, inner in module.named_modules(prefix=name):
         if isinstance(inner, AdapterLayer) and not isinstance(inner, SavedModule):
-            raise TargetError(f"modules_to_save has {name}, but {path} already carries an adapter; choose one of the two")
+            raise TargetError(f"modules_to_save has {name}, but {path} already carries an adapter; choose one of them")
         if any(hasattr(hook, "compute_weight") for hook in inner._forward_pre_hooks.values()):
             raise TargetError(
                 f"{path} has torch's old weight_norm, which cannot be copied; use torch.nn.utils.parametrizations"
