@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpeft.dispatch import prefix_attention_plan
 from fastpeft.ops import gated_prompt_attention as gated
 from fastpeft.ops import gated_prompt_attention_reference, prefix_attention, prefix_attention_reference
-from fastpeft.ops._prefix_attention_scores import Tensors, make_scores
+from fastpeft.ops._prefix_attention_scores import Tensors, make_scores, prefix_visible, visible
 from fastpeft.ops.prefix_attention import _path
 from fastpeft.oracle import Difference, compare
 
@@ -164,6 +164,30 @@ def _reference(problem: AttentionProblem, leaves: dict, keep, p: float) -> Tenso
     return gated_prompt_attention_reference(_tensors(leaves), leaves["gate"].view(-1), _scores(problem), keep, p)
 
 
+def sdpa(problem: AttentionProblem, leaves: dict) -> Tensor:
+    """As HF computes it with SDPA: the two sets of keys next to each other, heads repeated, one additive mask. A sink
+    is a key of zeros with the score of the sink. No softcap, no dropout, no gate."""
+    q, k, v, pk, pv, bias, pbias, sinks = _tensors(leaves)
+    scores, wide = _scores(problem), torch.promote_types(q.dtype, torch.float32)
+    (batch, heads, queries, depth), keys, prefix = q.shape, k.shape[2], pk.shape[2]
+    shape = (batch, heads, queries)
+    a = torch.zeros(*shape, prefix, dtype=wide) if pbias is None else pbias.to(wide).expand(*shape, -1)
+    s = torch.zeros(*shape, keys, dtype=wide) if bias is None else bias.to(wide).expand(*shape, -1)
+    if scores.slopes_H is not None:
+        slopes = scores.slopes_H.to(wide)[:, None, None]
+        a, s = a + slopes * torch.arange(-prefix, 0), s + slopes * scores.positions_BT[:, None, None].to(wide)
+    see = prefix_visible(scores, queries, prefix, q.device)
+    a = a if see is None else a.masked_fill(~see, -torch.inf)
+    s = s.masked_fill(~visible(scores, queries, keys, q.device), -torch.inf)
+    mask = [a, s] if sinks is None else [a, s, sinks.to(wide)[:, None, None].expand(*shape, 1)]
+    rows = [[pk.expand(batch, -1, -1, -1), k], [pv.expand(batch, -1, -1, -1), v]]
+    if sinks is not None:
+        rows = [[*each, torch.zeros_like(each[0][:, :, :1])] for each in rows]
+    k, v = (torch.cat(each, 2).repeat_interleave(heads // each[0].shape[1], 1) for each in rows)
+    mask = torch.cat(mask, -1).to(q.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale)
+
+
 def op_dropout(problem: AttentionProblem) -> tuple[Tensor | None, float]:
     """The mask (B, H, S, P + T) that the op would draw now, and its exact probability of dropping."""
     if not problem.dropout:
@@ -191,9 +215,11 @@ def outcome(function, problem: AttentionProblem, wanted: Sequence[str], dtype: t
     return {"out": out.detach(), **{f"d{name}": t for name, t in zip(wanted, gradients, strict=True)}}
 
 
-def attention_outcomes(problem: AttentionProblem, wanted: Sequence[str], seed: int = 0) -> tuple[dict, dict, dict]:
-    """Of the op, of its reference in the same dtypes and in float64, with the mask that the op draws, on the backend in
-    force: {"out": result, "dquery": gradient, ...}. Leaves torch's generators as they were."""
+def attention_outcomes(
+    problem: AttentionProblem, wanted: Sequence[str], seed: int = 0, eager=None
+) -> tuple[dict, dict, dict]:
+    """Of the op, of its reference in the same dtypes (or of `eager`) and in float64, with the mask that the op draws, on
+    the backend in force: {"out": result, "dquery": gradient, ...}. Leaves torch's generators as they were."""
     with torch.random.fork_rng([problem.query.device] if problem.query.is_cuda else []):
         torch.manual_seed(seed)
         keep, p = op_dropout(problem)
@@ -203,14 +229,14 @@ def attention_outcomes(problem: AttentionProblem, wanted: Sequence[str], seed: i
     def reference(problem, leaves):
         return _reference(problem, leaves, keep, p)
 
-    return got, outcome(reference, problem, wanted), outcome(reference, problem, wanted, torch.float64)
+    return got, outcome(eager or reference, problem, wanted), outcome(reference, problem, wanted, torch.float64)
 
 
 def attention_differences(
-    problems: Sequence[AttentionProblem], wanted: Sequence[str] | None = None
+    problems: Sequence[AttentionProblem], wanted: Sequence[str] | None = None, eager=None
 ) -> list[Difference]:
     """How far the result and its gradients, all or those `wanted`, are from the truth, pooled over problems of one
-    shape."""
+    shape, beside the materialised reference, or `eager` (`sdpa`)."""
     wanted = problems[0].present() if wanted is None else wanted
-    draws = [attention_outcomes(problem, wanted, seed) for seed, problem in enumerate(problems)]
+    draws = [attention_outcomes(problem, wanted, seed, eager) for seed, problem in enumerate(problems)]
     return [compare(name, *([draw[i][name] for draw in draws] for i in range(3))) for name in draws[0][0]]

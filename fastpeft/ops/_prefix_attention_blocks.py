@@ -143,6 +143,21 @@ class Rows:
             a.masked_fill_(~see, -torch.inf)
         s.masked_fill_(~visible_block(scores, block.rows, block.keys, self.device), -torch.inf)
 
+    def exponentiate(self, s: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        """Makes exp(s - peak) of scores, in place; (peak, total) (B', H, S', 1) with L = peak + log(total), where the
+        peak of a row that sees nothing is 0, and its total 0."""
+        s_BHSC = self.unfold(s, block)
+        peak = s_BHSC.amax(-1, keepdim=True) if s.shape[-1] else s_BHSC.new_full((*s_BHSC.shape[:3], 1), -torch.inf)
+        if self.tensors.sinks_H is not None:
+            peak = torch.maximum(peak, self.tensors.sinks_H.to(self.wide)[:, None, None])
+        peak.masked_fill_(peak == -torch.inf, 0.0)
+        total = s_BHSC.sub_(peak).exp_().sum(-1, keepdim=True)
+        return peak, total if self.tensors.sinks_H is None else total + self.sink(peak)
+
+    def sink(self, peak: Tensor) -> Tensor:
+        """exp(sink - peak)."""
+        return torch.exp(self.tensors.sinks_H.to(self.wide)[:, None, None] - peak)
+
 
 def _part(t_BHSC: Tensor, block: Block) -> Tensor:
     """The block's rows of a bias, whose batch may be 1."""
@@ -165,20 +180,13 @@ def key_range(scores: Scores, rows: slice, keys: int) -> slice:
 def forward(tensors: Tensors, scores: Scores, p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """(out, L) as in `_prefix_attention_torch`."""
     rows = Rows(tensors, scores, p, seed)
-    q, sinks = tensors.q_BHSD, tensors.sinks_H
+    q = tensors.q_BHSD
     out = q.new_empty(rows.batch, rows.queries, rows.heads, rows.depth).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=rows.wide)
     for block in rows.blocks():
         regions = rows.regions(block)
         w, _ = rows.scored(rows.matrices(q, block), regions, block)
-        w_BHSC = rows.unfold(w, block)
-        peak = w_BHSC.amax(-1, keepdim=True) if w.shape[-1] else w_BHSC.new_full((*w_BHSC.shape[:3], 1), -torch.inf)
-        sink = None if sinks is None else sinks.to(rows.wide)[:, None, None]
-        peak = peak if sink is None else torch.maximum(peak, sink)
-        peak.masked_fill_(peak == -torch.inf, 0.0)
-        w_BHSC.sub_(peak).exp_()
-        total = w_BHSC.sum(-1, keepdim=True)
-        total = total if sink is None else total + torch.exp(sink - peak)
+        peak, total = rows.exponentiate(w, block)
         lse[block.batch, :, block.rows] = (peak + total.log()).squeeze(-1)
         if rows.dropout is not None:
             drop(w, _places(rows.dropout, w))
@@ -203,14 +211,17 @@ class Gradients:
         q = rows.tensors.q_BHSD
         self.dq = q.new_empty(rows.batch, rows.queries, rows.heads, rows.depth).transpose(1, 2)
         self.dq = self.dq if needs.q_BHSD else None
+        self.group = rows.heads // rows.groups
 
     def keyed(self, name: str, block: Block, columns: slice, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
         """sum[samples, :, columns] += alpha·leftᵀ right, over the samples too if they share the tensor."""
         if name not in self.sums:
             return
+        # Head by head, and then the sum: as exact as eager, which one sum over all rows of a group is not.
+        left, right = (t.reshape(-1, block.rows.stop - block.rows.start, t.shape[-1]) for t in (left, right))
         product = torch.bmm(left.transpose(1, 2), right)
         total = self.sums[name]
-        product = product.view(-1, total.shape[1], *product.shape[1:])
+        product = product.view(-1, total.shape[1], self.group, *product.shape[1:]).sum(2)
         if total.shape[0] == 1:
             total[:, :, columns].add_(product.sum(0, keepdim=True), alpha=alpha)
         else:
@@ -224,32 +235,32 @@ class Gradients:
         part = u_BHSC.sum(alone, keepdim=True) if alone else u_BHSC
         _part(total, block)[..., columns] += part
 
+    def sinks(self, rows: Rows, block: Block, delta: Tensor, share: Tensor | None) -> None:
+        if "sinks_H" in self.sums:
+            self.sums["sinks_H"] -= (share * rows.unfold(delta, block)).sum((0, 2, 3))
+
     def finished(self, tensors: Tensors) -> tuple[Tensor | None, ...]:
         sums = {name: total.to(getattr(tensors, name).dtype) for name, total in self.sums.items()}
         return self.dq, *(sums.get(name) for name in Tensors._fields[1:])
 
 
-def backward(dout, tensors: Tensors, out, lse, scores: Scores, p: float, seed, needs: Tensors):
+def backward(dout, tensors: Tensors, scores: Scores, p: float, seed, needs: Tensors):
     """The gradients of `Tensors`, None where not needed."""
     rows = Rows(tensors, scores, p, seed)
     gradients = Gradients(rows, needs)
-    every = tensors.q_BHSD, dout, out
     for block in rows.blocks():
-        q, d, o = (rows.matrices(t, block) for t in every)
-        delta = (d * o).sum(-1, keepdim=True)
-        log = rows.matrices(lse.unsqueeze(-1), block)
-        log.masked_fill_(log == -torch.inf, 0.0)  # nothing is visible: exp(-inf - 0) is the 0 that it should be
-        if "sinks_H" in gradients.sums:
-            share = torch.exp(tensors.sinks_H.to(rows.wide)[:, None, None] - rows.unfold(log, block))
-            gradients.sums["sinks_H"] -= (share * rows.unfold(delta, block)).sum((0, 2, 3))
+        q, d = rows.matrices(tensors.q_BHSD, block), rows.matrices(dout, block)
         regions = rows.regions(block)
         w, slope = rows.scored(q, regions, block, keep_slope=True)
-        w.sub_(log).exp_()
-        _block_gradients(rows, gradients, block, regions, w, slope, q, d, delta, p)
+        # Not exp(s - L): that L is rounded to some 1e-7 would be an error of each weight, in fp32 the greatest of all.
+        peak, total = rows.exponentiate(w, block)
+        sink_share = None if tensors.sinks_H is None else rows.sink(peak) / total
+        rows.unfold(w, block).div_(total.masked_fill_(total == 0, 1.0))
+        _block_gradients(rows, gradients, block, regions, w, slope, q, d, sink_share, p)
     return gradients.finished(tensors)
 
 
-def _block_gradients(rows: Rows, gradients: Gradients, block, regions, w, slope, q, d, delta, p) -> None:
+def _block_gradients(rows: Rows, gradients: Gradients, block, regions, w, slope, q, d, sink_share, p) -> None:
     """Adds one block's share; w are its weights before dropout, q and d its rows of q and dout."""
     u = torch.empty_like(w)
     for region in regions:
@@ -261,7 +272,10 @@ def _block_gradients(rows: Rows, gradients: Gradients, block, regions, w, slope,
         drop(u, places).div_(1 - p)
     for region in regions:
         gradients.keyed(region.names[1], block, region.own, kept[..., region.columns], d)
+    # δ as Σ p∘(dout Vᵀ), which is dout∘out but for the rounding of out.
+    delta = (u * w).sum(-1, keepdim=True)
     u.sub_(delta).mul_(w)
+    gradients.sinks(rows, block, delta, sink_share)
     for region in regions:
         gradients.bias(region.names[2], block, region.own, rows.unfold(u, block)[..., region.columns])
     if slope is not None:

@@ -19,6 +19,7 @@ from fastpeft.ops._prefix_attention_scores import Scores, Tensors, prefix_visibl
 
 MASK_BYTES = 1 << 24  # of a mask made for a block of rows
 MASK_ROWS = 256  # a block's rows: beyond, more hidden keys are multiplied; below, the op has too little to do
+WIDE_BYTES = 1 << 22  # of each operand that is widened to fp32 for some rows
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -219,28 +220,28 @@ def forward(tensors: Tensors, scores: Scores) -> tuple[Tensor, Tensor]:
         o, log = _attend(tensors, piece, scores.scale)
         whole = piece.rows == slice(0, queries)
         if out is None and whole:
-            out, lse = o, log
+            out, lse = o, log.double()
             continue
         if out is None:
             out = torch.zeros(batch, queries, heads, depth, dtype=wide).transpose(1, 2)
-            lse = torch.full((batch, heads, queries), -torch.inf, dtype=wide)
+            lse = torch.full((batch, heads, queries), -torch.inf, dtype=torch.float64)
         out = out.to(wide)
         _merge(out[:, :, piece.rows], lse[:, :, piece.rows], o.to(wide), log)
     if out is None:  # nothing is visible
-        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float64)
     if sinks is not None:
-        sink = sinks.to(wide)[:, None]
-        out = out.to(wide).mul_(torch.sigmoid(lse - sink).unsqueeze(-1))
+        sink = sinks.double()[:, None]
+        out = out.to(wide).mul_(torch.sigmoid(lse - sink).to(wide).unsqueeze(-1))
         lse = torch.logaddexp(lse, sink)
-    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.to(wide).contiguous()
 
 
 def _merge(out, lse, o, log) -> None:
-    """Merges (o, log) into (out, lse), in place."""
-    weight = torch.sigmoid(log - lse)
+    """Merges (o, log) into (out, lse), in place; lse is fp64, for an L that is rounded once."""
+    weight = torch.sigmoid(log - lse).to(out.dtype)
     # Two rows that see nothing are both 0, and the difference of their L is NaN.
     out.lerp_(o, weight.nan_to_num_(0.0).unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, log))
+    lse.copy_(torch.logaddexp(lse, log.double()))
 
 
 def _attend(tensors: Tensors, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
@@ -319,17 +320,35 @@ def backward(dout, tensors: Tensors, out, lse, scores: Scores, needs: Tensors) -
         at = 3 if piece.of_prefix else 1  # the keys' place in Tensors
         if not (needs[0] or needs[at] or needs[at + 1]):
             continue
-        q, k, v, mask = _operands(operands, piece)
-        rows = piece.rows
-        dq, dk, dv = _flash_backward(
-            dout[:, :, rows], q, k, v, out[:, :, rows], lse[:, :, rows].contiguous(), 0.0, piece.causal,
-            attn_mask=mask, scale=scores.scale,
-        )  # fmt: skip
-        for place, part, own in ((0, dq, rows), (at, dk, piece.keys), (at + 1, dv, piece.keys)):
-            if needs[place]:
-                totals[place].add(part, own)
+        for rows, (dq, dk, dv) in _piece_gradients(dout, operands, out, lse, piece, scores.scale):
+            for place, part, own in ((0, dq, rows), (at, dk, piece.keys), (at + 1, dv, piece.keys)):
+                if needs[place]:
+                    totals[place].add(part, own)
     grads = (total.get() if need else None for total, need in zip(totals, needs, strict=False))
     return *grads, None, None, dsinks
+
+
+def _piece_gradients(dout, tensors: Tensors, out, lse, piece: Piece, scale: float):
+    """Yields rows and (dq, dk, dv) of them, by the batch of q.
+
+    The op adds up the gradients of half-precision keys in half precision, an error that grows with the rows: 1.7 times
+    eager's at 3000. So the prefix's, which are summed over all rows, are made in fp32, from some rows at a time.
+    """
+    q, k, v, mask = _operands(tensors, piece)
+    rows, wide = piece.rows, torch.promote_types(q.dtype, torch.float32)
+    steps = [rows]
+    if piece.of_prefix and q.dtype != wide:
+        step = max(1, WIDE_BYTES // max(1, q.shape[0] * q.shape[1] * q.shape[3] * wide.itemsize))
+        steps = [slice(r, min(r + step, rows.stop)) for r in range(rows.start, rows.stop, step)]
+        k, v = k.to(wide), v.to(wide)
+    for step in steps:
+        own = slice(step.start - rows.start, step.stop - rows.start)
+        arguments = dout[:, :, step], q[:, :, own], k, v, out[:, :, step]
+        grads = _flash_backward(
+            *(t.to(k.dtype) for t in arguments), lse[:, :, step].contiguous(), 0.0, piece.causal,
+            attn_mask=None if mask is None else mask[:, :, own], scale=scale,
+        )  # fmt: skip
+        yield step, grads
 
 
 def _sink_gradient(dout, sinks, out, lse) -> Tensor:

@@ -30,4 +30,4 @@ def backward(dout: Tensor, tensors: Tensors, out, lse, call, seed, needs: Tensor
     """The gradients of `Tensors`, None where not needed."""
     if flash.serves_forward(tensors, call) and not (needs.bias_BHST or needs.pbias_BHSP):
         return flash.backward(dout, tensors, out, lse, call.scores, needs)
-    return blocks.backward(dout, tensors, out, lse, call.scores, call.dropout, seed, needs)
+    return blocks.backward(dout, tensors, call.scores, call.dropout, seed, needs)
