@@ -68,13 +68,15 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
 def attend(
     module, query, key, value, attention_mask, prefix, prompts=(), *, dropout=0.0, scaling=None, is_causal=None,
     softcap=None, s_aux=None, position_bias=None, sliding_window=None, local_window=None, alibi_slopes=None,
-    positions="tokens", **_,
+    positions="tokens", cu_seq_lens_k=None, **_,
 ) -> Tensor:  # fmt: skip
     """The op, of what a module and its mask say: (B, H, S, D). `prefix` is ((Hkv, P, D), (Hkv, P, D)) or None;
     `prompts` are gated ones; `local_window` a window that the mask does not say; ALiBi's `positions` count "tokens",
     without padding, or "slots"."""
     count = 0 if prefix is None else prefix[0].shape[1]
     options = _mask_options(module, query, key, attention_mask, is_causal)
+    if cu_seq_lens_k is not None and options.get("segment_ids") is None:
+        options["segment_ids"] = _segments(cu_seq_lens_k, key)
     if "bias" in options:
         options = _with_window(options, sliding_window, local_window, count, module.prefix_window())
     elif local_window is not None:
@@ -98,6 +100,15 @@ def attend(
     for prompt_key, prompt_value, gate in prompts:
         out = out + gated_term(query, prompt_key, prompt_value, gate, scaling)
     return out
+
+
+def _segments(cu_seq_lens: Tensor | list[int], key: Tensor) -> Tensor:
+    """(1, T): which of the packed sequences a key belongs to, from where they begin and end, as the padding-free
+    collators of transformers say it."""
+    if len(key) != 1:
+        raise PatchError(f"cu_seq_lens_k with a batch of {len(key)}: packed sequences come as one row")
+    ends = torch.as_tensor(cu_seq_lens, device=key.device)[1:]
+    return torch.bucketize(torch.arange(key.shape[2], device=key.device), ends, right=True)[None]
 
 
 def _mask_options(module, query, key, mask, is_causal) -> dict:

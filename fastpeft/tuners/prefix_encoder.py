@@ -5,6 +5,8 @@ projection the rows are short and an MLP makes the blocks of them; a layer asks 
 is computed once a pass, in the layer that needs it, and recomputed there under gradient checkpointing.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,14 +61,29 @@ class PrefixEncoder(nn.Module):
         return self.columns(0, self.count * self.width)
 
 
+def _no_cache(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """In training a cache would only copy keys and values, and hide from the model that sequences are packed."""
+    if model.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None:
+        kwargs = {"use_cache": False, **kwargs}
+    return args, kwargs
+
+
 class PromptEncoders(AdapterLayer, nn.ModuleDict):
     """The encoders of all adapters with virtual tokens, by name: the model's child `prompt_encoder`, as in HF peft."""
 
     NAME = "prompt_encoder"
 
-    def __init__(self, model_state):
+    def __init__(self, model: nn.Module, model_state):
         super().__init__()
         self._fastpeft = LayerState(model_state, type(self), None)
+        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self.hook = model.register_forward_pre_hook(_no_cache, with_kwargs=True) if takes_cache else None
+
+    def leave(self, model: nn.Module) -> None:
+        """Undo what making the holder did to the model, and cease to be its child."""
+        if self.hook is not None:
+            self.hook.remove()
+        del model._modules[self.NAME]
 
     def add_adapter(self, name: str, encoder: PrefixEncoder) -> None:
         self[name] = encoder

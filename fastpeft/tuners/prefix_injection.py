@@ -72,7 +72,7 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     device = next((p.device for p in plan.sites.attention[0][1].parameters()), torch.device("cpu"))
     holder = plan.model._modules.get(PromptEncoders.NAME)
     if holder is None:
-        holder = PromptEncoders(state)
+        holder = PromptEncoders(plan.model, state)
         plan.model.add_module(PromptEncoders.NAME, holder)
     holder.add_adapter(name, encoder.to(device))
     register()
