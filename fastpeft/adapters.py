@@ -12,6 +12,7 @@ from torch import nn
 from fastpeft import files
 from fastpeft.configs import as_config
 from fastpeft.errors import PatchError
+from fastpeft.filling import check_names_and_shapes, fill, places_in_file
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import (
     activate,
@@ -27,14 +28,7 @@ from fastpeft.patching import (
     trains_biases,
 )
 from fastpeft.selection import override
-from fastpeft.state import (
-    PREFIX,
-    adapter_state_dict,
-    check_tensors,
-    embeddings,
-    fill,
-    only_adapter,
-)
+from fastpeft.state import adapter_state_dict, embeddings, only_adapter
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.saved_modules import SavedModule
 
@@ -120,44 +114,23 @@ def load_adapter(
         config = as_config(raw_config)
         config.inference_mode = not trainable
         plan = tuner_of(config.peft_type).plan(model, config)
-        _check_header(model, plan, header, str(directory))
-        planned.append(plan)
+        places = places_in_file(model, plan)
+        check_names_and_shapes(places, {key: each.shape for key, each in header.items()}, str(directory))
+        planned.append((plan, places))
 
     found = files.read_adapter(directory, validate)
     if hf_quirks is None:
         hf_quirks = True if found.side is None else bool(found.side.get("hf_quirks", False))
     state = state_of(model) if patched else begin(model, None, autocast_adapter_dtype, hf_quirks)
     with adding(model, state, adapter_name, undo_all=not patched):
-        add_planned(model, state, planned[-1], adapter_name, init=False, autocast=autocast_adapter_dtype)
-        fill(model, adapter_name, found.tensors)
+        plan, places = planned[-1]
+        add_planned(model, state, plan, adapter_name, init=False, autocast=autocast_adapter_dtype)
+        fill(model, adapter_name, places, found.tensors, found.path)
         if not patched:
             activate(model, state, (adapter_name,))
     if not trainable:
         model.eval()
     return model
-
-
-def _check_header(model: nn.Module, plan, header, where: str) -> None:
-    expected = plan.file_shapes()
-    optional, bias = {}, getattr(plan.config, "bias", "none")
-    targeted = {target.name: target.module for target, _, _ in plan.targets}
-    ends = {id(module) for module in embeddings(model)}
-    for name, module in targeted.items():
-        if id(module) in ends:
-            own = {leaf: parameter for leaf, parameter in module._parameters.items() if parameter is not None}
-            optional.update({f"{PREFIX}{name}.base_layer.{leaf}": parameter.shape for leaf, parameter in own.items()})
-    for name, parameter in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        inner = "base_layer." if path in targeted else ""
-        key = f"{PREFIX}{path}.{inner}{leaf}"
-        if bias == "all" and "bias" in name or bias == "lora_only" and inner and leaf == "bias":
-            optional[key] = parameter.shape
-    whole = {name for name, _ in plan.saved}
-    whole.update(name for name, layer in layers(model) if isinstance(layer, SavedModule))
-    # HF's bias="all" writes the biases of these a second time, which nobody needs
-    again = [f"{PREFIX}{name}.{copy}." for name in whole for copy in ("original_module", "modules_to_save")]
-    again = tuple(again) if bias == "all" else ()
-    check_tensors(expected, optional, {key: i.shape for key, i in header.items() if not key.startswith(again)}, where)
 
 
 def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_adapter_dtype: bool = True) -> None:

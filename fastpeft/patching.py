@@ -38,7 +38,8 @@ class PatchState:
     active: tuple[str, ...] = ()
     trainable: bool = True  # whether the active adapters may be trained
     merged: tuple[str, ...] = ()
-    trained_biases: dict[str, torch.Tensor] = field(default_factory=dict)  # base parameters trained in place, as before
+    # The base parameters that are trained in place or that a file has replaced, as they were.
+    trained_biases: dict[str, torch.Tensor] = field(default_factory=dict)
     input_hooks: list = field(default_factory=list)  # what makes the input embeddings' outputs want a gradient
     undo: list | None = None  # (tensor, its values before) of the base, while an adapter is being added
 
@@ -223,9 +224,8 @@ def trains_biases(config: PeftConfig) -> bool:
 def drop_unused(model: nn.Module) -> None:
     """Give back what no adapter uses any more: the holder of encoders, the attention implementation."""
     holder = model._modules.get(PromptEncoders.NAME)
-    if not isinstance(holder, PromptEncoders) or len(holder):
-        return
-    del model._modules[PromptEncoders.NAME]
+    if isinstance(holder, PromptEncoders) and not len(holder):
+        holder.leave(model)
     if not any(isinstance(module, AdaptedAttention) for module in model.modules()):
         for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
             switch_back(config)
@@ -269,15 +269,20 @@ def add_planned(
     _set_trainable(model, state)
 
 
+def is_bias(name: str) -> bool:
+    """HF peft's rule (0.21.2) for what `bias="all"` trains, by the whole name. T5's relative_attention_bias.weight and
+    torch.nn.MultiheadAttention's in_proj_bias are none."""
+    return name == "bias" or name.endswith(".bias")
+
+
 def _biases(model: nn.Module, plan):
-    """(name, parameter) of the base parameters that `bias="all"` or `"lora_only"` trains in place; HF peft's rule for
-    "all" is that the name contains "bias"."""
+    """(name, parameter) of the base parameters that `bias="all"` or `"lora_only"` trains in place."""
     bias = getattr(plan.config, "bias", "none")
     if bias == "all":
         owned = tuple(f"{path}.{held}." for path, layer in layers(model) for held in layer.containers)
         # The original of a module that is trained whole is not called, and stays as it is.
         owned += tuple(f"{path}." for path, layer in layers(model) if "modules_to_save" in layer.containers)
-        return [(n, p) for n, p in model.named_parameters() if "bias" in n and not n.startswith(owned)]
+        return [(n, p) for n, p in model.named_parameters() if is_bias(n) and not n.startswith(owned)]
     if bias == "lora_only":
         return [
             (f"{target.name}.bias", target.module.bias)
@@ -302,7 +307,7 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
     )
     if state.trained_biases:
         for name, parameter in model.named_parameters():
-            if name in state.trained_biases:
+            if name in state.trained_biases and is_bias(name):
                 parameter.requires_grad_(train_biases)
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from fastpeft.configs import LoraConfig, PeftConfig, PromptLearningConfig
-from fastpeft.errors import AdapterFileError, PatchError
-from fastpeft.patching import layers, state_of
+from fastpeft.errors import PatchError
+from fastpeft.patching import is_bias, layers, state_of
 from fastpeft.patterns import matches_name
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.saved_modules import SavedModule, own_tensors
@@ -21,7 +21,7 @@ def only_adapter(state, adapter_name: str | None) -> str:
         if len(names) != 1:
             raise PatchError(f"which adapter? There are {', '.join(map(repr, state.configs)) or 'none'}; name one")
         return names[0]
-    if adapter_name not in state.configs:
+    if not isinstance(adapter_name, str) or adapter_name not in state.configs:
         raise PatchError(f"no adapter {adapter_name!r}; there are {', '.join(map(repr, state.configs)) or 'none'}")
     return adapter_name
 
@@ -32,14 +32,19 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
     `adapter_name` None: the active adapter, or the only one. Raises PatchError if the model is not patched or the
     name is not one adapter's.
     """
-    state = state_of(model)
-    name = only_adapter(state, adapter_name)
-    out = {}
-    for path, layer in layers(model):
-        if name in layer._fastpeft.adapters:
-            for key, tensor in layer.file_tensors(name).items():
-                out[file_key(state.configs[name], path, key)] = tensor.detach()
+    name = only_adapter(state_of(model), adapter_name)
+    out = own_tensors_of(model, name)
     out.update({key: tensor.detach() for key, tensor in base_tensors(model, name).items()})
+    return out
+
+
+def own_tensors_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The tensors that the adapter has itself, without those of the base, under the keys of HF peft's file."""
+    config, out = state_of(model).configs[adapter_name], {}
+    for path, layer in layers(model):
+        if adapter_name in layer._fastpeft.adapters:
+            for key, tensor in layer.file_tensors(adapter_name).items():
+                out[file_key(config, path, key)] = tensor.detach()
     return out
 
 
@@ -57,10 +62,12 @@ def base_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]
     if not isinstance(config, LoraConfig):
         return {}
     adapted = dict(layers(model))
+    whole = tuple(f"{path}." for path, layer in adapted.items() if isinstance(layer, SavedModule))
     out = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        if name in state_of(model).trained_biases and config.bias != "none":
+        trained = name in state_of(model).trained_biases and is_bias(name) and not name.startswith(whole)
+        if trained and config.bias != "none":
             out[_base_key(path, leaf, adapted)] = _unmerged(adapted.get(path), leaf, parameter)
     for path in targeted_embeddings(model, config):
         for leaf, parameter in adapted[path]._parameters.items():
@@ -74,14 +81,14 @@ def base_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]
 
 
 def _biases_again(path: str, layer: SavedModule, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The biases of a module that is trained whole, as bias="all" has them in HF's file besides: its rule, that a name
-    contains "bias", takes those of the original and of the copy under the names that these have in memory, of which
-    the adapter's name is taken out only before the last part."""
+    """The biases of a module that is trained whole, as bias="all" has them in HF's file besides: its rule takes those
+    of the original and of the copy under the names that these have in memory, of which the adapter's name is taken
+    out only before the last part."""
     held = {f"{path}.original_module.{key}": value for key, value in own_tensors(layer).items()}
     trained = layer.parameters_of(adapter_name) if adapter_name in layer._fastpeft.adapters else {}
     for key, value in trained.items():
         held[f"{path}.modules_to_save.{adapter_name + '.' if '.' in key else ''}{key}"] = value
-    return {PREFIX + key: value for key, value in held.items() if "bias" in key}
+    return {PREFIX + key: value for key, value in held.items() if is_bias(key)}
 
 
 def _unmerged(layer: nn.Module | None, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -109,49 +116,3 @@ def targeted_embeddings(model: nn.Module, config) -> list[str]:
         found = any(name in named for name in EMBEDDINGS)
     ends = {id(module) for module in embeddings(model)} if found else ()
     return [path for path, layer in layers(model) if id(layer) in ends and hasattr(layer, "factors")]
-
-
-def check_tensors(expected: dict[str, tuple], optional: dict[str, tuple], found: dict[str, tuple], where: str) -> None:
-    """The file's names and shapes must be the expected ones; `optional` ones may be there. Raises AdapterFileError."""
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys() - optional.keys())
-    if missing and extra and not expected.keys() & found.keys():
-        raise AdapterFileError(
-            f"{where}: none of its {len(found)} tensors fits this model; it has {extra[0]!r}, expected {missing[0]!r}"
-        )
-    if missing:
-        raise AdapterFileError(f"{where}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}")
-    if extra:
-        raise AdapterFileError(
-            f"{where}: {len(extra)} tensors that the configuration does not declare: {_some(extra)}; an adapter may "
-            "hold only its own tensors, its modules_to_save, its trained biases, and targeted embeddings"
-        )
-    for name, shape in found.items():
-        wanted = expected.get(name, optional.get(name))
-        if tuple(shape) != tuple(wanted):
-            raise AdapterFileError(
-                f"{where}: {name} has shape {tuple(shape)}, but this model and configuration need {tuple(wanted)}; "
-                "is it the right base model, and is r what the adapter was trained with?"
-            )
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def fill(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy a file's checked tensors into the parameters of an adapter just built. A base weight that the file holds
-    and that differs from the model's is kept for `unpatch` before it is replaced."""
-    targets = adapter_state_dict(model, adapter_name)
-    adapted = {f"{PREFIX}{path}": layer for path, layer in layers(model)}
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            if ".original_module." in key or ".modules_to_save." in key:
-                continue  # see _biases_again
-            target = targets[key]
-            owner, _, leaf = key.rpartition(".base_layer.")
-            if owner in adapted:
-                if torch.equal(target.cpu(), tensor.to(target.dtype)):
-                    continue
-                adapted[owner].keep(leaf)
-            target.copy_(tensor)

@@ -274,6 +274,11 @@ DIRECTORIES = {
         File,
         (f"{Q}.lora_B", "NaN", "earlier"),
     ),
+    "beyond fp32": (
+        put(f"{Q}.lora_B.weight", torch.full((32, 4), 1e300, dtype=torch.double)),
+        File,
+        (f"{Q}.lora_B", "1e+300", "float32"),
+    ),
     "integers": (put(f"{Q}.lora_B.weight", torch.ones(32, 4).int()), File, ("lora_B", "I32")),
     "another rank": (settings(r=8), File, ("(4, 48)", "(8, 48)", "is r what")),
     "another bias": (settings(lora_bias=True), File, ("missing", "lora_B.bias")),

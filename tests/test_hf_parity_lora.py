@@ -6,9 +6,11 @@ import functools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.models import batch, tiny
 from tests.peft_pair import (
+    WEIGHTS,
     assert_interchangeable,
     assert_same,
     assert_same_files,
@@ -106,6 +108,34 @@ def test_modules_to_save_are_as_in_peft(family, saved, tmp_path):
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
 def test_heads_beside_other_trained_modules_are_as_in_peft(family, settings, task, tmp_path):
     assert_same(lambda: tiny(family, task), settings, task, tmp_path)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q", "v"]])
+def test_names_with_bias_in_them_are_no_biases(targets, tmp_path):
+    """T5's relative_attention_bias.weight is not trained by bias="all"."""
+    settings = {"target_modules": targets, "bias": "all"}
+    assert_same(functools.partial(tiny, "t5", "SEQ_2_SEQ_LM"), settings, "SEQ_2_SEQ_LM", tmp_path)
+
+
+class Attends(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
+def test_the_biases_of_torchs_attention_are_as_in_peft(tmp_path):
+    """in_proj_bias is none by peft's rule, out_proj.bias is one."""
+    hf, ours = pair_of(Attends, {"target_modules": ["out"], "bias": "all"})
+    trained = {name for name, parameter in by_base_name(ours).items() if parameter.requires_grad}
+    assert trained == {name for name, parameter in by_base_name(hf).items() if parameter.requires_grad}
+    assert "attention.out_proj.bias" in trained and "attention.in_proj_bias" not in trained
+    hf.save_pretrained(tmp_path / "hf")
+    ours.save_pretrained(tmp_path / "ours")
+    found = [set(load_file(tmp_path / who / WEIGHTS)) for who in ("ours", "hf")]
+    assert found[0] == found[1]
 
 
 def test_olora_is_as_in_peft(tmp_path):

@@ -1,0 +1,203 @@
+"""What an adapter's file may hold for a model, and where each tensor of it goes.
+
+`places_in_file` is the only list: a header is checked against it before the data is read, and `fill` writes by it and
+nothing else.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastpeft.configs import LoraConfig
+from fastpeft.errors import AdapterFileError, PatchError
+from fastpeft.patching import is_bias, layers, state_of
+from fastpeft.state import PREFIX, embeddings, own_tensors_of
+from fastpeft.tuners.layer import AdapterLayer
+from fastpeft.tuners.lora_kinds import layer_class
+from fastpeft.tuners.saved_modules import SavedModule, own_tensors
+
+# What a tensor of a file is. OWN: the adapter's; it must be there. BASE: replaces a parameter of the base model.
+# TWIN: repeats another tensor of the file. SPARE: HF peft writes it, and nothing reads it.
+OWN, BASE, TWIN, SPARE = "own", "base", "twin", "spare"
+
+
+class Place(NamedTuple):
+    """A tensor's shape and use; `of`: the base model's parameter that it replaces, or the tensor that it repeats."""
+
+    shape: tuple[int, ...]
+    use: str = OWN
+    of: str = ""
+
+
+def places_in_file(model: nn.Module, plan) -> dict[str, Place]:
+    """Every tensor that the file of a planned adapter may hold, by its name there.
+
+    Base weights are accepted only where the configuration declares their modules: biases with `bias`, and the weights
+    of targeted embeddings, which HF peft saves by default or on request.
+    """
+    out = {key: Place(tuple(shape)) for key, shape in plan.file_shapes().items()}
+    if not isinstance(plan.config, LoraConfig):
+        return out
+    targeted = {target.name: target.module for target, _, _ in plan.targets}
+    places = _embedding_places(model, targeted)
+    if plan.config.bias == "lora_only":
+        biases = {path: module.bias for path, module in targeted.items() if getattr(module, "bias", None) is not None}
+        places.update({f"{PREFIX}{path}.base_layer.bias": _base(bias, f"{path}.bias") for path, bias in biases.items()})
+    elif plan.config.bias == "all":
+        saved = dict(plan.saved)
+        places.update(_bias_places(model, targeted, saved))
+        saved.update({path: layer for path, layer in layers(model) if isinstance(layer, SavedModule)})
+        for path, module in saved.items():
+            places.update(_repeated_biases(path, module, path in dict(plan.saved)))
+    return {**places, **out}
+
+
+def _base(parameter: torch.Tensor, name: str) -> Place:
+    return Place(tuple(parameter.shape), BASE, name)
+
+
+def _embedding_places(model: nn.Module, targeted: dict[str, nn.Module]) -> dict[str, Place]:
+    """The weights of targeted input and output embeddings. With HF peft's save_embedding_layers=True one that shares
+    its weight with a targeted one, and is none itself, is in the file too."""
+    out, ends = {}, embeddings(model)
+    for path, module in targeted.items():
+        if any(module is end for end in ends):
+            held = {leaf: parameter for leaf, parameter in module._parameters.items() if parameter is not None}
+            out.update(
+                {f"{PREFIX}{path}.base_layer.{leaf}": _base(each, f"{path}.{leaf}") for leaf, each in held.items()}
+            )
+    names = {id(module): path for path, module in model.named_modules()}
+    owners = {id(model.get_parameter(place.of)): key for key, place in out.items() if key.endswith(".weight")}
+    for end in ends:
+        path, key = names.get(id(end)), owners.get(id(end._parameters.get("weight")))
+        if path is not None and path not in targeted and key is not None:
+            out[f"{PREFIX}{path}.weight"] = Place(out[key].shape, TWIN, key)
+    return out
+
+
+def _bias_places(model: nn.Module, targeted: dict[str, nn.Module], saved: dict[str, nn.Module]) -> dict[str, Place]:
+    """What `bias="all"` puts into a file. Older versions of peft took every name with "bias" in it; such a file is read
+    as peft 0.21.2 reads it, and what is no bias by the present rule is not trained further."""
+    skip = tuple(f"{path}.{held}." for path, layer in layers(model) for held in layer.containers)
+    skip += tuple(f"{path}." for path in saved)
+    modules, out = dict(model.named_modules()), {}
+    for name, parameter in model.named_parameters():
+        if "bias" not in name or name.startswith(skip):
+            continue
+        path, _, leaf = name.rpartition(".")
+        wrapped = f"{PREFIX}{path}.base_layer.{leaf}"
+        if path not in targeted:
+            out[PREFIX + name] = _base(parameter, name)
+        if path in targeted or layer_class(modules[path]) is not None:  # another adapter may have had it as a target
+            out[wrapped] = _base(parameter, name)
+    return out
+
+
+def _repeated_biases(path: str, module: nn.Module, by_this_adapter: bool) -> dict[str, Place]:
+    """The biases of a module that is trained whole, once more: see `fastpeft.state._biases_again`. The adapter's name
+    at the time of saving stands in some of their names, as * here."""
+    out = {}
+    for key, tensor in own_tensors(module).items():
+        if "bias" not in key:
+            continue
+        shape = tuple(tensor.shape)
+        out[f"{PREFIX}{path}.original_module.{key}"] = Place(shape, SPARE)
+        if by_this_adapter:
+            inner = f"*.{key}" if "." in key else key
+            out[f"{PREFIX}{path}.modules_to_save.{inner}"] = Place(shape, TWIN, f"{PREFIX}{path}.{key}")
+    return out
+
+
+def _place_of(key: str, places: dict[str, Place]) -> Place | None:
+    if (place := places.get(key)) is not None:
+        return place
+    return places.get(re.sub(r"(\.modules_to_save\.)[A-Za-z0-9_-]+\.(?=.)", r"\1*.", key, count=1))
+
+
+def check_names_and_shapes(places: dict[str, Place], found: dict[str, tuple], where: str) -> None:
+    """What a file holds must be what it may hold, and all of the adapter's own. Raises AdapterFileError."""
+    expected = {key for key, place in places.items() if place.use == OWN}
+    known = {key: place for key in found if (place := _place_of(key, places)) is not None}
+    known = {key: place for key, place in known.items() if place.use != TWIN or place.of in found}
+    missing, extra = sorted(expected - found.keys()), sorted(found.keys() - known.keys())
+    if missing and extra and not expected & found.keys():
+        raise AdapterFileError(
+            f"{where}: none of its {len(found)} tensors fits this model; it has {extra[0]!r}, expected {missing[0]!r}"
+        )
+    if missing:
+        raise AdapterFileError(f"{where}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}")
+    if extra:
+        raise AdapterFileError(
+            f"{where}: {len(extra)} tensors that the configuration does not declare: {_some(extra)}; an adapter may "
+            "hold only its own tensors, its modules_to_save, its trained biases, and targeted embeddings"
+        )
+    replaced: dict[str, str] = {}
+    for key, place in known.items():
+        if tuple(found[key]) != place.shape:
+            raise AdapterFileError(
+                f"{where}: {key} has shape {tuple(found[key])}, but this model and configuration need {place.shape}; "
+                "is it the right base model, and is r what the adapter was trained with?"
+            )
+        if place.use == BASE and replaced.setdefault(place.of, key) != key:
+            raise AdapterFileError(f"{where}: {replaced[place.of]} and {key} are both for {place.of}; remove one")
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def fill(
+    model: nn.Module, adapter_name: str, places: dict[str, Place], tensors: dict[str, torch.Tensor], where: str
+) -> None:
+    """Copy a file's tensors, whose names and shapes are checked, into the adapter just built and the base parameters
+    that it may replace; what these were is kept for `unpatch`.
+
+    Raises AdapterFileError for a value beyond the range of where it goes, and for a tensor that does not repeat what
+    it should; PatchError for a base parameter that is offloaded.
+    """
+    own, base = own_tensors_of(model, adapter_name), dict(model.named_parameters(remove_duplicate=False))
+    adapted, trained = dict(layers(model)), state_of(model).trained_biases
+    used = {key: _place_of(key, places) for key in tensors}
+    targets = {key: own[key] if place.use == OWN else base.get(place.of) for key, place in used.items()}
+    for key, place in used.items():
+        _check_values(key, place, targets[key], tensors, where)
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            place, target = used[key], targets[key]
+            if place.use == BASE:
+                if torch.equal(target.cpu(), tensor.to(target.dtype)):
+                    continue
+                _remember(place.of, target, adapted, trained)
+            if place.use in (OWN, BASE):
+                target.copy_(tensor)
+
+
+def _remember(name: str, target: torch.Tensor, adapted: dict[str, AdapterLayer], trained: dict) -> None:
+    path, _, leaf = name.rpartition(".")
+    if name in trained:
+        return
+    if path in adapted and not is_bias(name):
+        adapted[path].keep(leaf)
+    else:
+        trained[name] = target.detach().to("cpu", copy=True)
+
+
+def _check_values(key: str, place: Place, target: torch.Tensor | None, tensors: dict, where: str) -> None:
+    tensor = tensors[key]
+    twin = tensors[place.of] if place.use == TWIN else tensor
+    if twin.dtype != tensor.dtype or not torch.equal(twin, tensor):
+        raise AdapterFileError(
+            f"{where}: {key} differs from {place.of}, which it should repeat; save the adapter again"
+        )
+    if place.use not in (OWN, BASE):
+        return
+    if place.use == BASE and target.is_meta:
+        raise PatchError(f"{where} has a value for {place.of}, which accelerate has offloaded; load the model without")
+    narrower = torch.promote_types(tensor.dtype, target.dtype) != target.dtype
+    if narrower and not torch.isfinite(tensor.to(target.dtype)).all():
+        raise AdapterFileError(
+            f"{where}: {key} has values up to {float(tensor.abs().max()):.3g}, which its {target.dtype} in this model "
+            "cannot hold; load it into a model of a wider dtype, or with autocast_adapter_dtype=True"
+        )
