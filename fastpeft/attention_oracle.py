@@ -81,7 +81,7 @@ def random_attention_problem(
     keys = queries if keys is None else keys
 
     def normal(*size):
-        return torch.randn(*size, generator=generator).to(dtype).to(device)
+        return torch.randn(size, generator=generator).to(dtype).to(device)
 
     sizes = (batch, groups, prefix, depth) if "by-sample" in modifiers else (groups, prefix, depth)
     tensors = {
@@ -169,7 +169,7 @@ def sdpa(problem: AttentionProblem, leaves: dict) -> Tensor:
     is a key of zeros with the score of the sink. No softcap, no dropout, no gate."""
     q, k, v, pk, pv, bias, pbias, sinks = _tensors(leaves)
     scores, wide = _scores(problem), torch.promote_types(q.dtype, torch.float32)
-    (batch, heads, queries, depth), keys, prefix = q.shape, k.shape[2], pk.shape[2]
+    (batch, heads, queries), keys, prefix = q.shape[:3], k.shape[2], pk.shape[2]
     shape = (batch, heads, queries)
     a = torch.zeros(*shape, prefix, dtype=wide) if pbias is None else pbias.to(wide).expand(*shape, -1)
     s = torch.zeros(*shape, keys, dtype=wide) if bias is None else bias.to(wide).expand(*shape, -1)
@@ -218,8 +218,9 @@ def outcome(function, problem: AttentionProblem, wanted: Sequence[str], dtype: t
 def attention_outcomes(
     problem: AttentionProblem, wanted: Sequence[str], seed: int = 0, eager=None
 ) -> tuple[dict, dict, dict]:
-    """Of the op, of its reference in the same dtypes (or of `eager`) and in float64, with the mask that the op draws, on
-    the backend in force: {"out": result, "dquery": gradient, ...}. Leaves torch's generators as they were."""
+    """Of the op, of its reference in the same dtypes (or of `eager`) and in float64, with the mask that the op draws:
+    {"out": result, "dquery": gradient, ...}. Runs on the backend in force, and leaves torch's generators as they were.
+    """
     with torch.random.fork_rng([problem.query.device] if problem.query.is_cuda else []):
         torch.manual_seed(seed)
         keep, p = op_dropout(problem)

@@ -1,4 +1,4 @@
-"""What the tests of the attention ops' torch path have in common: which path, which problems, how a result is judged."""
+"""What the tests of the attention ops' torch path have in common: paths, problems, and how a result is judged."""
 
 import contextlib
 from unittest import mock
