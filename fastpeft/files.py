@@ -69,7 +69,8 @@ def adapter_directory(directory: str | os.PathLike[str], name: str) -> str:
         raise AdapterFileError(f"{shown(name)} cannot be an adapter's name: 1 to 64 letters, digits, _ and -, no dot.")
     if name in _TAKEN or hasattr(torch.nn.ModuleDict(), name) or hasattr(torch.nn.ParameterDict(), name):
         raise AdapterFileError(f"{name!r} cannot be an adapter's name: it has another meaning. Try {name + '_1'!r}.")
-    return os.fspath(directory) if name == "default" else os.path.join(directory, name)
+    path = _fspath(directory)
+    return path if name == "default" else os.path.join(path, name)
 
 
 def write_adapter(
@@ -92,8 +93,9 @@ def write_adapter(
     order would also fill the layers that the old weights lack at random.
 
     Raises AdapterFileError for what `read_adapter` would refuse to read (a tensor without values, on the meta device,
-    sharded, or of another dtype; a configuration without peft_type), for a path that cannot be written, for a full
-    disk. The old adapter is untouched unless the message says that the new one is complete.
+    sharded, of another dtype, or with NaN or infinite values; a configuration without peft_type), for a path that
+    cannot be written, for a full disk. The old adapter is untouched unless the message says that the new one is
+    complete.
     """
     path = _path_of(directory)
     if os.path.lexists(path) and not os.path.isdir(path):
@@ -151,8 +153,15 @@ def read_adapter(
 
 
 def _path_of(directory: str | os.PathLike[str]) -> str:
-    path = os.fspath(directory)
-    if not isinstance(path, str) or not path or "\0" in path:
+    path = _fspath(directory)
+    if not path or "\0" in path:
+        raise AdapterFileError(f"{shown(path)} is not the path of a directory.")
+    return path
+
+
+def _fspath(directory: str | os.PathLike[str]) -> str:
+    path = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
+    if not isinstance(path, str):
         raise AdapterFileError(f"{shown(path)} is not the path of a directory.")
     return path
 
@@ -183,6 +192,7 @@ def _encode_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
     for name, tensor in tensors.items():
         _check_savable(name, tensor, where)
         tensor = tensor.detach().to("cpu").contiguous()
+        _require_finite(name, tensor, where, "training diverged. Save an earlier state")
         # safetensors refuses tensors that share memory, such as tied weights; each gets a copy, as in peft.
         if tensor.untyped_storage().data_ptr() in storages:
             tensor = tensor.clone()
@@ -288,10 +298,13 @@ def _decode_tensors(data: bytes, header: dict[str, TensorInfo], where: str) -> d
     if {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != header:
         raise AdapterFileError(f"{where}: safetensors reads another header than was checked. Save the adapter again.")
     for name, tensor in tensors.items():
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
-            raise AdapterFileError(
-                f"{where}: {bad} of the {tensor.numel()} values of tensor {name!r} are NaN or infinite: training "
-                "diverged, or the file is damaged. Load an earlier checkpoint."
-            )
+        _require_finite(name, tensor, where, "training diverged, or the file is damaged. Load an earlier checkpoint")
     return tensors
+
+
+def _require_finite(name: str, tensor: torch.Tensor, where: str, advice: str) -> None:
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise AdapterFileError(
+            f"{where}: {bad} of the {tensor.numel()} values of tensor {name!r} are NaN or infinite: {advice}."
+        )

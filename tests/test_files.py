@@ -167,6 +167,8 @@ UNSAVABLE = {
     "bool": ({"a": torch.zeros(2, dtype=torch.bool)}, "'a' has dtype torch.bool"),
     "complex64": ({"a": torch.zeros(2, dtype=torch.complex64)}, "'a' has dtype torch.complex64"),
     "float8": ({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "'a' has dtype torch.float8_e4m3fn"),
+    "nan": ({"a": torch.tensor([1.0, float("nan"), 2.0])}, "1 of the 3 values", "'a'", "NaN", "earlier state"),
+    "inf": ({"a": torch.full((2,), -float("inf")).half()}, "2 of the 2 values", "'a'", "infinite"),
     "sparse": ({"a": torch.eye(2).to_sparse()}, "'a' has layout torch.sparse_coo"),
     "number": ({"a": 1.0}, "'a' is of float"),
     "name-number": ({1: torch.zeros(2)}, "1 is of Tensor"),
@@ -219,6 +221,17 @@ def test_places_where_nothing_is_saved(adapter, tmp_path):
     os.unlink(adapter / CONFIG)
     os.mkdir(adapter / CONFIG)
     assert_not_saved(adapter, [CONFIG, "is a directory"], some_tensors(1), SETTINGS)
+
+
+@pytest.mark.parametrize("place", [None, 3, b"somewhere", ["somewhere"]])
+def test_what_is_no_path(place):
+    for call in (
+        lambda: write_adapter(place, some_tensors(), SETTINGS),
+        lambda: read_adapter(place),
+        lambda: adapter_directory(place, "style"),
+    ):
+        with pytest.raises(AdapterFileError, match="is not the path of a directory"):
+            call()
 
 
 def test_no_sharded_tensors():
