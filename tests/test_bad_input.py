@@ -70,6 +70,17 @@ SETTINGS = [
     ({"lora_bias": True, "use_dora": True}, fastpeft.ConfigError, ("lora_bias", "use_dora")),
     ({"lora_bias": True, "target_modules": ["embed_tokens"]}, fastpeft.ConfigError, ("lora_bias", "embed_tokens")),
     ({"init_lora_weights": "pissa", "r": 40}, fastpeft.ConfigError, ("'pissa'", "r=40", "q_proj", "lower r")),
+    *(
+        ({"init_lora_weights": init, "lora_alpha": alpha}, fastpeft.ConfigError, (repr(init), "q_proj", "lora_alpha"))
+        for init in ("pissa", "pissa_niter_4")
+        for alpha in (0, -4)
+    ),
+    (
+        {"init_lora_weights": "pissa", "alpha_pattern": {"v_proj": 0}},
+        fastpeft.ConfigError,
+        ("'pissa'", "v_proj", "alpha_pattern"),
+    ),
+    ({"init_lora_weights": "pissa", "lora_alpha": 1e-42}, fastpeft.PatchError, ("'pissa'", "infinite", "2.5e-43")),
     (
         {"init_lora_weights": "olora", "target_modules": ["embed_tokens"]},
         fastpeft.ConfigError,
@@ -344,6 +355,32 @@ def test_tied_weights_are_not_decomposed():
     model = tiny("llama-tied")
     call = lambda: fastpeft.patch(model, config(target_modules=["lm_head"], init_lora_weights="pissa"))  # noqa: E731
     refused(call, model, fastpeft.ConfigError, "'pissa'", "lm_head", "tied", "exclude it")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_broken_weights_are_not_decomposed(init, bad):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = bad
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(fastpeft.TargetError, match=f"'{init}': the weight of model.layers.1.self_attn.v_proj has NaN"):
+        fastpeft.patch(model, config(init_lora_weights=init))
+    assert "_fastpeft" not in vars(model) and all(p.requires_grad for p in model.parameters())
+    assert all(
+        torch.equal(before[name].view(torch.uint8), t.view(torch.uint8)) for name, t in model.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_decomposition_that_fails(init, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd" if init == "pissa" else "qr", fail)
+    model = tiny()
+    words = (f"'{init}'", "(32, 32)", "did not converge")
+    refused(lambda: fastpeft.patch(model, config(init_lora_weights=init)), model, fastpeft.PatchError, *words)
 
 
 def test_a_counter_is_not_trained_whole():

@@ -92,10 +92,19 @@ class LoraLayer(AdapterLayer):
     def _decompose(self, name: str, settings: Settings, init: str) -> None:
         """PiSSA or OLoRA: the adapter takes over a part of the base weight, which is changed to the rest."""
         weight = self.matrix()
-        if init == "olora":
-            a, b = lora_init.olora(weight, settings.r)
-        else:
-            a, b = lora_init.pissa(weight, settings.r, settings.scaling, init)
+        try:
+            if init == "olora":
+                a, b = lora_init.olora(weight, settings.r)
+            else:
+                a, b = lora_init.pissa(weight, settings.r, settings.scaling, init)
+        except torch.linalg.LinAlgError as error:
+            raise PatchError(
+                f"init_lora_weights={init!r} failed on a weight of {tuple(weight.shape)}: {error}"
+            ) from error
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise PatchError(
+                f"init_lora_weights={init!r} gave infinite values at scaling {settings.scaling:g}; raise it"
+            )
         self.lora_A[name].weight.data, self.lora_B[name].weight.data = a, b
         self.keep("weight")
         rest = (weight.detach().float() - settings.scaling * b @ a).to(weight.dtype)

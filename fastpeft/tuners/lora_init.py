@@ -8,12 +8,12 @@ import math
 import torch
 from torch import nn
 
-from fastpeft.errors import ConfigError
+from fastpeft.errors import ConfigError, TargetError
 
 
 def decomposes(init: bool | str | None) -> bool:
     """Whether an initialisation moves a part of the base weight into the adapter, so that the base changes too."""
-    return isinstance(init, str) and init != "gaussian"
+    return isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
 
 
 def reset(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, init: bool | str, r: int) -> None:
@@ -50,8 +50,8 @@ def olora(weight_NK: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
     return upper[:r].contiguous(), q[:, :r].contiguous()
 
 
-def check_decomposition(name: str, weight: torch.Tensor, r: int, init: str) -> None:
-    """Refuse what a decomposition of the base weight cannot give. Raises ConfigError."""
+def check_decomposition(name: str, weight: torch.Tensor, r: int, scaling: float, init: str) -> None:
+    """Refuse what a decomposition of the base weight cannot give. Raises ConfigError, TargetError for the weight."""
     if weight.ndim != 2:
         raise ConfigError(f"init_lora_weights={init!r} decomposes a matrix; {name} is not a linear layer")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -60,3 +60,10 @@ def check_decomposition(name: str, weight: torch.Tensor, r: int, init: str) -> N
         raise ConfigError(
             f"init_lora_weights={init!r}: r={r} exceeds the {min(weight.shape)} singular values of {name}; lower r"
         )
+    if init != "olora" and not scaling > 0:
+        raise ConfigError(
+            f"init_lora_weights={init!r} divides by the scaling, which is {scaling:g} for {name}; set lora_alpha (or "
+            "what alpha_pattern gives this layer) above 0"
+        )
+    if not torch.isfinite(weight).all():
+        raise TargetError(f"init_lora_weights={init!r}: the weight of {name} has NaN or infinite values; load it again")

@@ -174,7 +174,8 @@ def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha
         )
     if r > MAX_RANK:
         raise ConfigError(f"r={r} for {name}, whose weight is {tuple(weight.shape)}; the most is {MAX_RANK}")
-    if abs(settings_of(config, r, alpha).scaling) > MAX_SCALING:
+    scaling = settings_of(config, r, alpha).scaling
+    if abs(scaling) > MAX_SCALING:
         raise ConfigError(f"lora_alpha={alpha} with r={r} scales {name} by more than {MAX_SCALING:g}; lower lora_alpha")
     if isinstance(module, nn.Embedding) and config.lora_bias:
         raise ConfigError(f"lora_bias=True does not apply to the embedding {name}; exclude it or set lora_bias=False")
@@ -185,7 +186,8 @@ def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha
             raise ConfigError(f"use_dora=True does not apply to {name}, a convolution with {module.groups} groups")
     if decomposed:
         linear = layer_class(module) in (LoraLinear, LoraConv1D)
-        lora_init.check_decomposition(name, weight if linear else weight.new_empty(0), r, config.init_lora_weights)
+        matrix = weight if linear else weight.new_empty(0)
+        lora_init.check_decomposition(name, matrix, r, scaling, config.init_lora_weights)
 
 
 def settle_fan_in_fan_out(config: LoraConfig, module: nn.Module) -> None:
