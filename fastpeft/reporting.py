@@ -6,10 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastpeft.attention.positions import Shift
 from fastpeft.dispatch import choose_backend, lora_linear_plan
 from fastpeft.errors import BackendError
 from fastpeft.patching import layers, state_of
+from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.lora import LoraLinear
+from fastpeft.tuners.prefix_encoder import PromptEncoders
+
+HEAD_DIMENSIONS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,16 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What `patch` did to this model and what will run. Raises PatchError if it is not patched."""
     state = state_of(model)
-    rows = tuple(_layer_report(path, layer) for path, layer in layers(model))
+    passive = (Shift, PromptEncoders)  # they compute nothing of their own
+    rows = tuple(_layer_report(path, each) for path, each in layers(model) if not isinstance(each, passive))
     return Report(rows, state.active, state.merged)
 
 
 def _layer_report(path: str, layer: nn.Module) -> LayerReport:
     names = tuple(layer._fastpeft.adapters)
     kind = type(layer).__name__
+    if isinstance(layer, AdaptedAttention):
+        return _attention_report(path, kind, names, layer)
     if not isinstance(layer, LoraLinear):
         return LayerReport(path, kind, names, "torch modules", "torch", "no kernel serves this kind of module")
     rank = max(settings.r for settings in layer._fastpeft.adapters.values()) if names else 0
@@ -66,3 +74,16 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
     if not layer.plain_base():
         reason += "; the base product is its own class's"
     return LayerReport(path, kind, names, "lora_linear", choice.backend, reason)
+
+
+def _attention_report(path: str, kind: str, names: tuple[str, ...], layer: AdaptedAttention) -> LayerReport:
+    """Of attention over virtual tokens. Which of the kernels' strategies a call gets depends on its lengths and masks,
+    so only the backend is said."""
+    op = "gated_prompt_attention" if len(layer.adaption_prompt) else "prefix_attention"
+    weight = next(parameter for parameter in layer.parameters() if parameter.ndim == 2)
+    depth = next((getattr(layer, each) for each in HEAD_DIMENSIONS if hasattr(layer, each)), 0)
+    try:
+        choice = choose_backend(weight, weight.dtype, depth, layer._fastpeft.model.backend, "head dimension")
+    except BackendError as error:
+        return LayerReport(path, kind, names, op, "none", str(error))
+    return LayerReport(path, kind, names, op, choice.backend, choice.reason)

@@ -62,9 +62,16 @@ def mask_function(**arguments):
     if padding is not None:
         padding = torch.nn.functional.pad(padding, (0, max(0, keys + kv_offset - padding.shape[-1])))
         padding = padding[:, kv_offset : kv_offset + keys]
-        if not torch.compiler.is_compiling() and padding.all():
+        if not torch.compiler.is_compiling() and _hides_nothing(padding, pattern.causal):
             padding = None
     return Mask(pattern.causal, pattern.window, q_offset, kv_offset, padding, pattern.segments, arguments)
+
+
+def _hides_nothing(padding: Tensor, causal: bool) -> bool:
+    """Whether no token can see padding: there is none, or it all stands behind the tokens of a causal model. (What is
+    computed at padding itself is another matter, and nobody's.)"""
+    ends_in_padding = (padding[:, 1:] <= padding[:, :-1]).all() if causal else padding.all()
+    return bool(ends_in_padding)
 
 
 def pattern_of(function: Callable) -> _Pattern | None:
