@@ -140,6 +140,7 @@ def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_ad
     if adapter_name in state.configs:
         raise PatchError(f"add_adapter: there is already an adapter {adapter_name!r}; choose another name")
     config = as_config(config)
+    config.validate_new()
     plan = tuner_of(config.peft_type).plan(model, config)
     with adding(model, state, adapter_name):
         add_planned(model, state, plan, adapter_name, init=True, autocast=autocast_adapter_dtype)

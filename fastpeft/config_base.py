@@ -6,7 +6,7 @@ The classes for the methods are in config_lora.py and config_prompt.py; `fastpef
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, NoReturn
 
@@ -105,9 +105,20 @@ class PeftConfig:
             refuse("auto_mapping", mapping, "must be a dict with string keys or None")
         require_bool(self, "inference_mode")
         for each in fields(self):
-            if not each.metadata.get("honoured", True) and not _neutral(getattr(self, each.name), _default(each)):
+            if not self.honours(each) and not _neutral(getattr(self, each.name), _default(each)):
                 why = f"fastpeft does not honour this field; leave it at its default {_default(each)!r}"
                 refuse(each.name, getattr(self, each.name), why)
+
+    def honours(self, which: Field) -> bool:
+        """Whether a field of this configuration may have another value than its default."""
+        return which.metadata.get("honoured", True)
+
+    def validate_new(self) -> None:
+        """Raises ConfigError for what can be loaded and used, but not made anew."""
+
+    def trains(self, key: str) -> bool:
+        """Whether the adapter's tensor of this name, relative to its module, is trained."""
+        return True
 
     def to_dict(self) -> dict:
         """All of peft's fields but `runtime_config`, and those of our own fields that are not at their default, as a

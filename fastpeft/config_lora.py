@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar
 
 from fastpeft.config_base import (
@@ -20,6 +20,10 @@ from fastpeft.config_base import (
     require_saved_names,
     unhonoured,
 )
+
+# The initialisations of peft that loading does not repeat, so that an adapter made by one is as good as any other, and
+# the field with the settings of each.
+MADE_BY_PEFT = {"eva": "eva_config", "orthogonal": None, "mica": None, "lora_ga": "lora_ga_config"}
 
 
 @dataclass
@@ -115,6 +119,18 @@ class LoraConfig(PeftConfig):
         if not _keeps_gpu(self.runtime_config):
             refuse("runtime_config", self.runtime_config, "fastpeft does not honour it; leave it at its default")
 
+    def honours(self, which: Field) -> bool:
+        settings = one_of(self.init_lora_weights, MADE_BY_PEFT) and MADE_BY_PEFT[self.init_lora_weights] == which.name
+        return super().honours(which) or settings and isinstance(getattr(self, which.name), Mapping | None)
+
+    def validate_new(self) -> None:
+        if one_of(self.init_lora_weights, MADE_BY_PEFT):
+            refuse("init_lora_weights", self.init_lora_weights, f"{_INITS}; such an adapter made by peft can be loaded")
+
+    def trains(self, key: str) -> bool:
+        """MiCA (arXiv 2604.01694) trains A alone."""
+        return self.init_lora_weights != "mica" or not key.startswith(("lora_B", "lora_embedding_B"))
+
     def _validate_patterns(self, name: str, fits: Callable[[object], bool], wanted: str) -> None:
         patterns = getattr(self, name)
         if not isinstance(patterns, dict):
@@ -152,14 +168,15 @@ class LoraConfig(PeftConfig):
     def _validate_init(self) -> None:
         init = self.init_lora_weights
         named = isinstance(init, str) and re.fullmatch(r"gaussian|olora|pissa(_niter_\d{1,4})?", init)
-        if not isinstance(init, bool) and not named:
-            refuse(
-                "init_lora_weights", init, "fastpeft has True, False, 'gaussian', 'pissa', 'pissa_niter_N' and 'olora'"
-            )
+        if not isinstance(init, bool) and not named and not one_of(init, MADE_BY_PEFT):
+            refuse("init_lora_weights", init, _INITS)
         if self.lora_bias and not isinstance(init, bool):
             refuse("lora_bias", True, f"needs init_lora_weights True or False, not {init!r}")
         if self.lora_bias and self.use_dora:
             refuse("lora_bias", True, "does not go with use_dora=True; set one of them to False")
+
+
+_INITS = "fastpeft has True, False, 'gaussian', 'pissa', 'pissa_niter_N' and 'olora'"
 
 
 def _keeps_gpu(runtime: object) -> bool:

@@ -124,6 +124,7 @@ def patch(
     if backend is not None:
         checked_backend(backend, "patch(backend=)")
     config = as_config(config)
+    config.validate_new()
     adapter_directory("", adapter_name)
     plan = tuner_of(config.peft_type).plan(model, config)
     state = begin(model, backend, autocast_adapter_dtype, hf_quirks)
@@ -297,9 +298,9 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
     for _, layer in layers(model):
         for name in layer._fastpeft.adapters:
             wanted = state.trainable and name in state.active and not state.configs[name].inference_mode
-            for parameter in layer.parameters_of(name).values():
+            for key, parameter in layer.parameters_of(name).items():
                 if isinstance(parameter, nn.Parameter):
-                    parameter.requires_grad_(wanted)
+                    parameter.requires_grad_(wanted and state.configs[name].trains(key))
     train_biases = state.trainable and any(
         trains_biases(state.configs[name]) and not state.configs[name].inference_mode
         for name in state.active

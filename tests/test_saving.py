@@ -184,6 +184,43 @@ def test_a_configuration_goes_through_us_unchanged(task_type, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["eva", "orthogonal", "mica", "lora_ga"])
+def test_an_initialisation_that_loading_does_not_repeat(init, tmp_path):
+    """The value, and the settings of it, are kept; the adapter trains what it trains in peft; none is made anew."""
+    import peft
+
+    settings = {"r": 4, "target_modules": TARGETS, "init_lora_weights": init, "task_type": "CAUSAL_LM"}
+    if init == "lora_ga":
+        settings["lora_ga_config"] = peft.LoraGAConfig()
+    base = tiny()
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**settings))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = tiny()
+    before = snapshot(model)
+    fastpeft.load_adapter(model, tmp_path / "theirs", trainable=True)
+    close(result(model, batch()), result(theirs.eval(), batch()), 1e-5)
+    wanting = [{key for key, p in by_base_name(each).items() if p.requires_grad} for each in (model, theirs)]
+    assert wanting[0] == wanting[1] and any("lora_A" in key for key in wanting[0])
+    assert any("lora_B" in key for key in wanting[0]) == (init != "mica")
+    model.save_pretrained(tmp_path / "ours")
+    found = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")]
+    for each in found:
+        each["target_modules"] = sorted(each["target_modules"])
+    assert found[0] == found[1] and found[1]["init_lora_weights"] == init
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
+    again = quietly(peft.PeftModel.from_pretrained, tiny(), tmp_path / "ours")
+    close(result(again, batch()), result(model, batch()), 1e-5)
+    with pytest.raises(fastpeft.ConfigError, match=f"'{init}': .*made by peft can be loaded"):
+        model.add_adapter("b", theirs.peft_config["default"])
+    fastpeft.unpatch(model)
+    assert differences(before, snapshot(model)) == []
+    with pytest.raises(fastpeft.ConfigError, match=f"'{init}': .*made by peft can be loaded"):
+        fastpeft.patch(model, theirs.peft_config["default"])
+    assert differences(before, snapshot(model)) == []
+
+
 @torch.no_grad()
 def test_saving_while_merged_saves_the_same(tmp_path):
     torch.manual_seed(11)

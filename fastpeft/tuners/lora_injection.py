@@ -87,6 +87,12 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
             "which loading repeats: the result is right only if torch's seed is what it was then",
             stacklevel=2,
         )
+    if config.init_lora_weights == "lora_ga":
+        warnings.warn(
+            "init_lora_weights='lora_ga' has changed the base weights by gradients that no file holds; loading leaves "
+            "the base as it is, as peft does. peft can convert the adapter for an unchanged base",
+            stacklevel=2,
+        )
     for target, kind, settings in plan.targets:
         if not isinstance(target.module, AdapterLayer):
             attach(target.module, kind, state)
