@@ -170,7 +170,8 @@ def sdpa(problem: AttentionProblem, leaves: dict) -> Tensor:
     q, k, v, pk, pv, bias, pbias, sinks = _tensors(leaves)
     scores, wide = _scores(problem), torch.promote_types(q.dtype, torch.float32)
     (batch, heads, queries), keys, prefix = q.shape[:3], k.shape[2], pk.shape[2]
-    shape = (batch, heads, queries)
+    by_head = scores.slopes_H is not None or any(t is not None for t in (bias, pbias, sinks))
+    shape = (batch, heads if by_head else 1, queries)
     a = torch.zeros(*shape, prefix, dtype=wide) if pbias is None else pbias.to(wide).expand(*shape, -1)
     s = torch.zeros(*shape, keys, dtype=wide) if bias is None else bias.to(wide).expand(*shape, -1)
     if scores.slopes_H is not None:

@@ -72,6 +72,8 @@ class Rows:
         self.dropout = None if seed is None else Dropout(seed, p, self.device)
 
     def blocks(self):
+        if self.tensors.q_BHSD.numel() == 0:
+            return
         for samples, rows in row_blocks(self.batch, self.heads, self.queries, self.prefix + self.keys):
             yield Block(samples, rows, self._columns(rows))
 

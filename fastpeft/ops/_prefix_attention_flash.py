@@ -37,8 +37,10 @@ class Piece(NamedTuple):
 
 
 def serves_forward(tensors: Tensors, call) -> bool:
-    """Whether this path serves the forward of a call, and its backward but for the gradient of a bias."""
-    return tensors.q_BHSD.device.type == "cpu" and call.scores.softcap is None and not call.dropout
+    """Whether this path serves the forward of a call, and its backward but for the gradient of a bias. Over nothing at
+    all the op divides by zero."""
+    q = tensors.q_BHSD
+    return q.numel() > 0 and q.device.type == "cpu" and call.scores.softcap is None and not call.dropout
 
 
 # Which pieces
@@ -217,16 +219,15 @@ def forward(tensors: Tensors, scores: Scores) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = None, None
     for piece in pieces(tensors, scores):
-        o, log = _attend(tensors, piece, scores.scale)
-        whole = piece.rows == slice(0, queries)
-        if out is None and whole:
-            out, lse = o, log.double()
+        if out is None and piece.rows == slice(0, queries):
+            out, lse = _attend(tensors, piece, scores.scale)
+            lse = lse.double()
             continue
         if out is None:
             out = torch.zeros(batch, queries, heads, depth, dtype=wide).transpose(1, 2)
             lse = torch.full((batch, heads, queries), -torch.inf, dtype=torch.float64)
         out = out.to(wide)
-        _merge(out[:, :, piece.rows], lse[:, :, piece.rows], o.to(wide), log)
+        _merge(out[:, :, piece.rows], lse[:, :, piece.rows], *_attend(tensors, piece, scores.scale))
     if out is None:  # nothing is visible
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float64)
     if sinks is not None:
@@ -240,7 +241,7 @@ def _merge(out, lse, o, log) -> None:
     """Merges (o, log) into (out, lse), in place; lse is fp64, for an L that is rounded once."""
     weight = torch.sigmoid(log - lse).to(out.dtype)
     # Two rows that see nothing are both 0, and the difference of their L is NaN.
-    out.lerp_(o, weight.nan_to_num_(0.0).unsqueeze(-1))
+    out.lerp_(o.to(out.dtype), weight.nan_to_num_(0.0).unsqueeze(-1))
     lse.copy_(torch.logaddexp(lse, log.double()))
 
 
