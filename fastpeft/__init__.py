@@ -40,6 +40,11 @@ from fastpeft.errors import (
     TargetError,
 )
 from fastpeft.patching import patch, unpatch
+from fastpeft.prefix_init import (
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
 from fastpeft.reporting import report
 from fastpeft.state import adapter_state_dict
 
@@ -65,12 +70,15 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "get_peft_config",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "load_adapter",
     "merge",
     "merge_and_unload",
     "ops",
     "patch",
     "print_trainable_parameters",
+    "prompt_embeddings_from_past_key_values",
     "report",
     "save_adapter",
     "set_adapter",
