@@ -1,7 +1,7 @@
 """A prefix that begins as something the model has read: the keys and values of a text, under HF peft's names.
 
 Real keys stand in a cache exactly as virtual ones do, so that a prefix made of a whole text continues it as the base
-model would (for a model whose windows do not reach back to the text, as far as they do).
+model would, windows included.
 """
 
 from typing import Any
@@ -103,12 +103,14 @@ def initialize_kv_prefix_from_text(
     wanted = config.num_virtual_tokens
     if ids.shape[1] < wanted:
         raise ConfigError(f"text: {ids.shape[1]} tokens, and adapter {name!r} has {wanted}; use a longer text")
+    from transformers import DynamicCache
+
     training = model.training
     model.eval()
     try:
         with override(state_of(model), ()):
-            # Only what becomes the prefix: of a longer text a sliding window would have dropped the beginning.
-            cache = model(input_ids=ids[:, :wanted], use_cache=True).past_key_values
+            # A cache that is not told of the model's windows keeps every key.
+            cache = model(input_ids=ids[:, :wanted], past_key_values=DynamicCache(), use_cache=True).past_key_values
     finally:
         model.train(training)
     return initialize_kv_prefix_from_past_key_values(
