@@ -84,7 +84,7 @@ def attend(
     if positions == "slots" and options.get("segment_ids") is None:
         options["key_positions"] = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
     if position_bias is not None:
-        options = _with_position_bias(options, position_bias, count)
+        options = _with_position_bias(options, position_bias, key.shape[2], count)
     options.update(
         scale=scaling, softcap=softcap, sinks=s_aux, alibi_slopes=alibi_slopes, dropout=dropout, training=dropout > 0,
         patched_backend=module._fastpeft.model.backend,
@@ -155,12 +155,13 @@ def _with_window(options: dict, said: int | None, unsaid: int | None, count: int
     return {**options, "bias": bias, "prefix_bias": prefix_bias.masked_fill(virtual <= at - window, -torch.inf)}
 
 
-def _with_position_bias(options: dict, position_bias: Tensor, count: int) -> dict:
-    """A bias (T5's) has columns for the prefix too, in front."""
-    ours, theirs = position_bias[..., :count], position_bias[..., count:]
+def _with_position_bias(options: dict, position_bias: Tensor, keys: int, count: int) -> dict:
+    """A bias (T5's) has columns for the prefix too, in front; the zeros of its cross-attention do not."""
+    wide = position_bias.shape[-1] == keys + count
+    ours, theirs = (position_bias[..., :count], position_bias[..., count:]) if wide else (None, position_bias)
     if options.get("bias") is not None:
         theirs = theirs + options["bias"]
-    if options.get("prefix_bias") is not None:
+    if ours is not None and options.get("prefix_bias") is not None:
         ours = ours + options["prefix_bias"]
     return {**options, "bias": theirs, "prefix_bias": ours}
 

@@ -67,12 +67,27 @@ class ShiftedSubclass(Shift):
         return self.base_forward(*args, **kwargs)
 
 
+class ShiftedCount(Shift):
+    """A module that counts positions on from `past_key_values_length`, or is given them (M2M-100's, Whisper's)."""
+
+    def forward(self, *args, **kwargs):
+        given = inspect.signature(self._fastpeft.original_class.forward).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        values, shift = given.arguments, self.shift()
+        values["past_key_values_length"] = values["past_key_values_length"] + shift
+        if values.get("position_ids") is not None:
+            values["position_ids"] = values["position_ids"] + shift
+        return self.base_forward(*given.args[1:], **given.kwargs)
+
+
 def _moved(table, positions):
     shift = table.shift()
     if not shift:
         return positions
-    moved = positions + shift
-    return moved if table.padding_idx is None else moved.where(positions != table.padding_idx, positions)
+    padding = table.padding_idx
+    if padding is None:  # OPT's padding is at -1, and its rows begin at an offset
+        padding = getattr(table, "offset", 0) - 1
+    return (positions + shift).where(positions != padding, positions)
 
 
 class RelativeBias(AdaptedAttention):
@@ -85,17 +100,27 @@ class RelativeBias(AdaptedAttention):
         )
 
 
-def _takes_positions(kind: type) -> bool:
-    return "position_ids" in inspect.signature(kind.forward).parameters
+def _takes(kind: type, name: str) -> bool:
+    return name in inspect.signature(kind.forward).parameters
+
+
+def _mixin_of_table(kind: type) -> type[Shift] | None:
+    """By what the forward of something that is called like a table of positions does."""
+    if kind.forward is nn.Embedding.forward:
+        return ShiftedTable
+    if issubclass(kind, nn.Embedding) and "__class__" in kind.forward.__code__.co_freevars:  # it calls `super()`
+        return ShiftedSubclass
+    return ShiftedCount if _takes(kind, "past_key_values_length") else None
 
 
 def shifted_modules(backbone: nn.Module, path: str) -> list[tuple[str, nn.Module, type[Shift]]]:
     """(path, module, mixin) of all that makes something of positions inside the backbone."""
     found = []
     for name, module in backbone.named_modules(prefix=path):
-        kind = type(module)
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES:
-            found.append((name, module, ShiftedTable if kind.forward is nn.Embedding.forward else ShiftedSubclass))
-        elif any(buffer.endswith("inv_freq") for buffer in module._buffers) and _takes_positions(kind):
-            found.append((name, module, ShiftedRotary))
+        kind = module._fastpeft.original_class if isinstance(module, AdapterLayer) else type(module)
+        mixin = _mixin_of_table(kind) if name.rpartition(".")[2] in TABLES else None
+        if any(buffer.endswith("inv_freq") for buffer in module._buffers) and _takes(kind, "position_ids"):
+            mixin = ShiftedRotary
+        if mixin is not None:
+            found.append((name, module, mixin))
     return found

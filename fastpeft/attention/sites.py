@@ -22,7 +22,10 @@ OWN_FORWARD = {
     "GPTNeoSelfAttention": "own_scores",
     "MptAttention": "mpt",
 }
-CROSS = ("crossattention", "encoder_attn", "EncDecAttention", "cross_attn")
+CROSS = (
+    *("crossattention", "cross_attention", "cross_attn", "encoder_attn", "EncDecAttention"),
+    "encoder_decoder_attention",
+)
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,18 @@ class Sites:
     configs: tuple
 
 
-def find_sites(model: nn.Module) -> Sites:
-    """Of the stack that a prefix belongs to: the decoder's, if the model has one. Raises TargetError, naming the model,
-    where prefixes cannot be served."""
+def find_sites(model: nn.Module, part: str = "decoder") -> Sites:
+    """Of the stack that a prefix belongs to: the "decoder", if the model has one, its "cross"-attention, or the
+    "encoder". Raises TargetError, naming the model, where prefixes cannot be served."""
     name = type(model).__name__
     if not hasattr(model, "config"):
         raise TargetError(f"{name} is not a transformers model: it has no config, so nothing says how it attends")
-    path, stack = _stack(model)
+    stack = model.get_encoder() if part == "encoder" else _stack(model)
+    path = next(path for path, module in model.named_modules() if module is stack)
     found = [
         (each, module, mixin)
         for each, module in stack.named_modules(prefix=path)
-        if (mixin := _mixin(each, module)) is not None
+        if _is_cross(each, module) == (part == "cross") and (mixin := _mixin(module)) is not None
     ]
     if not found:
         classes = sorted({type(m).__name__ for m in stack.modules() if "ttention" in type(m).__name__})
@@ -55,26 +59,26 @@ def find_sites(model: nn.Module) -> Sites:
         )
     found = _in_order(name, found)
     configs = {id(config): config for config in _configs(stack, found)}
-    return Sites(tuple(found), tuple(shifted_modules(stack, path)), tuple(configs.values()))
+    positions = () if part == "cross" else shifted_modules(stack, path)  # which is without positions
+    return Sites(tuple(found), tuple(positions), tuple(configs.values()))
 
 
-def _stack(model: nn.Module) -> tuple[str, nn.Module]:
-    """(path, module) of the decoder of an encoder-decoder model, of the language model of one for several
-    modalities, or the model itself."""
+def _stack(model: nn.Module) -> nn.Module:
+    """The decoder of an encoder-decoder model, the language model of one with more modalities, or the model itself."""
     if getattr(model.config, "is_encoder_decoder", False):
-        stack = model.get_decoder()
-    else:
-        text = model.config.get_text_config(decoder=True)
-        own = [m for m in model.modules() if getattr(m, "config", None) is text and hasattr(m, "get_input_embeddings")]
-        stack = own[0] if own else model
-    return next((path, module) for path, module in model.named_modules() if module is stack)
+        return model.get_decoder()
+    text = model.config.get_text_config(decoder=True)
+    own = [m for m in model.modules() if getattr(m, "config", None) is text and hasattr(m, "get_input_embeddings")]
+    return own[0] if own else model
 
 
-def _mixin(path: str, module: nn.Module) -> type[AdaptedAttention] | None:
-    """What makes this module carry a prefix; None if it is no self-attention."""
+def _is_cross(path: str, module: nn.Module) -> bool:
+    return getattr(module, "is_cross_attention", False) is True or any(part in CROSS for part in path.split("."))
+
+
+def _mixin(module: nn.Module) -> type[AdaptedAttention] | None:
+    """What makes this module carry a prefix; None if it is no attention that could."""
     original = module._fastpeft.original_class if isinstance(module, AdapterLayer) else type(module)
-    if getattr(module, "is_cross_attention", False) or any(part in CROSS for part in path.split(".")):
-        return None
     if original.__name__ in OWN_FORWARD and original.__module__.startswith("transformers."):
         home = importlib.import_module(f"fastpeft.attention.{OWN_FORWARD[original.__name__]}")
         return getattr(home, original.__name__)

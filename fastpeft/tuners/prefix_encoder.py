@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from fastpeft.errors import PatchError
 from fastpeft.tuners.layer import AdapterLayer, LayerState
 
+TABLE = "prompt_embeddings"  # its name in HF peft's file; those of other stacks have theirs behind it
+
 
 class PrefixEncoder(nn.Module):
     """P rows of `blocks` blocks of `width` columns. Drawn in the order of HF peft's: the table, then the layers."""
@@ -31,6 +33,7 @@ class PrefixEncoder(nn.Module):
                 nn.Linear(hidden, blocks * width, device=device),
             )
             self.transform = nn.Sequential(*layers)
+        self.parts = nn.ModuleDict()  # encoders of the same kind, for other stacks of the model
 
     @torch.no_grad()
     def zero(self) -> None:
@@ -38,6 +41,8 @@ class PrefixEncoder(nn.Module):
         last = self.transform[2].parameters() if self.projects else self.embedding.parameters()
         for parameter in last:
             parameter.zero_()
+        for part in self.parts.values():
+            part.zero()
 
     @property
     def projects(self) -> bool:
@@ -98,7 +103,8 @@ class PromptEncoders(AdapterLayer, nn.ModuleDict):
         return dict(self[name].named_parameters())
 
     def file_tensors(self, name: str) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self[name].table()}
+        parts = self[name].parts.items()
+        return {TABLE: self[name].table(), **{f"{TABLE}_{part}": each.table() for part, each in parts}}
 
     def prepare_merge(self, names) -> None:
         if held := [name for name in names if name in self]:

@@ -13,25 +13,37 @@ from fastpeft.prefix_geometry import fill_prompt_dims
 from fastpeft.targets import saved_modules
 from fastpeft.tuners.attention_layer import Slice
 from fastpeft.tuners.layer import AdapterLayer, attach
-from fastpeft.tuners.prefix_encoder import PrefixEncoder, PromptEncoders
+from fastpeft.tuners.prefix_encoder import TABLE, PrefixEncoder, PromptEncoders
 from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stack of layers with a prefix, and the table behind it: `blocks` blocks of `heads` heads, `width` wide."""
+
+    name: str
+    sites: Sites
+    heads: int
+    width: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a prefix will touch: the attention modules, what makes something of positions, and the modules it trains
-    whole."""
+    """What a prefix will touch: stacks of attention modules, of which the first is HF peft's own, and the modules it
+    trains whole."""
 
     model: nn.Module
     config: PrefixTuningConfig
-    sites: Sites
+    parts: tuple[Part, ...]
     saved: tuple[tuple[str, nn.Module], ...]
     targets = ()
 
     def file_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the tensors in the adapter's file."""
-        config = self.config
-        out = {"prompt_embeddings": (config.num_virtual_tokens, 2 * config.num_layers * config.token_dim)}
+        names = [TABLE, *(f"{TABLE}_{part.name}" for part in self.parts[1:])]
+        rows = self.config.num_virtual_tokens
+        out = {name: (rows, part.blocks * part.width) for name, part in zip(names, self.parts, strict=True)}
         for name, module in self.saved:
             out.update({f"base_model.{name}.{key}": tuple(t.shape) for key, t in own_tensors(module).items()})
         return out
@@ -46,9 +58,22 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
             f"num_layers={config.num_layers!r}: this {type(model).__name__} has {len(sites.attention)} layers that "
             "attend; leave it out"
         )
+    parts = [Part("decoder", sites, config.num_attention_heads, config.token_dim, 2 * config.num_layers)]
+    for name, wanted in (("encoder", config.encoder_prefix), ("cross", config.cross_prefix)):
+        if wanted:
+            parts.append(_other_part(model, name))
     saved = tuple((name, model.get_submodule(name)) for name in saved_modules(model, config))
     check_saved(model, saved)
-    return Plan(model, config, sites, saved)
+    return Plan(model, config, tuple(parts), saved)
+
+
+def _other_part(model: nn.Module, name: str) -> Part:
+    """The encoder, or the cross-attention, of a sequence-to-sequence model: as wide as its own keys are."""
+    sites = find_sites(model, name)
+    module = sites.attention[0][1]
+    heads = next(getattr(module, each) for each in ("num_heads", "n_heads") if hasattr(module, each))
+    width = next(getattr(module, each).out_features for each in ("k_proj", "k") if hasattr(module, each))
+    return Part(name, sites, heads, width, 2 * len(sites.attention))
 
 
 def blocks_of(config: PrefixTuningConfig, layer: int) -> tuple[int, int]:
@@ -62,32 +87,38 @@ def blocks_of(config: PrefixTuningConfig, layer: int) -> tuple[int, int]:
 
 
 def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
-    """Build the encoder, and let the attention modules find their share of it. Without `init` it is a table to be
-    filled from a file. The prefix is always fp32, as HF peft's."""
+    """Build the encoders, and let the attention modules find their share of them. Without `init` they are tables to be
+    filled from a file. A prefix is always fp32, as HF peft's."""
     config = plan.config
     hidden = config.encoder_hidden_size if config.prefix_projection and init else None
-    encoder = PrefixEncoder(config.num_virtual_tokens, config.token_dim, 2 * config.num_layers, hidden)
+    encoders = [PrefixEncoder(config.num_virtual_tokens, part.width, part.blocks, hidden) for part in plan.parts]
+    encoders[0].parts.update({part.name: each for part, each in zip(plan.parts[1:], encoders[1:], strict=True)})
     if init and config.init_weights == "zero":
-        encoder.zero()
-    device = next((p.device for p in plan.sites.attention[0][1].parameters()), torch.device("cpu"))
+        encoders[0].zero()
+    device = next((p.device for p in plan.parts[0].sites.attention[0][1].parameters()), torch.device("cpu"))
     holder = plan.model._modules.get(PromptEncoders.NAME)
     if holder is None:
         holder = PromptEncoders(plan.model, state)
         plan.model.add_module(PromptEncoders.NAME, holder)
-    holder.add_adapter(name, encoder.to(device))
+    holder.add_adapter(name, encoders[0].to(device))
     register()
-    for each in plan.sites.configs:
-        switch(each)
-    for layer, (_, module, mixin) in enumerate(plan.sites.attention):
-        if not isinstance(module, AdapterLayer):
-            attach(module, mixin, state)
-        share = Slice(encoder, *blocks_of(config, layer), config.num_attention_heads, config.prefix_window)
-        module._fastpeft.adapters[name] = share
-    for _, module, mixin in plan.sites.positions:
-        if not isinstance(module, AdapterLayer):
-            attach(module, mixin, state)
-        module._fastpeft.adapters[name] = config.num_virtual_tokens
+    for part, encoder in zip(plan.parts, encoders, strict=True):
+        _inject_part(part, encoder, name, state, config)
     for _, module in plan.saved:
         if not isinstance(module, AdapterLayer):
             attach(module, SavedModule, state)
         module.add_adapter(name)
+
+
+def _inject_part(part: Part, encoder: PrefixEncoder, name: str, state, config: PrefixTuningConfig) -> None:
+    for each in part.sites.configs:
+        switch(each)
+    for layer, (_, module, mixin) in enumerate(part.sites.attention):
+        if not isinstance(module, AdapterLayer):
+            attach(module, mixin, state)
+        blocks = blocks_of(config, layer) if part.name == "decoder" else (2 * layer, 2 * layer + 1)
+        module._fastpeft.adapters[name] = Slice(encoder, *blocks, part.heads, config.prefix_window)
+    for _, module, mixin in part.sites.positions:
+        if not isinstance(module, AdapterLayer):
+            attach(module, mixin, state)
+        module._fastpeft.adapters[name] = config.num_virtual_tokens
