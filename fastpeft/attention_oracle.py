@@ -197,8 +197,8 @@ def op_dropout(problem: AttentionProblem) -> tuple[Tensor | None, float]:
     triton = problem.gate is None and prefix_attention_plan(tensors, scores, problem.dropout) is not None
     path = _path(triton)
     q, keys = problem.query, problem.key.shape[2]
-    columns = keys + (problem.prefix_key.shape[-2] if problem.gate is None else 0)
-    keep = path.keep_mask(path.draw_seed(q), problem.dropout, *q.shape[:3], columns, q.device)
+    prefix = problem.prefix_key.shape[-2] if problem.gate is None else 0  # a prompt's weights are never dropped
+    keep = path.keep_mask(path.draw_seed(q), problem.dropout, *q.shape[:3], prefix, keys, q.device)
     return keep, round(problem.dropout * 65536) / 65536 if triton else problem.dropout
 
 

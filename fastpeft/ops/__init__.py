@@ -1,6 +1,7 @@
 """The ops, each one function: shapes in its docstring, torch and Triton behind it."""
 
 from fastpeft.ops import _lora_linear_compiled as _lora_linear_compiled  # registers the operators
+from fastpeft.ops import _prefix_attention_compiled as _prefix_attention_compiled
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention, gated_prompt_attention_reference
 from fastpeft.ops.lora_linear import dropout_mask, lora_linear, lora_linear_reference
 from fastpeft.ops.prefix_attention import prefix_attention, prefix_attention_reference

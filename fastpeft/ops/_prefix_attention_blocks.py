@@ -33,11 +33,11 @@ def row_blocks(batch: int, heads: int, queries: int, columns: int) -> list[tuple
     ]
 
 
-def keep_mask(seed: Tensor, p: float, batch: int, heads: int, queries: int, columns: int, device) -> Tensor:
+def keep_mask(seed: Tensor, p: float, batch: int, heads: int, queries: int, prefix: int, keys: int, device) -> Tensor:
     """(B, H, S, P + T) booleans, False where a weight is dropped: what forward and backward draw block by block."""
     dropout = Dropout(seed, p, torch.device(device))
-    mask = torch.ones(batch, heads, queries, columns, dtype=torch.bool, device=device)
-    for samples, rows in row_blocks(batch, heads, queries, columns):
+    mask = torch.ones(batch, heads, queries, prefix + keys, dtype=torch.bool, device=device)
+    for samples, rows in row_blocks(batch, heads, queries, prefix + keys):
         part = mask[samples, :, rows]
         part.copy_(drop(torch.ones_like(part, memory_format=torch.contiguous_format), _places(dropout, part)))
     return mask

@@ -37,6 +37,14 @@ def _path(triton: bool):
     return torch_path
 
 
+def plan_of(patched_backend: str | None) -> None:
+    """The torch path's. Raises BackendError where "triton" is demanded."""
+    if requested_backend(patched_backend) == "triton":
+        raise BackendError(
+            "the triton backend was demanded but cannot serve this call: gated_prompt_attention has no kernels"
+        )
+
+
 class GatedPromptAttentionFunction(torch.autograd.Function):
     """Tensors as in `Tensors`; all reshaping, casting and choosing is before `apply`."""
 
@@ -118,9 +126,10 @@ def gated_prompt_attention(
     )  # fmt: skip
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"gated_prompt_attention: dropout is {dropout}; a probability in [0, 1) is needed")
-    if requested_backend(patched_backend) == "triton":
-        raise BackendError(
-            "the triton backend was demanded but cannot serve this call: gated_prompt_attention has no kernels"
-        )
-    call = Call(scores, dropout if training else 0.0, None)
-    return GatedPromptAttentionFunction.apply(call, gate.reshape(-1), *in_common_dtype(tensors))
+    tensors, dropout = in_common_dtype(tensors), dropout if training else 0.0
+    if torch.compiler.is_compiling():
+        from fastpeft.ops._prefix_attention_compiled import compiled_attention
+
+        return compiled_attention(gate.reshape(-1), tensors, scores, dropout, patched_backend)
+    call = Call(scores, dropout, plan_of(patched_backend))
+    return GatedPromptAttentionFunction.apply(call, gate.reshape(-1), *tensors)

@@ -185,6 +185,10 @@ def prefix_attention(
 def apply_prefix_attention(tensors: Tensors, scores: Scores, dropout: float, patched_backend: str | None) -> Tensor:
     """`prefix_attention` for callers that have checked their tensors: autocast, backend, `apply`."""
     tensors = in_common_dtype(tensors)
+    if torch.compiler.is_compiling():
+        from fastpeft.ops._prefix_attention_compiled import compiled_attention
+
+        return compiled_attention(None, tensors, scores, dropout, patched_backend)
     plan = prefix_attention_plan(tensors, scores, dropout, patched_backend)
     return PrefixAttentionFunction.apply(Call(scores, dropout, plan), *tensors)
 

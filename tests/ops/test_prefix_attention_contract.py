@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastpeft.attention_oracle import GRADIENTS, attention_outcomes
-from fastpeft.ops import prefix_attention
+from fastpeft.ops import gated_prompt_attention, prefix_attention
 from tests.ops.attention_cases import FIVE, draws, path
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -210,3 +210,57 @@ def call(**changes):
 def test_errors_name_the_argument_and_what_was_expected(changes, message):
     with pytest.raises(ValueError, match=f"prefix_attention: .*{message}"):
         call(**changes)
+
+
+# Compiled
+
+
+@pytest.mark.parametrize("half", BOTH)
+@pytest.mark.parametrize("gate", [None, (H,)], ids=["prefix", "gated"])
+@pytest.mark.parametrize(
+    "modifiers", [(), ("left", "window", "sinks"), ("packed", "positions", "bias"), ("softcap", "bidirectional")],
+    ids="-".join,
+)  # fmt: skip
+def test_compiled_as_one_graph(modifiers, gate, half):
+    given, dout = arguments(*modifiers, gate=gate)
+    op = prefix_attention
+    if gate:
+        op, pinned = gated_prompt_attention, given.pop("prefix_window", None)
+        given = {name.replace("prefix", "prompt"): t for name, t in given.items()}
+        assert pinned in (None, "slide")
+    leaves = [t.requires_grad_() for name, t in given.items() if name.replace("prompt", "prefix") in GRADIENTS]
+
+    def doubled(**given):
+        return op(**given) * 2
+
+    torch._dynamo.reset()
+    with path(half):
+        expected = doubled(**given)
+        out = torch.compile(doubled, fullgraph=True, backend="aot_eager")(**given)
+        gradients = [torch.autograd.grad(each, leaves, dout) for each in (expected, out)]
+    assert torch.equal(out, expected)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)  # dout may lie in memory in another order
+
+
+def test_compiled_with_dropout():
+    given, dout = arguments("dropout")
+    leaves = leaves_of(given)
+    torch._dynamo.reset()
+    compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
+    with path("flash"):
+        torch.manual_seed(1)
+        out = compiled(**given)
+        torch.manual_seed(1)
+        again = compiled(**given)
+        assert torch.equal(out, again) and not torch.equal(out, compiled(**given))
+        first, second = (torch.autograd.grad(each, leaves, dout) for each in (out, again))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def test_the_operators_keep_torchs_rules():
+    given, _ = arguments("left", "window")
+    leaves_of(given)
+    args = (None, *(given[name] for name in FIVE[:3]), *(given[name][None] for name in FIVE[3:]), None, None, None,
+            given["padding_mask"], None, None, None, None, None, True, 0.25, 0, 6, False, None, 0.0, "")  # fmt: skip
+    torch.library.opcheck(torch.ops.fastpeft.attention.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -272,7 +272,7 @@ def test_gradcheck(modifiers, half):
 
 def test_dropout_leaves_out_its_share_and_draws_anew():
     seeds = [torch_path.draw_seed(torch.zeros(1)) for _ in range(2)]
-    masks = [torch_path.keep_mask(seed, 0.3, 2, 4, 50, 61, "cpu") for seed in seeds]
+    masks = [torch_path.keep_mask(seed, 0.3, 2, 4, 50, 11, 50, "cpu") for seed in seeds]
     for mask in masks:
         assert abs(mask.double().mean() - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
     both = (~masks[0] & ~masks[1]).double().mean()
