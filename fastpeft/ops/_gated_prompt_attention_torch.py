@@ -46,5 +46,5 @@ def _prompt(tensors: Tensors, call):
 
 def _gate_gradient(dout, out, gate) -> Tensor:
     wide = torch.promote_types(dout.dtype, torch.float32)
-    by_head = (dout.to(wide) * out.to(wide)).sum((0, 2, 3))
+    by_head = (dout.to(wide) * out.to(wide)).sum(-1).sum((0, 2))
     return (by_head if len(gate) > 1 else by_head.sum(0, keepdim=True)).view(gate.shape).to(gate.dtype)

@@ -240,7 +240,7 @@ def test_compiled_as_one_graph(modifiers, gate, half):
         gradients = [torch.autograd.grad(each, leaves, dout) for each in (expected, out)]
     assert torch.equal(out, expected)
     for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)  # dout may lie in memory in another order
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)  # dout may lie in memory in another order
 
 
 def test_compiled_with_dropout():
