@@ -10,15 +10,18 @@ import torch
 from torch import nn
 
 from fastpeft import files
+from fastpeft.arguments import check_flags, names_of
 from fastpeft.configs import as_config
-from fastpeft.errors import PatchError
+from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.filling import check_names_and_shapes, fill, places_in_file
+from fastpeft.journal import SIDE
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import (
     activate,
     add_planned,
     adding,
     begin,
+    check_demand,
     check_model,
     check_names,
     layers,
@@ -31,6 +34,7 @@ from fastpeft.selection import override
 from fastpeft.state import adapter_state_dict, embeddings, only_adapter
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.saved_modules import SavedModule
+from fastpeft.untrusted import shown
 
 
 def save_adapter(model: nn.Module, directory: str | Path, *, adapter_name: str | None = None) -> None:
@@ -42,7 +46,12 @@ def save_adapter(model: nn.Module, directory: str | Path, *, adapter_name: str |
     """
     state = state_of(model)
     name = only_adapter(state, adapter_name)
-    target = directory if len(state.configs) == 1 else files.adapter_directory(directory, name)
+    alone = len(state.configs) == 1
+    _write(model, name, directory if alone else files.adapter_directory(directory, name))
+
+
+def _write(model: nn.Module, name: str, target: str | Path) -> None:
+    state = state_of(model)
     config = state.configs[name]
     original = state.original_class
     mapping = {"base_model_class": original.__name__, "parent_library": original.__module__}
@@ -69,10 +78,13 @@ def check_arguments(method: str, **given) -> None:
 
 
 def save_all(model: nn.Module, directory, selected_adapters=None) -> None:
-    """`save_pretrained` of a patched model: all adapters, or the selected ones."""
+    """`save_pretrained` of a patched model: all adapters, or the selected ones. As in peft, and unlike `save_adapter`,
+    the only adapter too lies in a folder of its name, unless that is "default"."""
     state = state_of(model)
-    for name in selected_adapters or state.configs:
-        save_adapter(model, directory, adapter_name=name)
+    names = tuple(state.configs) if selected_adapters is None else names_of(selected_adapters, "save_pretrained")
+    check_names(state, names, "save_pretrained")
+    for name in names:
+        _write(model, name, files.adapter_directory(directory, name))
 
 
 def load_adapter(
@@ -103,6 +115,8 @@ def load_adapter(
         PatchError as `patch`. The model is then as it was.
     """
     files.adapter_directory(directory, adapter_name)
+    check_flags("load_adapter", trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype)
+    check_flags("load_adapter", **({} if hf_quirks is None else {"hf_quirks": hf_quirks}))
     patched = "_fastpeft" in getattr(model, "__dict__", {})
     if not patched:
         check_model(model)
@@ -116,11 +130,14 @@ def load_adapter(
         plan = tuner_of(config.peft_type).plan(model, config)
         places = places_in_file(model, plan)
         check_names_and_shapes(places, {key: each.shape for key, each in header.items()}, str(directory))
+        check_demand(model, plan, state_of(model).backend if patched else None)
         planned.append((plan, places))
 
     found = files.read_adapter(directory, validate)
     if hf_quirks is None:
-        hf_quirks = True if found.side is None else bool(found.side.get("hf_quirks", False))
+        hf_quirks = True if found.side is None else found.side.get("hf_quirks", False)
+        if not isinstance(hf_quirks, bool):
+            raise AdapterFileError(f"{found.path}: {SIDE} has hf_quirks={shown(hf_quirks)}; it must be true or false")
     state = state_of(model) if patched else begin(model, None, autocast_adapter_dtype, hf_quirks)
     with adding(model, state, adapter_name, undo_all=not patched):
         plan, places = planned[-1]
@@ -136,21 +153,27 @@ def load_adapter(
 def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_adapter_dtype: bool = True) -> None:
     """Add a new, initialised adapter to a patched model; it waits for `set_adapter`."""
     state = state_of(model)
+    check_flags("add_adapter", autocast_adapter_dtype=autocast_adapter_dtype)
     files.adapter_directory("", adapter_name)
     if adapter_name in state.configs:
         raise PatchError(f"add_adapter: there is already an adapter {adapter_name!r}; choose another name")
     config = as_config(config)
     config.validate_new()
     plan = tuner_of(config.peft_type).plan(model, config)
+    check_demand(model, plan, state.backend)
     with adding(model, state, adapter_name):
         add_planned(model, state, plan, adapter_name, init=True, autocast=autocast_adapter_dtype)
 
 
 def set_adapter(model: nn.Module, name_or_names: str | list[str], *, trainable: bool = True) -> None:
-    """Make one adapter, or several added up, the one that every call uses and that trains. A merged one is unmerged
-    first, with a warning. Raises PatchError for a name that is not an adapter's, or is given twice."""
+    """Make one adapter, or several added up, the one that every call uses and that trains, also if it was loaded for
+    inference (as in peft); with `trainable` False it is frozen. A merged one is unmerged first, with a warning. Raises
+    PatchError for a name that is not an adapter's, or is given twice."""
     state = state_of(model)
-    names = (name_or_names,) if isinstance(name_or_names, str) else tuple(name_or_names)
+    names = names_of(name_or_names, "set_adapter")
+    check_flags("set_adapter", trainable=trainable)
+    check_names(state, names, "set_adapter")
+    state.thawed = state.thawed.union(names) if trainable else state.thawed.difference(names)
     activate(model, state, names, trainable)
     if state.merged and state.merged != names:
         warnings.warn(f"{', '.join(state.merged)} was merged and is unmerged, to use {names}", stacklevel=2)
@@ -158,11 +181,14 @@ def set_adapter(model: nn.Module, name_or_names: str | list[str], *, trainable: 
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter. If it was the only active one, the first that is left becomes active, with a warning.
+    """Remove an adapter. If it was the only active one, the first that is left becomes active, with a warning. What is
+    active after an active one is gone trains, as in peft.
 
     Raises PatchError if there is no such adapter, or it is merged.
     """
     state = state_of(model)
+    if not isinstance(name, str):
+        raise PatchError(f"delete_adapter: {name!r} names no adapter; give the name of one")
     only_adapter(state, name)
     if name in state.merged:
         raise PatchError(f"delete_adapter: {name!r} is merged into the base weights; unmerge first")
@@ -171,7 +197,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if name in state.active and not remaining and state.configs:
         remaining = (next(iter(state.configs)),)
         warnings.warn(f"adapter {name!r} was active and is deleted; {remaining[0]!r} is active now", stacklevel=2)
-    activate(model, state, remaining)
+    if name in state.active:
+        set_adapter(model, list(remaining))
 
 
 @contextlib.contextmanager
@@ -179,7 +206,7 @@ def use_adapter(model: nn.Module, name: str | list[str]):
     """Inside, this thread's calls use this adapter (or these, added up), whatever `set_adapter` says. Raises PatchError
     for a name that is not an adapter's, and while another adapter is merged into the weights."""
     state = state_of(model)
-    names = (name,) if isinstance(name, str) else tuple(name)
+    names = names_of(name, "use_adapter")
     check_names(state, names, "use_adapter")
     if state.merged and state.merged != names:
         raise PatchError(f"use_adapter: {', '.join(state.merged)} is merged into the base weights; unmerge first")
@@ -204,11 +231,11 @@ def disable_adapter(model: nn.Module):
             merge(model, merged)
 
 
-def merge(model: nn.Module, adapter_names=None) -> None:
+def merge(model: nn.Module, adapter_names: str | list[str] | None = None) -> None:
     """Add the active adapters (or `adapter_names`) to the base weights; what was there is kept for `unmerge`. Merging
     twice changes nothing. Raises PatchError, with the weights untouched, if the result would not be finite."""
     state = state_of(model)
-    names = state.active if adapter_names is None else tuple(adapter_names)
+    names = state.active if adapter_names is None else names_of(adapter_names, "merge")
     check_names(state, names, "merge")
     if state.merged:
         warnings.warn("already merged; unmerge first to merge another choice", stacklevel=2)
@@ -239,11 +266,11 @@ def unmerge(model: nn.Module) -> None:
     state.merged = ()
 
 
-def merge_and_unload(model: nn.Module, adapter_names=None) -> nn.Module:
+def merge_and_unload(model: nn.Module, adapter_names: str | list[str] | None = None) -> nn.Module:
     """The plain model with the active adapters (or `adapter_names`) in its weights, and with the trained copies in
     place of the modules that they were made of. The parameters stay frozen, as in peft. Returns the same object."""
     state = state_of(model)
-    wanted = state.merged or state.active if adapter_names is None else tuple(adapter_names)
+    wanted = state.merged or state.active if adapter_names is None else names_of(adapter_names, "merge_and_unload")
     check_names(state, wanted, "merge_and_unload")
     if state.merged != wanted:
         unmerge(model)
@@ -283,7 +310,10 @@ def check_resize(model: nn.Module, new_num_tokens: int | None) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, counted as peft counts them: packed 4-bit parameters by the numbers they hold."""
+    """(trainable, all) parameters, counted as peft counts them: packed 4-bit parameters by the numbers they hold.
+    Raises PatchError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise PatchError(f"the parameters of a {type(model).__name__} cannot be counted; give a torch.nn.Module")
     trainable = total = 0
     for parameter in model.parameters():
         count = parameter.numel()
@@ -295,6 +325,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """peft's line, character for character."""
+    """peft's line, character for character; of a model without parameters it says 0 of 0."""
     trainable, total = count_parameters(model)
-    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+    share = 100 * trainable / total if total else 0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

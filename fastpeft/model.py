@@ -28,9 +28,10 @@ class PatchedModel:
         self, save_directory, safe_serialization=True, selected_adapters=None, save_embedding_layers="auto",
         is_main_process=True, path_initial_model_for_weight_conversion=None, **kwargs,
     ) -> None:  # fmt: skip
-        """Write the adapters, and only them, in HF peft's layout; nothing where `is_main_process` is False. Other
-        arguments of transformers' method of this name (a state dict, shard sizes, …) have nothing to act on; what peft
-        would do and fastpeft does not is refused."""
+        """Write the adapters, and only them, in HF peft's layout: "default" into the directory, any other into a folder
+        of its name, also if it is the only one. Nothing where `is_main_process` is False. Other arguments of
+        transformers' method of this name (a state dict, shard sizes, …) have nothing to act on; what peft would do and
+        fastpeft does not is refused."""
         from fastpeft import adapters
 
         adapters.check_arguments(
@@ -64,8 +65,8 @@ class PatchedModel:
         adapters.add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name, inference_mode=False) -> None:
-        """Make one adapter (or a list, added up) the active one, and train it unless it was loaded for inference or
-        `inference_mode` is True."""
+        """Make one adapter (or a list, added up) the active one, and train it, also if it was loaded for inference,
+        unless `inference_mode` is True."""
         from fastpeft import adapters
 
         adapters.set_adapter(self, adapter_name, trainable=not inference_mode)

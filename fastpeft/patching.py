@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.arguments import check_flags
 from fastpeft.attention.interface import switch_back
-from fastpeft.configs import PeftConfig, as_config
-from fastpeft.dispatch import checked_backend
+from fastpeft.configs import LoraConfig, PeftConfig, as_config
+from fastpeft.dispatch import backend as forced_backend
+from fastpeft.dispatch import checked_backend, choose_backend
 from fastpeft.errors import ConfigError, PatchError
 from fastpeft.files import adapter_directory
 from fastpeft.mapping import tuner_of
 from fastpeft.model import patched_model_class
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
-from fastpeft.tuners.layer import AdapterLayer, detach
+from fastpeft.tuners.layer import AdapterLayer, detach, offloaded_to
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 
 
@@ -37,6 +39,7 @@ class PatchState:
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     trainable: bool = True  # whether the active adapters may be trained
+    thawed: set[str] = field(default_factory=set)  # trained although their inference_mode is True
     merged: tuple[str, ...] = ()
     # The base parameters that are trained in place or that a file has replaced, as they were.
     trained_biases: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -107,7 +110,8 @@ def patch(
         adapter_name: what the adapter is called.
         backend: "auto", "triton" or "torch" for this model; None leaves it to `set_backend` and the environment.
         autocast_adapter_dtype: adapters on a half-precision base are fp32 (HF peft's default); False: the base's dtype.
-        hf_quirks: reproduce HF peft where it is wrong.
+        hf_quirks: whether to reproduce HF peft where it is wrong. It is kept with the model and written beside the
+            adapter, for `load_adapter`; nothing that a patched model computes depends on it yet.
 
     Returns:
         The same object, still of its own class, with peft's methods (`save_pretrained` writes the adapter alone, …).
@@ -116,9 +120,11 @@ def patch(
         ConfigError: a field's value cannot be honoured.
         TargetError: the targets match nothing, or something that cannot carry the adapter.
         PatchError: the model is patched already, by fastpeft or another library.
+        BackendError: "triton" is demanded and cannot serve the model where and as it is now.
         The model is then as it was.
     """
     check_model(model)
+    check_flags("patch", autocast_adapter_dtype=autocast_adapter_dtype, hf_quirks=hf_quirks)
     if config is None:
         raise ConfigError("patch: a configuration is needed, for example fastpeft.LoraConfig(r=16)")
     if backend is not None:
@@ -127,11 +133,26 @@ def patch(
     config.validate_new()
     adapter_directory("", adapter_name)
     plan = tuner_of(config.peft_type).plan(model, config)
+    check_demand(model, plan, backend)
     state = begin(model, backend, autocast_adapter_dtype, hf_quirks)
     with adding(model, state, adapter_name, undo_all=True):
         add_planned(model, state, plan, adapter_name, init=True)
         activate(model, state, (adapter_name,))
     return model
+
+
+def check_demand(model: nn.Module, plan, backend: str | None) -> None:
+    """Raises BackendError if `patch(backend="triton")` asks for what the first call would refuse."""
+    if backend != "triton":
+        return
+    if isinstance(plan.config, LoraConfig):
+        calls = [(each.module, each.module.weight.dtype, each.r) for each, kind, _ in plan.targets if kind.has_op]
+    else:
+        calls = [(model, parameter.dtype, 1) for parameter in model.parameters()][:1]
+    with forced_backend("triton"):
+        for module, dtype, width in calls:
+            device = offloaded_to(module) or next(module.parameters()).device
+            choose_backend(torch.empty(0, device=device), dtype, width)
 
 
 def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool) -> PatchState:
@@ -212,6 +233,7 @@ def remove_adapter(model: nn.Module, state: PatchState, name: str) -> None:
         if not layer._fastpeft.adapters and not isinstance(layer, PromptEncoders):
             detach(layer)
     config = state.configs.pop(name, None)
+    state.thawed.discard(name)
     if config is not None and trains_biases(config):
         restore_biases(model, state)
     drop_unused(model)
@@ -293,19 +315,21 @@ def _biases(model: nn.Module, plan):
     return []
 
 
+def _is_trained(state: PatchState, name: str) -> bool:
+    if not state.trainable or name not in state.active or name not in state.configs:
+        return False
+    return name in state.thawed or not state.configs[name].inference_mode
+
+
 def _set_trainable(model: nn.Module, state: PatchState) -> None:
     """The active adapters' parameters train, unless loaded for inference; all others are frozen."""
     for _, layer in layers(model):
         for name in layer._fastpeft.adapters:
-            wanted = state.trainable and name in state.active and not state.configs[name].inference_mode
+            wanted = _is_trained(state, name)
             for key, parameter in layer.parameters_of(name).items():
                 if isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(wanted and state.configs[name].trains(key))
-    train_biases = state.trainable and any(
-        trains_biases(state.configs[name]) and not state.configs[name].inference_mode
-        for name in state.active
-        if name in state.configs
-    )
+    train_biases = any(trains_biases(config) and _is_trained(state, name) for name, config in state.configs.items())
     if state.trained_biases:
         for name, parameter in model.named_parameters():
             if name in state.trained_biases and is_bias(name):

@@ -53,16 +53,27 @@ def test_several_adapters_lie_where_peft_looks_for_them(tmp_path, expected):
 
 def test_the_only_adapter_lies_in_the_directory_itself_in_our_call(tmp_path):
     model = fastpeft.patch(tiny(), config(), adapter_name="style")
-    fastpeft.save_adapter(model, tmp_path)
-    assert (tmp_path / WEIGHTS).exists()
+    fastpeft.save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "as in peft")
+    each = {WEIGHTS, "adapter_config.json", "fastpeft.json"}
+    assert files(tmp_path / "ours") == each
+    assert files(tmp_path / "as in peft") == {f"style/{file}" for file in each}
 
 
 def test_a_loaded_adapter_is_frozen_unless_asked_for(tmp_path):
     two().save_pretrained(tmp_path, selected_adapters=["a"])
     model = fastpeft.load_adapter(tiny().train(), tmp_path / "a")
     assert not model.training and trained(model) == set()
-    model.set_adapter("default")
-    assert trained(model) == set() and model.peft_config["default"].inference_mode
+    assert model.peft_config["default"].inference_mode
+    model.load_adapter(tmp_path / "a", "other")
+    assert trained(model) == set()
+    for call in (model.set_adapter, lambda name, **_: fastpeft.set_adapter(model, name)):
+        model.set_adapter("default", inference_mode=True)
+        assert trained(model) == set()
+        call("default")
+        assert trained(model) == {"default"}
+        call("other")
+        assert trained(model) == {"other"}
     model = fastpeft.load_adapter(tiny().train(), tmp_path / "a", adapter_name="x", trainable=True)
     assert model.training and trained(model) == {"x"}
     model.load_adapter(tmp_path / "a", "y", is_trainable=True)

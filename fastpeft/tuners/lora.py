@@ -39,6 +39,7 @@ class LoraLayer(AdapterLayer):
     """What the kinds share. Each says how its parameters are built, and its forward for one adapter."""
 
     prefix = "Lora"
+    has_op = False  # whether the fused op computes it
     containers = {"lora_A": nn.ModuleDict, "lora_B": nn.ModuleDict, "lora_magnitude_vector": nn.ModuleDict}
 
     # What a kind provides: the base weight as the matrix (N, K) that acts on a column, and the adapter's two matrices.
@@ -279,6 +280,7 @@ def _widen(container, name: str) -> None:
 class LoraLinear(LoraLayer):
     """LoRA on nn.Linear and its subclasses."""
 
+    has_op = True
     base_class_forwards = {nn.Linear.forward}
 
     @staticmethod
