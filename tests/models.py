@@ -23,6 +23,8 @@ _DECODER = {
 }
 _ENCODER = {key: value for key, value in _DECODER.items() if key != "num_key_value_heads"}
 
+_FALCON = {"multi_query": False, "alibi": False, "new_decoder_architecture": False}
+
 # Family -> model type of transformers and what its configuration needs beside or in place of `_DECODER`.
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", _DECODER),
@@ -66,6 +68,63 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 
+# More families, for prefix tuning alone: every way in which transformers' attention is plugged together.
+MORE_FAMILIES: dict[str, tuple[str, dict]] = {
+    **{name: (name, _DECODER) for name in ("cohere", "glm", "granite", "nemotron", "olmo", "olmo2")},
+    **{name: (name, _DECODER) for name in ("seed_oss", "smollm3", "stablelm")},
+    "persimmon": ("persimmon", _ENCODER),
+    "gemma": ("gemma", {**_DECODER, "head_dim": 8}),
+    "cohere2": ("cohere2", {**_DECODER, "sliding_window": 4}),
+    "starcoder2": ("starcoder2", {**_DECODER, "sliding_window": 4, "residual_dropout": 0.0, "embedding_dropout": 0.0}),
+    "gpt_oss": (
+        "gpt_oss",
+        {**_DECODER, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 4},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**_DECODER, "head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "llama-bias": ("llama", {**_DECODER, "attention_bias": True}),
+    "mistral-wide": ("mistral", {**_DECODER, "head_dim": 16}),  # heads times their width is not the hidden size
+    "gpt_bigcode": ("gpt_bigcode", {**FAMILIES["gpt2"][1], "multi_query": True}),
+    "gptj": ("gptj", {**FAMILIES["gpt2"][1], "rotary_dim": 4}),
+    "codegen": ("codegen", {**FAMILIES["gpt2"][1], "rotary_dim": 4, "n_ctx": 64}),
+    "gpt_neo": (
+        "gpt_neo",
+        {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+        | {"attention_types": [[["global", "local"], 1]], "window_size": 4, "max_position_embeddings": 64}
+        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    ),
+    "falcon": ("falcon", {**_ENCODER, **_FALCON}),
+    "falcon-alibi": ("falcon", {**_ENCODER, **_FALCON, "alibi": True}),
+    "falcon-mq": ("falcon", {**_ENCODER, **_FALCON, "multi_query": True}),
+    "falcon-new": (
+        "falcon",
+        {**_ENCODER, **_FALCON, "multi_query": True, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
+    "mpt": (
+        "mpt",
+        {"vocab_size": VOCABULARY, "d_model": HIDDEN, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+        | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "xglm": (
+        "xglm",
+        {"vocab_size": VOCABULARY, "d_model": HIDDEN, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}
+        | {"max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0}
+        | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
+    ),
+    "biogpt": (
+        "biogpt",
+        {**_ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "layerdrop": 0.0},
+    ),
+    **{name: (name, FAMILIES["t5"][1]) for name in ("mt5", "umt5")},
+    **{name: (name, FAMILIES["bart"][1]) for name in ("mbart", "pegasus", "pegasus_x", "marian", "m2m_100", "plbart")},
+    **{name: (name, FAMILIES["bart"][1]) for name in ("blenderbot", "blenderbot-small")},
+    "electra": ("electra", {**FAMILIES["bert"][1], "embedding_size": HIDDEN}),
+    "xlm-roberta": ("xlm-roberta", FAMILIES["roberta"][1]),
+    "camembert": ("camembert", FAMILIES["roberta"][1]),
+}
+
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -79,7 +138,7 @@ _AUTO = {
 def _built(family: str, task: str) -> torch.nn.Module:
     import transformers
 
-    model_type, settings = FAMILIES[family]
+    model_type, settings = (FAMILIES | MORE_FAMILIES)[family]
     config = transformers.AutoConfig.for_model(model_type, **settings)
     config.num_labels = 3 if task in ("SEQ_CLS", "TOKEN_CLS") else 2
     state = torch.random.get_rng_state()
@@ -90,7 +149,7 @@ def _built(family: str, task: str) -> torch.nn.Module:
             if parameter.ndim > 1:
                 # At the usual scale of initialisation the logits of all inputs are nearly equal. T5's is large, as its
                 # attention is not scaled.
-                parameter.mul_(1 if family == "t5" else 5)
+                parameter.mul_(1 if model_type.endswith("t5") else 5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)  # zero biases would hide a lost one
     torch.random.set_rng_state(state)

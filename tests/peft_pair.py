@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -21,16 +22,20 @@ def quietly(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def base_name(name: str) -> str:
-    """The name that a parameter of a PeftModel has in the base model, which is its name in a model we patched."""
+def base_name(name: str, prompts: bool = False) -> str:
+    """The name that a parameter of a PeftModel has in the base model, which is its name in a model we patched; with
+    `prompts` of one whose base is not wrapped. A gated prompt has no adapter's name in peft."""
     for part in (".base_layer", ".original_module"):
         name = name.replace(part, "")
-    return name.removeprefix("base_model.model.").removeprefix("base_model.")
+    name = re.sub(r"(attn)\.model\.", r"\1.", name)
+    name = re.sub(r"(\.adaption_(?:prompt|gate))\.\w+$", r"\1", name)
+    return name.removeprefix("base_model." if prompts else "base_model.model.").removeprefix("base_model.")
 
 
 def by_base_name(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters of a model of either kind under the names they have in ours."""
-    return {base_name(name): parameter for name, parameter in model.named_parameters()}
+    prompts = getattr(model, "_is_prompt_learning", False)
+    return {base_name(name, prompts): parameter for name, parameter in model.named_parameters()}
 
 
 def patched_pair(family: str, settings: dict, *, task: str = "CAUSAL_LM", dtype=torch.float32, **options):
@@ -38,18 +43,20 @@ def patched_pair(family: str, settings: dict, *, task: str = "CAUSAL_LM", dtype=
     return pair_of(lambda: tiny(family, task, dtype), {"task_type": task, **settings}, **options)
 
 
-def pair_of(build, settings: dict, **options):
+def pair_of(build, settings: dict, kind: str = "LoraConfig", **options):
     """(peft's model, ours) of what `build()` returns, in eval mode (peft's dropout is in train mode otherwise)."""
     import peft
 
     import fastpeft
 
-    settings = {"r": 4, "lora_alpha": 8, **settings}
+    if kind == "LoraConfig":
+        settings = {"r": 4, "lora_alpha": 8, **settings}
     models = []
     for library, wrap in ((peft, peft.get_peft_model), (fastpeft, fastpeft.patch)):
         base = build()
         torch.manual_seed(11)
-        models.append(quietly(wrap, base, library.LoraConfig(**copy.deepcopy(settings)), **options).eval())
+        config = getattr(library, kind)(**copy.deepcopy(settings))
+        models.append(quietly(wrap, base, config, **options).eval())
     return models
 
 
@@ -116,9 +123,12 @@ def assert_same_files(hf, ours, directory: Path) -> None:
     assert (directory / "ours" / WEIGHTS).read_bytes() == (directory / "hf" / WEIGHTS).read_bytes()
     configs = [json.loads((directory / who / "adapter_config.json").read_text()) for who in ("hf", "ours")]
     for config in configs:
-        del config["target_modules"]
-        config["exclude_modules"] = sorted(config["exclude_modules"] or ())
-        config["target_parameters"] = config["target_parameters"] or None  # peft writes [] for mixtral
+        if config.get("modules_to_save"):
+            config["modules_to_save"] = list(dict.fromkeys(config["modules_to_save"]))  # peft adds a task's twice
+        if config["peft_type"] == "LORA":
+            del config["target_modules"]
+            config["exclude_modules"] = sorted(config["exclude_modules"] or ())
+            config["target_parameters"] = config["target_parameters"] or None  # peft writes [] for mixtral
     assert configs[0] == configs[1]
 
 
