@@ -17,6 +17,7 @@ class BloomAttention(AdaptedAttention):
         if not self.active_adapters():
             mask = plain_mask(attention_mask, "eager", hidden_states.dtype)
             return self.base_forward(hidden_states, residual, alibi, mask, layer_past=layer_past, **kwargs)
+        self.refuse_weights(kwargs.get("output_attentions"))
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)

@@ -26,6 +26,7 @@ class FalconAttention(AdaptedAttention):
                 hidden_states, alibi, plain_mask(attention_mask, "eager", hidden_states.dtype),
                 position_ids=position_ids, layer_past=layer_past, position_embeddings=position_embeddings, **kwargs,
             )  # fmt: skip
+        self.refuse_weights(kwargs.get("output_attentions"))
         query, key, value = (t.transpose(1, 2) for t in self._split_heads(self.query_key_value(hidden_states)))
         if alibi is None:
             from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb

@@ -48,11 +48,8 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     prefix, prompts, apart = None, [], None
     if isinstance(module, AdaptedAttention):
         prefix, prompts = module.active_prefix(query.dtype), module.active_prompts()
-        if (prefix is not None or prompts) and kwargs.get("output_attentions"):
-            raise PatchError(
-                "output_attentions=True: the weights of attention over virtual tokens are never computed as a whole; "
-                "leave it out, or fastpeft.unpatch(model) and use attn_implementation='eager'"
-            )
+        if prefix is not None or prompts:
+            module.refuse_weights(kwargs.get("output_attentions"))
         if prefix is not None and _out_of_sight(module, attention_mask):
             prefix = None
         if prompts and hasattr(module, "prompts_apart"):
@@ -68,11 +65,11 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
 def attend(
     module, query, key, value, attention_mask, prefix, prompts=(), *, dropout=0.0, scaling=None, is_causal=None,
     softcap=None, s_aux=None, position_bias=None, sliding_window=None, local_window=None, alibi_slopes=None,
-    positions="tokens", cu_seq_lens_k=None, **_,
+    positions="tokens", cu_seq_lens_k=None, score_bias=None, **_,
 ) -> Tensor:  # fmt: skip
     """The op, of what a module and its mask say: (B, H, S, D). `prefix` is ((Hkv, P, D), (Hkv, P, D)) or None;
-    `prompts` are gated ones; `local_window` a window that the mask does not say; ALiBi's `positions` count "tokens",
-    without padding, or "slots"."""
+    `prompts` are gated ones; `local_window` a window that the mask does not say; `score_bias` (B, H, S, T) is added to
+    the real keys' scores; ALiBi's `positions` count "tokens", without padding, or "slots"."""
     count = 0 if prefix is None else prefix[0].shape[1]
     options = _mask_options(module, query, key, attention_mask, is_causal)
     if cu_seq_lens_k is not None and options.get("segment_ids") is None:
@@ -83,6 +80,8 @@ def attend(
         options["sliding_window"] = local_window
     if positions == "slots" and options.get("segment_ids") is None:
         options["key_positions"] = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
+    if score_bias is not None:
+        options["bias"] = score_bias if options.get("bias") is None else score_bias + options["bias"]
     if position_bias is not None:
         options = _with_position_bias(options, position_bias, key.shape[2], count)
     options.update(

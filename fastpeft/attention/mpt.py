@@ -16,6 +16,7 @@ class MptAttention(AdaptedAttention):
             return self.base_forward(
                 hidden_states, position_bias, past_key_values=past_key_values, attention_mask=mask, **kwargs
             )
+        self.refuse_weights(kwargs.get("output_attentions"))
         fused = self.Wqkv(hidden_states)
         if self.clip_qkv:
             fused = fused.clamp(min=-self.clip_qkv, max=self.clip_qkv)

@@ -12,6 +12,11 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 class _OwnScores(AdaptedAttention):
     attends_itself = True
 
+    def forward(self, hidden_states, *args, output_attentions=False, **kwargs):
+        if self.active_adapters():
+            self.refuse_weights(output_attentions)
+        return self.base_forward(hidden_states, *args, output_attentions=output_attentions, **kwargs)
+
     def _attn(self, query, key, value, attention_mask=None):
         if not self.active_adapters():
             return super()._attn(query, key, value, plain_mask(attention_mask, "eager", value.dtype))
@@ -32,7 +37,7 @@ class _OwnScores(AdaptedAttention):
 class _Rotated(_OwnScores):
     def forward(self, hidden_states, layer_past=None, attention_mask=None, position_ids=None, **kwargs):
         moved = position_ids + self.active_length()
-        return self.base_forward(
+        return super().forward(
             hidden_states, layer_past=layer_past, attention_mask=attention_mask, position_ids=moved, **kwargs
         )
 

@@ -16,6 +16,7 @@ from fastpeft.tuners.layer import AdapterLayer
 OWN_FORWARD = {
     "BloomAttention": "bloom",
     "CodeGenAttention": "own_scores",
+    "DisentangledSelfAttention": "deberta_v2",
     "FalconAttention": "falcon",
     "GPT2Attention": "gpt2",
     "GPTJAttention": "own_scores",

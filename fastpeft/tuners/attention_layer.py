@@ -79,6 +79,14 @@ class AdaptedAttention(AdapterLayer):
         self.adaption_gate[name] = nn.Parameter(torch.zeros(1, device=weight.device, dtype=dtype))
         self._fastpeft.adapters[name] = None
 
+    def refuse_weights(self, wanted: bool | None) -> None:
+        """Raises PatchError where a call asks for the attention's weights."""
+        if wanted:
+            raise PatchError(
+                "output_attentions=True: the weights of attention over virtual tokens are never computed as a whole; "
+                "leave it out, or fastpeft.unpatch(model) and use attn_implementation='eager'"
+            )
+
     def forward(self, *args, **kwargs):
         out = self.base_forward(*args, **kwargs)
         return out if not self.active_prompts() else self.with_prompts(out)
