@@ -18,7 +18,7 @@ from fastpeft.ops._prefix_attention_blocks import key_range
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, prefix_visible_block, visible_block
 
 MASK_BYTES = 1 << 24  # of a mask made for a block of rows
-MASK_ROWS = 256  # a block's rows: beyond, more hidden keys are multiplied; below, the op has too little to do
+MASK_ROWS = 128  # at 64 to 256 about as fast; beyond, more hidden keys are multiplied than the op gains by its rows
 WIDE_BYTES = 1 << 22  # of each operand that is widened to fp32 for some rows
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
