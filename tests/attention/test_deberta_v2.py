@@ -17,8 +17,8 @@ def model(**settings):
     config = AutoConfig.for_model(
         "deberta-v2", vocab_size=97, hidden_size=HEADS * DEPTH, num_hidden_layers=2, num_attention_heads=HEADS,
         intermediate_size=48, max_position_embeddings=64, relative_attention=True, position_buckets=8,
-        type_vocab_size=0, norm_rel_ebd="layer_norm", position_biased_input=False, hidden_dropout_prob=0.0, num_labels=3,
-        attention_probs_dropout_prob=0.0, **settings,
+        type_vocab_size=0, norm_rel_ebd="layer_norm", position_biased_input=False, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **settings,
     )  # fmt: skip
     torch.manual_seed(0)
     made = AutoModelForSequenceClassification.from_config(config).eval()
