@@ -41,10 +41,10 @@ def _forward_kernel(
     queries = query_rows(row_start, batch, S, T, start, segments_ptr, local_ptr, BLOCK_M)
     rows = queries[0]
     q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, rows, S, stride_qs, stride_qd, D, BLOCK_D, True)
-    slope = None
+    slope = 0.0
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head)
-    numbers = (scale, softcap, slope)
+    numbers = (scale, softcap, slopes_ptr, slope)
     mask_row = (batch * H + head) * S
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -133,11 +133,11 @@ def _grad_query_kernel(
     rows = queries[0]
     mask_row = (batch * H + head) * S
     dout = load_rows(dout_ptr + batch * stride_gb + head * stride_gh, rows, S, stride_gs, stride_gd, D, BLOCK_D, True)
-    slope = None
+    slope = 0.0
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + head)
-    numbers = (scale, softcap, slope)
-    gate = None
+    numbers = (scale, softcap, slopes_ptr, slope)
+    gate = 1.0
     if gate_ptr is not None:
         gate = tl.load(gate_ptr + head).to(tl.float32)
     if gate_ptr is None:
@@ -284,7 +284,7 @@ def _grad_bias_kernel(
         v_head = v_ptr + batch * stride_vb + head // group * stride_vh
         k = load_rows(k_head, keys, count, stride_kt, stride_kd, D, BLOCK_D, True)
         v = load_rows(v_head, keys, count, stride_vt, stride_vd, D, BLOCK_D, True)
-        slope = None
+        slope = 0.0
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + head)
         bias_head = batch * stride_bb + head * stride_bh
@@ -294,8 +294,8 @@ def _grad_bias_kernel(
         lse, share = load_lse(lse_ptr, share_ptr, lse_row, rows, S, MODE)
         delta = tl.load(delta_ptr + lse_row + rows, mask=rows < S, other=0.0)
         _, u, _ = weights_and_gradient(
-            q, dout, k, v, row_start, column, lse, share, delta, queries, count, masks, (scale, softcap, slope),
-            (seed_ptr, lse_row, mask_start, threshold, keep_scale), None,
+            q, dout, k, v, row_start, column, lse, share, delta, queries, count, masks, (scale, softcap, slopes_ptr, slope),
+            (seed_ptr, lse_row, mask_start, threshold, keep_scale), 1.0,
             CAUSAL, PREFIX, True, False, MODE, UPCAST,
         )  # fmt: skip
         acc += u

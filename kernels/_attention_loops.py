@@ -70,7 +70,7 @@ def attend(
     peak and total [rows], acc [rows, BLOCK_D]; a row that has seen nothing has peak -inf and total 0.
     """
     k_ptr, stride_kt, stride_kd, v_ptr, stride_vt, stride_vd, count = keys_of
-    seed_ptr, mask_row, mask_column, threshold, _ = dropout
+    seed_ptr, mask_row, mask_column, threshold, keep_scale = dropout
     for column in range(first, last, BLOCK):
         keys = column + tl.arange(0, BLOCK)
         k = load_rows(k_ptr, keys, count, stride_kt, stride_kd, D, BLOCK_D, TESTED)
@@ -164,10 +164,10 @@ def grad_columns(
         dout = load_rows(dout_head, rows, S, stride_gs, stride_gd, D, BLOCK_D, True)
         lse, share = load_lse(lse_ptr, share_ptr, lse_row, rows, S, MODE)
         delta = tl.load(delta_ptr + lse_row + rows, mask=rows < S, other=0.0)
-        slope = None
+        slope = 0.0
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + head)
-        gate = None
+        gate = 1.0
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + head).to(tl.float32)
         bias_head = batch * stride_bb + head * stride_bh
@@ -175,7 +175,7 @@ def grad_columns(
             window, padding_ptr, segments_ptr, positions_ptr, batch * T, bias_ptr, bias_head, stride_bs, stride_bt
         )  # fmt: skip
         weights, _, u = weights_and_gradient(
-            q, dout, k, v, row_start, column, lse, share, delta, queries, count, tile_masks, (scale, softcap, slope),
+            q, dout, k, v, row_start, column, lse, share, delta, queries, count, tile_masks, (scale, softcap, slopes_ptr, slope),
             (seed_ptr, lse_row, mask_start, threshold, keep_scale), gate,
             CAUSAL, PREFIX, TESTED, True, MODE, UPCAST,
         )  # fmt: skip

@@ -10,7 +10,7 @@ What a tile needs is passed in four tuples:
     queries   (rows, at, local, own, S): row numbers, key positions, positions for the prefix's window, segments
     keys_of   (k, stride_kt, stride_kd, v, stride_vt, stride_vd, count)
     masks     (window, padding, segments, positions, row of these three, bias, its head's place, stride_bs, stride_bt)
-    numbers   (scale, softcap, slope)
+    numbers   (scale, softcap, ALiBi's slopes, this head's)
 
 A mask or number that is None costs nothing. A tile has the queries along its rows, or, with KEYS_FIRST, the keys.
 """
@@ -117,7 +117,7 @@ def score_tile(
     """
     rows, at, local, own, S = queries
     window, padding_ptr, segments_ptr, positions_ptr, key_row, bias_ptr, bias_head, stride_bs, stride_bt = masks
-    scale, softcap, slope = numbers
+    scale, softcap, slopes_ptr, slope = numbers
     slope_of_cap = products
     if softcap is not None:
         bounded = tanh(products * (scale / softcap))
@@ -125,7 +125,7 @@ def score_tile(
         scores = bounded * (softcap * unit(MODE))
     else:
         scores = products * (scale * unit(MODE))
-    if slope is not None:
+    if slopes_ptr is not None:
         if PREFIX:
             positions = (keys - count).to(tl.float32)
         else:
@@ -188,8 +188,7 @@ def weights_and_gradient(
     weights = power(scores - _along_queries(lse, KEYS_FIRST), MODE)
     if MODE != "half":
         weights *= _along_queries(share, KEYS_FIRST)
-    if gate is not None:
-        weights *= gate
+    weights *= gate
     dropped = weights
     if seed_ptr is not None:
         keep = keep_mask(seed_ptr, mask_row + row_start, mask_column + column, threshold, q.shape[0], k.shape[0])
