@@ -36,6 +36,7 @@ from fastpeft.errors import (
     BackendError,
     ConfigError,
     FastpeftError,
+    OpError,
     PatchError,
     TargetError,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "ConfigError",
     "FastpeftError",
     "LoraConfig",
+    "OpError",
     "PatchError",
     "PeftConfig",
     "PeftType",

@@ -21,5 +21,9 @@ class BackendError(FastpeftError):
     """The backend that was demanded cannot serve the call; the message says why."""
 
 
+class OpError(FastpeftError):
+    """An argument of an op has a type, shape, device, dtype or value that it cannot take."""
+
+
 class AdapterFileError(FastpeftError):
     """An adapter directory or one of its files is missing, damaged, hostile, or does not fit the model."""

@@ -16,7 +16,10 @@ from typing import NamedTuple
 import torch
 
 from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
+from fastpeft.errors import OpError
 from fastpeft.ops import _lora_linear_torch as torch_path
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Letters of the shape suffixes in this file: M rows (all leading dimensions of x), K inputs, N outputs, R rank.
 
@@ -138,7 +141,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast and weight is not None else x.dtype
     if weight is not None and not autocast and weight.dtype != dtype:
-        raise ValueError(f"lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
+        raise OpError(f"lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), dtype)
     x_MK = x.reshape(-1, x.shape[-1])
     residual_MN = None if residual is None else residual.reshape(-1, residual.shape[-1])
@@ -158,34 +161,54 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):
+    """Raises OpError unless `lora_linear` can take these."""
+    given = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is None:
+        del given["bias"]
+    for name, tensor in given.items():
+        _check_tensor(name, tensor, x)
     if x.ndim == 0:
-        raise ValueError("lora_linear: x of shape () is a scalar; its last dimension must be the inputs")
+        raise OpError("lora_linear: x of shape () is a scalar; its last dimension must be the inputs")
     columns = x.shape[-1]
-    given = [("weight", weight, ("N", columns)), ("lora_A", lora_A, ("r", columns)), ("lora_B", lora_B, ("N", "r"))]
-    if bias is not None:
-        given.append(("bias", bias, ("N",)))
+    shapes = {"weight": ("N", columns), "lora_A": ("r", columns), "lora_B": ("N", "r"), "bias": ("N",)}
     sizes: dict[str, int] = {}
-    for name, tensor, shape in given:
+    for name, shape in shapes.items():
+        if name not in given:
+            continue
+        tensor = given[name]
         expected = [sizes.get(want, want) for want in shape]
         fits = tensor.ndim == len(shape) and all(
             isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)
         )
         if not fits:
-            raise ValueError(
+            raise OpError(
                 f"lora_linear: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(map(str, expected))}) "
                 f"for x of shape {tuple(x.shape)}"
             )
         sizes.update({want: have for want, have in zip(shape, tensor.shape, strict=True) if isinstance(want, str)})
-        if tensor.device != x.device:
-            raise ValueError(f"lora_linear: {name} is on {tensor.device}, x on {x.device}; move one of them")
-        if not tensor.is_floating_point():
-            raise ValueError(f"lora_linear: {name} is {tensor.dtype}; floating point is needed")
-    if not x.is_floating_point():
-        raise ValueError(f"lora_linear: x is {x.dtype}; floating point is needed")
-    if not math.isfinite(scaling):
-        raise ValueError(f"lora_linear: scaling is {scaling}; a finite number is needed")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"lora_linear: dropout is {dropout}; a probability in [0, 1) is needed")
+    if not _is_number(scaling) or not -math.inf < scaling < math.inf:
+        raise OpError(f"lora_linear: scaling is {scaling!r}; a finite number is needed")
+    if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+        raise OpError(f"lora_linear: dropout is {dropout!r}; a probability in [0, 1) is needed")
+
+
+def _check_tensor(name: str, tensor, x) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise OpError(f"lora_linear: {name} is of {type(tensor).__name__}; a tensor is needed")
+    if tensor.is_meta and x.is_meta:
+        raise OpError(f"lora_linear: {name} is on the meta device and has no values; give it some")
+    if tensor.device != x.device:
+        raise OpError(f"lora_linear: {name} is on {tensor.device}, x on {x.device}; move one of them")
+    if tensor.dtype not in DTYPES:
+        kind = "float32, float16, bfloat16 or float64" if tensor.is_floating_point() else "floating point"
+        raise OpError(f"lora_linear: {name} is {tensor.dtype}; {kind} is needed")
+
+
+def _is_number(value) -> bool:
+    """A number of Python's or NumPy's, or a tensor of one element."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return hasattr(type(value), "__float__")
 
 
 def lora_linear(
@@ -216,7 +239,8 @@ def lora_linear(
         (..., N) in x's dtype, or autocast's.
 
     Raises:
-        ValueError: a shape, device or dtype does not fit, scaling is not finite, or dropout is outside [0, 1).
+        OpError (a ValueError): a shape, device, dtype or type does not fit, scaling is not finite, or dropout is
+            outside [0, 1).
         BackendError: the triton backend was demanded and cannot serve the call.
     """
     _check(x, weight, bias, lora_A, lora_B, scaling, dropout)

@@ -10,7 +10,7 @@ import torch
 
 from fastpeft import dispatch
 from fastpeft.dispatch import Plan, backend, choose_backend, override_plan, set_backend
-from fastpeft.errors import BackendError
+from fastpeft.errors import BackendError, FastpeftError, OpError
 from fastpeft.ops import lora_linear
 from fastpeft.oracle import GRADIENTS, lora_linear_outcomes
 from tests.interpreter import GuardedTorch, backwards
@@ -102,6 +102,18 @@ def call(**changes):
         ({"x": torch.zeros(3, INPUTS, dtype=torch.int64)}, "x is torch.int64; floating point is needed"),
         ({"lora_B": torch.zeros(OUTPUTS, RANK, dtype=torch.int8)}, "lora_B is torch.int8; floating point is needed"),
         ({"x": torch.zeros(3, INPUTS).half()}, "x is torch.float16 but weight is torch.float32"),
+        ({"x": torch.zeros(3, INPUTS).cfloat()}, "x is torch.complex64; floating point is needed"),
+        *(
+            ({name: torch.zeros(RANK, INPUTS).to(torch.float8_e4m3fn)}, f"{name} is torch.float8_e4m3fn; float32, .*64")
+            for name in ("x", "weight", "bias", "lora_A", "lora_B")
+        ),
+        ({"x": [[1.0] * INPUTS]}, "x is of list; a tensor is needed"),
+        ({"weight": None}, "weight is of NoneType; a tensor is needed"),
+        ({"lora_A": None}, "lora_A is of NoneType; a tensor is needed"),
+        ({"lora_B": 3}, "lora_B is of int; a tensor is needed"),
+        ({"bias": 0.5}, "bias is of float; a tensor is needed"),
+        *(({"scaling": bad}, "scaling is .*; a finite number") for bad in ("1", None, [1.0], torch.ones(2), 1j)),
+        *(({"dropout": bad}, "dropout is .*; a probability") for bad in (None, "0.1", torch.ones(2))),
         ({"scaling": float("nan")}, "scaling is nan; a finite number is needed"),
         ({"scaling": float("inf")}, "scaling is inf; a finite number is needed"),
         ({"dropout": 1.0}, r"dropout is 1.0; a probability in \[0, 1\) is needed"),
@@ -110,8 +122,23 @@ def call(**changes):
     ],
 )
 def test_errors_name_the_argument_and_what_was_expected(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OpError, match=message) as caught:
         call(**changes)
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, FastpeftError)
+
+
+def test_tensors_without_values_are_refused():
+    with pytest.raises(OpError, match="x is on the meta device and has no values"):
+        call(**{name: getattr(draws(1)[0], name).to("meta") for name in GRADIENTS})
+
+
+def test_the_checks_do_not_break_a_graph():
+    """Nor where the scaling changes, so that it is no constant any more."""
+    torch._dynamo.reset()
+    operands = leaves_of(draws(1)[0])
+    compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
+    for scaling in (1.0, 0.5, 2):
+        assert torch.equal(compiled(*operands, scaling), lora_linear(*operands, scaling))
 
 
 # Backends
