@@ -61,10 +61,27 @@ CUDA = (
     *(Row(kernel, SINGLE, 256, AttentionTiles(32, 32, 32, warps=4, stages=1)) for kernel in KERNELS),
 )
 
+SM_100 = (Row("forward", HALF, 64, AttentionTiles(128, 64)),)
+
+HIP = (
+    Row("forward", HALF, 64, AttentionTiles(128, 64)),
+    Row("forward", HALF, 128, AttentionTiles(64, 32, 32, stages=1)),
+    Row("grad_query", HALF, 64, AttentionTiles(64, 64)),
+    Row("grad_query", HALF, 128, AttentionTiles(32, 32, 32, stages=1)),
+    *(
+        row
+        for kernel in ("grad_keys", "grad_prefix", "grad_bias")
+        for row in (
+            Row(kernel, HALF, 64, AttentionTiles(32, 64, stages=1)),
+            Row(kernel, HALF, 128, AttentionTiles(32, 32, stages=1)),
+        )
+    ),
+)
+
 SMALL = AttentionTiles(16, 16, 16, stages=1)  # so that every loop turns in small tests
 INTERPRETER = tuple(Row(kernel, HALF + SINGLE, 256, SMALL) for kernel in KERNELS)
 
-FAMILIES = {"interpreter": INTERPRETER}
+FAMILIES = {"interpreter": INTERPRETER, "hip": (*HIP, *CUDA), "sm_100": (*SM_100, *CUDA)}
 
 
 @functools.cache

@@ -189,7 +189,7 @@ def forward(
 
 def grad_query(
     dout: torch.Tensor,
-    out: torch.Tensor | None,
+    out: torch.Tensor,
     lse: torch.Tensor,
     tensors,
     scores,
@@ -199,29 +199,50 @@ def grad_query(
     prefix: bool = True,
     sequence: bool = True,
     before: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
     tiles: AttentionTiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(δ [B, H, S] in fp32, dq stored as `forward`'s out, or None if not `wanted`); before [B, H, S, D] is added to dq.
 
-    With a gate, `out` is not needed: δ is the ungated prefix's, whose sum over batch and queries is the gate's gradient.
+    lse: what `forward` returned beside out.
     """
-    q = tensors.q_BHSD
-    batch, heads, queries, _ = q.shape
     shared = _rows_arguments(tensors, scores, dropout, prefix, sequence)
+    shared |= {"out_ptr": out, "gate_ptr": None, **_strides("o", "bhsd", out)}
+    return _launch_grad_query(dout, lse, shared, wanted, before, tiles)
+
+
+def grad_gated_query(
+    dout: torch.Tensor,
+    tensors,
+    scores,
+    gate: torch.Tensor,
+    *,
+    wanted: bool = True,
+    before: torch.Tensor | None = None,
+    tiles: AttentionTiles | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(lse, δ, dq) of what the prefix adds through a gate [H], whose softmax is made again, as nothing of it was kept.
+
+    δ is the ungated prefix's: its sum over batch and queries is the gate's gradient.
+    """
+    shared = _rows_arguments(tensors, scores, None, True, False)
+    shared |= {"out_ptr": None, "gate_ptr": gate, **_strides("o", "bhsd", None)}
+    lse = _statistics(tensors.q_BHSD)
+    return lse, *_launch_grad_query(dout, lse, shared, wanted, before, tiles)
+
+
+def _launch_grad_query(dout, lse, shared: dict, wanted: bool, before, tiles):
+    q = shared["q_ptr"]
+    batch, heads, queries, _ = q.shape
     tiles = tiles or _tiles("grad_query", shared, q.device)
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     dq = _heads_inside(q) if wanted else None
     arguments = {
         **shared,
-        "out_ptr": out,
-        "dout_ptr": dout,
         **_lse_arguments(lse),
+        "dout_ptr": dout,
         "delta_ptr": delta,
         "before_ptr": before,
         "dq_ptr": dq,
-        "gate_ptr": gate,
-        **_strides("o", "bhsd", out),
         **_strides("g", "bhsd", dout),
         **_strides("f", "bhsd", before),
         **tiles.blocks(shared["P"]),

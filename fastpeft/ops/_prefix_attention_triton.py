@@ -8,6 +8,7 @@ import torch
 
 from fastpeft.kernels import prefix_attention as kernels
 from fastpeft.kernels._common import Dropout
+from fastpeft.ops import _vendor_flash as vendor
 from fastpeft.ops._lora_linear_triton import draw_seed as draw_seed
 from fastpeft.ops._lora_linear_triton import keep_mask as rows_of_mask
 
@@ -24,17 +25,27 @@ def keep_mask(seed, p: float, batch: int, heads: int, queries: int, prefix: int,
 
 
 def forward(tensors, call, seed):
-    """(out (B, H, S, D) over (B, S, H, D) storage, L (B, H, S) in fp32)."""
+    """(out (B, H, S, D) over (B, S, H, D) storage, L (B, H, S) in fp32, or what the kernels keep of fp32 data)."""
+    if call.plan.forward == "merge":
+        q, k, v, *_ = tensors
+        own = vendor.forward(q, k, v, call.scores.causal, call.scores.scale)
+        return kernels.forward(tensors, call.scores, sequence=False, first=own)
     return kernels.forward(tensors, call.scores, _dropout(seed, call.dropout))
 
 
 def backward(dout, tensors, out, lse, call, seed, needs):
     """The gradients of `Tensors`, None where not needed."""
-    dropout, scores = _dropout(seed, call.dropout), call.scores
-    delta, dq = kernels.grad_query(dout, out, lse, tensors, scores, dropout, wanted=needs.q_BHSD)
+    dropout, scores, merged = _dropout(seed, call.dropout), call.scores, call.plan.forward == "merge"
+    q, k, v, *_ = tensors
+    before = dk = dv = dpk = dpv = dbias = dpbias = dsinks = None
+    if merged and (needs.q_BHSD or needs.k_BGTD or needs.v_BGTD):
+        natural = kernels.natural_lse(lse)
+        before, dk, dv = vendor.backward(dout, q, k, v, out, natural, scores.causal, scores.scale)
+    delta, dq = kernels.grad_query(
+        dout, out, lse, tensors, scores, dropout, wanted=needs.q_BHSD, sequence=not merged, before=before
+    )
     given = (dout, lse, delta, tensors, scores, dropout)
-    dk = dv = dpk = dpv = dbias = dpbias = dsinks = None
-    if needs.k_BGTD or needs.v_BGTD:
+    if not merged and (needs.k_BGTD or needs.v_BGTD):
         dk, dv = kernels.grad_keys(*given, prefix=False)
     if needs.pk_BGPD or needs.pv_BGPD:
         dpk, dpv = kernels.grad_keys(*given, prefix=True)

@@ -74,7 +74,7 @@ def launch_all(dtype: torch.dtype, depth: int, feature: str, prefix: int, merge:
         kernels.forward(tensors, scores, sequence=False, first=(out, kernels.natural_lse(lse)))
         kernels.forward(tensors, scores, sequence=False, first=(out, None), gate=gate)
         kernels.grad_query(dout, out, lse, tensors, scores, sequence=False, before=dq)
-        delta, _ = kernels.grad_query(dout, None, lse, tensors, scores, sequence=False, before=dq, gate=gate)
+        lse, delta, _ = kernels.grad_gated_query(dout, tensors, scores, gate, before=dq)
         kernels.grad_keys(dout, lse, delta, tensors, scores, prefix=True, gate=gate)
 
 
