@@ -1,218 +1,50 @@
-"""What is measured against what: a table of named implementations of the LoRA linear.
-
-An entry binds tensors to a `Call`. A strategy of ours, or a peer, is one more entry in `IMPLEMENTATIONS`.
-"""
+"""What the tables of implementations have in common; an op's own stands in `<op>_peers.py`."""
 
 import contextlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+from .accuracy import PEER_RMS_RATIO
 from .harness import Call
-from .report import FLOOR
 
 
 class Missing(Exception):
     """An implementation cannot be had here; the message says why, and is printed in its place."""
 
 
-@dataclass
-class Inputs:
-    """Tensors of one cell: x (M, K), weight (N, K), grad (M, N) in the data's dtype; lora_a (r, K) and lora_b (N, r) in
-    fp32, from which an implementation takes adapters in its own dtype."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    grad: torch.Tensor
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    scaling: float
-    dropout: float
-
-    def leaves(self, adapter_dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        """Fresh leaves; None means adapters in the data's dtype."""
-        dtype = adapter_dtype or self.x.dtype
-        tensors = {"x": self.x, "A": self.lora_a.to(dtype), "B": self.lora_b.to(dtype)}
-        return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-
-
 @dataclass(frozen=True)
 class Implementation:
-    """`build` binds inputs, or raises `Missing`. `compiled` entries cost a compilation per cell and run in few cells.
-    `peer`: ours are compared with it."""
+    """`build` binds a cell's inputs, or raises `Missing`, as may the call's first run. `compiled` entries cost a
+    compilation per cell and run in few cells. `peer`: ours are compared with it. `rms_bound`: how many times eager's
+    error it may have. `serves`: whether a cell of these inputs is for it at all."""
 
     name: str
     label: str
-    build: Callable[[Inputs], Call]
+    build: Callable[[Any], Call]
     strategy: str | None = None
     adapter_dtype: torch.dtype | None = None
     compiled: bool = False
     needs_gpu: bool = False
     peer: bool = True
+    rms_bound: float = PEER_RMS_RATIO
+    serves: Callable[[Any], bool] = lambda inputs: True
 
 
-def build_frozen(inputs: Inputs) -> Call:
-    """The floor: the base product and its dX, in the vendor's library, as a layer without adapters."""
-    x = inputs.x.detach().clone().requires_grad_()
-    return Call(lambda: F.linear(x, inputs.weight), {"x": x}, inputs.grad, {"weight": inputs.weight})
-
-
-def _peft_layer(inputs: Inputs, autocast_adapter_dtype: bool) -> nn.Module:
-    """peft.tuners.lora.layer.Linear around an nn.Linear on our weight, with our adapter values in it."""
-    if importlib.util.find_spec("peft") is None:
-        raise Missing("peft is not installed")
-    from peft import LoraConfig, get_peft_model
-
-    rank, k = inputs.lora_a.shape
-    model = nn.Module()
-    model.proj = nn.Linear(k, inputs.weight.shape[0], bias=False, device="meta")
-    model.proj.weight = nn.Parameter(inputs.weight, requires_grad=False)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=inputs.scaling * rank,
-        lora_dropout=inputs.dropout,
-        target_modules=["proj"],
-        init_lora_weights=False,
-    )
-    layer = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).base_model.model.proj
-    with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(inputs.lora_a)
-        layer.lora_B["default"].weight.copy_(inputs.lora_b)
-    if layer.scaling["default"] != inputs.scaling:
-        raise RuntimeError(f"peft made the scaling {layer.scaling['default']}, asked for {inputs.scaling}")
-    return layer.train()
-
-
-def build_peft(inputs: Inputs, *, autocast_adapter_dtype: bool, compiled: bool = False) -> Call:
-    layer = _peft_layer(inputs, autocast_adapter_dtype)
-    x = inputs.x.detach().clone().requires_grad_()
-    leaves = {"x": x, "A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
-    forward = layer
-    if compiled:
-        torch._dynamo.reset()  # every cell compiles the same code anew; dynamo gives up after eight such times
-        forward = torch.compile(layer, dynamic=False)
-    return Call(lambda: forward(x), leaves, inputs.grad, {"weight": inputs.weight})
-
-
-class AddmmLora(torch.autograd.Function):
-    """y = x Wᵀ, then y += s·S Bᵀ in place, S = drop(x) Aᵀ; backward dX = dY W, then dX += s·m⊙(T A), T = dY B.
-
-    The algebra that hand-written LoRA functions without own GEMM kernels share: every product in the vendor's library,
-    the low-rank terms accumulated with beta = 1. dY B is computed once.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, a, b, scaling: float, dropout: float):
-        dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
-        shrunk = dropped @ a.T
-        y = x @ weight.T
-        y.addmm_(shrunk, b.T, alpha=scaling)
-        ctx.save_for_backward(dropped, mask, shrunk, weight, a, b)
-        ctx.scaling, ctx.dropout = scaling, dropout
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        dropped, mask, shrunk, weight, a, b = ctx.saved_tensors
-        t = grad @ b
-        db = (grad.T @ shrunk).mul_(ctx.scaling)
-        da = (t.T @ dropped).mul_(ctx.scaling)
-        dx = grad @ weight
-        if mask is None:
-            dx.addmm_(t, a, alpha=ctx.scaling)
-        else:
-            dx.addcmul_(t @ a, mask.to(dx.dtype), value=ctx.scaling / (1 - ctx.dropout))
-        return dx, None, da, db, None, None
-
-
-def build_addmm(inputs: Inputs) -> Call:
-    leaves = inputs.leaves(None)
-
-    def forward():
-        return AddmmLora.apply(leaves["x"], inputs.weight, leaves["A"], leaves["B"], inputs.scaling, inputs.dropout)
-
-    return Call(forward, leaves, inputs.grad, {"weight": inputs.weight})
-
-
-def build_fastpeft(
-    inputs: Inputs, *, backend: str = "auto", strategy: str | None = None, adapter_dtype: torch.dtype | None = None
-) -> Call:
+def in_force(backend: str, strategy: str | None) -> Callable[[], Any]:
+    """A context for ours: the backend, and for Triton the strategy. Raises Missing where fastpeft is not to be had."""
     try:
         from fastpeft.dispatch import Plan, override_plan
         from fastpeft.dispatch import backend as chosen_backend
-        from fastpeft.ops.lora_linear import lora_linear
     except ImportError as error:
         raise Missing(f"fastpeft cannot be imported: {error}") from error
-    leaves = inputs.leaves(adapter_dtype)
-
-    def forward():
-        return lora_linear(
-            leaves["x"],
-            inputs.weight,
-            None,
-            leaves["A"],
-            leaves["B"],
-            inputs.scaling,
-            dropout=inputs.dropout,
-            training=True,
-        )
+    plan = Plan(strategy, strategy, "the benchmark's") if strategy else None
 
     @contextlib.contextmanager
     def context():
-        plan = Plan(strategy, strategy, "the benchmark's") if strategy else None
         with chosen_backend(backend), override_plan(plan) if plan else contextlib.nullcontext():
             yield
 
-    return Call(forward, leaves, inputs.grad, {"weight": inputs.weight}, context)
-
-
-def _strategy(name: str, label: str) -> Implementation:
-    def build(inputs: Inputs) -> Call:
-        return build_fastpeft(inputs, backend="triton", strategy=name)
-
-    return Implementation(f"fastpeft:{name}", label, build, strategy=name, needs_gpu=True, peer=False)
-
-
-IMPLEMENTATIONS = (
-    Implementation(FLOOR, "frozen linear: forward and dX, no adapter", build_frozen),
-    Implementation(
-        "peft-fp32",
-        "peft, eager, its default: fp32 adapters (IEEE fp32 products, torch's default)",
-        lambda inputs: build_peft(inputs, autocast_adapter_dtype=True),
-        adapter_dtype=torch.float32,
-    ),
-    Implementation(
-        "peft", "peft, eager, adapters in the base's dtype", lambda i: build_peft(i, autocast_adapter_dtype=False)
-    ),
-    Implementation(
-        "peft-compile",
-        "peft under torch.compile, adapters in the base's dtype",
-        lambda inputs: build_peft(inputs, autocast_adapter_dtype=False, compiled=True),
-        compiled=True,
-    ),
-    Implementation("addmm-algebra", "cuBLAS + addmm_ algebra", build_addmm),
-    Implementation("fastpeft", "fastpeft, its own choice", build_fastpeft, strategy="auto", peer=False),
-    Implementation(
-        "fastpeft-fp32",
-        "fastpeft, its own choice, fp32 adapters",
-        lambda inputs: build_fastpeft(inputs, adapter_dtype=torch.float32),
-        strategy="auto",
-        adapter_dtype=torch.float32,
-        peer=False,
-    ),
-    _strategy("prewrite", "vendor GEMM accumulating onto a pre-written low-rank term"),
-    _strategy("addmm", "vendor GEMM, then the low-rank term added in place"),
-    _strategy("augment", "one vendor GEMM over operands copied side by side"),
-    _strategy("fused", "one Triton GEMM with the low-rank term inside"),
-    Implementation(
-        "fastpeft:torch",
-        "fastpeft, torch backend",
-        lambda inputs: build_fastpeft(inputs, backend="torch"),
-        strategy="torch",
-        peer=False,
-    ),
-)
+    return context

@@ -1,6 +1,6 @@
 """The LoRA linear against its peers on Llama-3-8B's linears: forward and backward, no figure without a check.
 
-`plan` lists the cells, the most important first; `BENCH` says how a cell is run; `main` is the command line, also
+`tiers` lists the cells, the most important first; `BENCH` says how a cell is run; `main` is the command line, also
 behind `fastpeft bench lora`.
 """
 
@@ -8,15 +8,15 @@ import argparse
 import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from . import report
-from .accuracy import Oracle
-from .baselines import IMPLEMENTATIONS, Inputs
-from .runner import Bench, Run
+from . import command
+from .command import DTYPES, whole_numbers
+from .lora_linear_peers import IMPLEMENTATIONS, Inputs
+from .lora_linear_truth import LoraTruth
+from .runner import Bench
 
 OP = "lora_linear"
 SHAPES = {
@@ -29,9 +29,7 @@ TINY_SHAPES = {"q/o": (128, 128, 128), "k/v": (128, 128, 64)}
 RANKS = (16, 64, 8, 128)
 DROPOUTS = (0.0, 0.05)
 TINY_DROPOUTS = (0.0, 0.5)  # on the CPU torch rounds 1/(1-p) to bf16: a gain of 1.002 at 0.05, exact at 0.5
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALING = 0.75  # no power of two: those are exact in bf16 and hide where it is applied
-COMPILED_CELLS = 3  # peft under torch.compile: 10 to 30 s of compilation each
 
 
 @dataclass(frozen=True)
@@ -87,55 +85,30 @@ def inputs_of(cell: Cell, device: torch.device) -> Inputs:
     )
 
 
-def oracle_of(inputs: Inputs) -> Oracle:
-    return Oracle(inputs.x, inputs.weight, inputs.grad, inputs.scaling, inputs.dropout)
+def truth_of(inputs: Inputs) -> LoraTruth:
+    return LoraTruth(inputs.x, inputs.weight, inputs.grad, inputs.scaling, inputs.dropout)
 
 
-BENCH = Bench(OP, Cell, inputs_of, oracle_of, IMPLEMENTATIONS)
-
-
-def plan(device: str, *, tiny: bool = False, budget_s: float = 400.0) -> dict:
-    """The whole grid for the check-in, ranks outermost so that rank 16 is done everywhere before any other begins."""
+def tiers(tiny: bool) -> list[list[Cell]]:
+    """Ranks outermost, so that rank 16 is done everywhere before any other begins."""
     shapes, ranks, dropouts = (TINY_SHAPES, (16,), TINY_DROPOUTS) if tiny else (SHAPES, RANKS, DROPOUTS)
-    cells = [
-        Cell(name, *shape, r, dropout, "bf16") for r in ranks for name, shape in shapes.items() for dropout in dropouts
+    return [
+        [Cell(name, *shape, r, dropout, "bf16") for name, shape in shapes.items() for dropout in dropouts]
+        for r in ranks
     ]
-    return plan_of(cells, device, budget_s=budget_s, quick=tiny)
 
 
-def plan_of(cells: Sequence[Cell], device: str, *, budget_s: float, quick: bool = False) -> dict:
-    """Plain data, so that a process can be started on it, and started again. `without` names implementations that are
-    not to be run and why, `skip` likewise cells by id."""
-    without = {}
-    if device == "cpu":
-        without = {i.name: "not compiled on the CPU path" for i in IMPLEMENTATIONS if i.compiled}
-        without |= {i.name: "its kernels need a GPU" for i in IMPLEMENTATIONS if i.needs_gpu}
-    compiled = COMPILED_CELLS if device == "cuda" and not quick else 0
-    return {
-        "op": OP,
-        "device": device,
-        "tiny": device == "cpu",
-        "cells": [asdict(replace(cell, compiled=index < compiled)) for index, cell in enumerate(cells)],
-        "budget_s": budget_s,
-        "rounds": [3, 5] if quick else [10, 60],
-        "seconds_per_cell": 2.5,
-        "without": without,
-        "skip": {},
-    }
+BENCH = Bench(OP, Cell, inputs_of, truth_of, IMPLEMENTATIONS, tiers)
 
 
 def _shape(text: str) -> tuple[str, tuple[int, int, int]]:
     """NAME of SHAPES, or M,K,N."""
     if text in SHAPES:
         return text, SHAPES[text]
-    try:
-        m, k, n = (int(part) for part in text.split(","))
-    except ValueError:
-        names = ", ".join(SHAPES)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither one of {names} nor M,K,N") from None
-    if min(m, k, n) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: M, K and N must be at least 1")
-    return f"{k}->{n}", (m, k, n)
+    if text[:1].isdigit():
+        m, k, n = whole_numbers(text, "M,K,N")
+        return f"{k}->{n}", (m, k, n)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither one of {', '.join(SHAPES)} nor M,K,N")
 
 
 def _rank(text: str) -> int:
@@ -162,35 +135,24 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--dropout", type=_probability, action="append", help="may be repeated; default 0 and 0.05 (cpu: 0.5)"
     )
-    out.add_argument("--dtype", choices=list(DTYPES), default="bf16")
-    out.add_argument("--quick", action="store_true", help="one shape unless named, fewer rounds, no torch.compile")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    out.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes unless named")
+    command.add_options(out)
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0; 1 if something failed to run, 2 for wrong usage, 3 if a result was wrong."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse's own way out; callers want a number
-        return int(stop.code or 0)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("bench lora: torch sees no GPU. --device cpu runs the torch backend on tiny shapes.", file=sys.stderr)
-        return 2
+def _cells(arguments: argparse.Namespace) -> list[Cell]:
     on_cpu = arguments.device == "cpu"
     shapes = arguments.shape or list((TINY_SHAPES if on_cpu else SHAPES).items())[: 1 if arguments.quick else None]
-    cells = [
+    return [
         Cell(name, *shape, rank, dropout, arguments.dtype)
         for rank in arguments.rank or (16,)
         for name, shape in shapes
         for dropout in arguments.dropout or (TINY_DROPOUTS if on_cpu else DROPOUTS)
     ]
-    document = report.new_document(plan_of(cells, arguments.device, budget_s=3600.0, quick=arguments.quick))
-    document["stamp"] = report.stamp(arguments.device)
-    Run(document, lambda: report.save(document, arguments.json) if arguments.json else None, BENCH).measure()
-    print(report.table(document), end="")
-    return report.exit_code(document)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see `command.main` for the status."""
+    return command.main(BENCH, parser(), _cells, argv)
 
 
 if __name__ == "__main__":

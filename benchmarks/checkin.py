@@ -1,14 +1,16 @@
-"""One call on a GPU machine: the CUDA tests, the machine's ceilings, the benchmarks. `--out DIR` receives everything.
+"""One call on a GPU machine: the CUDA tests, the machine's ceilings, the benches. `--out DIR` receives everything.
 
 DIR/checkin.json is valid from the first second on (schema in report.py), DIR/table.txt is the last thing printed too,
-DIR/tests.log and DIR/tests.xml are pytest's. The benchmark runs in a process of its own: a kernel that crashes it, or
-hangs, is named, left out, and the rest is measured by a fresh process that goes on where that one stopped.
+DIR/tests.log and DIR/tests.xml are pytest's. The benches run in a process of their own, the most important cells of
+each first: a kernel that crashes it, or hangs, is named, left out, and the rest is measured by a fresh process that
+goes on where that one stopped.
 
 Exit status: 0; 1 if a test failed or an implementation raised or died; 2 for wrong usage; 3 if a result was wrong.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -18,25 +20,29 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import bench_lora_linear, report
+from . import bench_lora_linear, bench_prefix_attention, report
 from .harness import Budget
 from .report import FLOOR, ROOT
-from .runner import DeviceLost, Run
+from .runner import DeviceLost, Run, cells_of, in_turns, key_of, key_of_row, plan_of
 
-BENCHES = {bench_lora_linear.OP: bench_lora_linear.BENCH}
+BENCHES = (bench_lora_linear.BENCH, bench_prefix_attention.BENCH)
+TEST_WORKERS = 8
 STARTS = 4  # the first, and three more after crashes
 STALL_S = 150.0  # longer than torch.compile's first compilation, the slowest single step
 SPARE_S = 15.0  # for the table, and for a worker to finish the cell it is in
 DEVICE_LOST_RC = 4
 
 
-def run_tests(path: Path, out: Path, seconds: float) -> dict:
-    """`pytest -m cuda path` in a process of its own; interrupted after `seconds`, so that it still reports."""
+def run_tests(path: Path, out: Path, seconds: float, workers: int = 0) -> dict:
+    """`pytest -m cuda path` in a process of its own; interrupted after `seconds`, so that it still reports. Most of the
+    time goes into compiling kernels, so `workers` processes share the tests, where xdist is installed."""
     if not path.exists():
         return report.no_tests(f"{path} does not exist: tests come with a checkout")
     xml, log = out / "tests.xml", out / "tests.log"
     xml.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "cuda", str(path), "-q", "--tb=short", "-p", "no:cacheprovider"]
+    if workers and importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers), "--dist", "loadgroup"]
     start, timed_out = time.monotonic(), False
     with log.open("w") as stream:
         process = _start([*command, f"--junitxml={xml}"], stdout=stream, stderr=subprocess.STDOUT)
@@ -140,24 +146,28 @@ def _avoid(document: dict, reason: str) -> bool:
     if at["impl"] is None:
         plan["skip"][at["cell"]] = f"its timing ended the process: {reason}"
     else:
-        plan["without"][at["impl"]] = f"ended the process ({reason}) in {at['cell']}"
+        plan["without"].setdefault(at["op"], {})[at["impl"]] = f"ended the process ({reason}) in {at['cell']}"
     return True
 
 
 def _name_unmeasured(document: dict, reason: str) -> None:
-    bench = BENCHES[document["plan"]["op"]]
-    done = {(tuple(row["shape"].values()), row["dropout"]) for row in document["results"]}
-    named = {entry["cell"] for entry in document["unmeasured"]}
-    for cell in (bench.cell(**entry) for entry in document["plan"]["cells"]):
-        if (tuple(cell.shape().values()), cell.dropout) not in done and cell.id not in named:
-            document["unmeasured"].append({"cell": cell.id, "impl": None, "reason": reason})
+    done = set(map(key_of_row, document["results"]))
+    named = {(entry["op"], entry["cell"]) for entry in document["unmeasured"]}
+    for bench, cell in cells_of(document["plan"], {bench.op: bench for bench in BENCHES}):
+        if key_of(bench, cell) not in done and (bench.op, cell.id) not in named:
+            document["unmeasured"].append({"op": bench.op, "cell": cell.id, "impl": None, "reason": reason})
+
+
+def plan(device: str, *, tiny: bool = False, budget_s: float = 400.0) -> dict:
+    """Everything that there is to measure, in the order in which it is wanted."""
+    return plan_of(in_turns(BENCHES, tiny=tiny), device, budget_s=budget_s, quick=tiny)
 
 
 def work(path: Path) -> int:
     """The worker: measures what the plan in `path` still lacks, into the same file."""
     document = report.load(path)
     try:
-        Run(document, lambda: report.save(document, path), BENCHES[document["plan"]["op"]]).measure()
+        Run(document, lambda: report.save(document, path), BENCHES).measure()
     except DeviceLost as error:
         print(f"device lost: {error}", file=sys.stderr)
         return DEVICE_LOST_RC
@@ -172,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     out.add_argument("--tiny", action="store_true", help="tiny shapes: the whole course in seconds, no figure counts")
     out.add_argument("--budget", type=float, default=520.0, metavar="S", help="seconds for everything (default 520)")
-    out.add_argument("--tests-budget", type=float, default=150.0, metavar="S", help="of which for the tests")
+    out.add_argument("--tests-budget", type=float, default=180.0, metavar="S", help="of which for the tests")
     out.add_argument("--tests", type=Path, default=ROOT / "tests", metavar="PATH", help="which tests")
     out.add_argument("--commit", help="what to stamp where the tree carries no history")
     return out
@@ -193,12 +203,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     path = out / "checkin.json"
-    document = report.new_document(bench_lora_linear.plan(arguments.device, tiny=arguments.tiny))
+    document = report.new_document(plan(arguments.device, tiny=arguments.tiny))
     document["stamp"] = report.stamp(arguments.device, arguments.commit)
     report.save(document, path)
     if document["stamp"]["header"]:
         print(document["stamp"]["header"], flush=True)
-    document["tests"] = run_tests(arguments.tests.resolve(), out, arguments.tests_budget)
+    document["tests"] = run_tests(
+        arguments.tests.resolve(), out, arguments.tests_budget, TEST_WORKERS if arguments.device == "cuda" else 0
+    )
     report.save(document, path)
     print(f"[{budget.elapsed():.0f}/{budget.seconds:.0f} s] {report.tests_line(document['tests'])}", flush=True)
     clean = supervise(path, budget)

@@ -23,8 +23,9 @@ MAX_COVER_MS = 20.0
 class Call:
     """One implementation, bound to tensors: forward() -> y, and the leaves whose gradients its backward owes.
 
-    `leaves` maps "x", "A", "B" to tensors that require a gradient; `frozen` holds what does not (the base weight), by
-    name, so that a check can change it. `context` is entered around forward and around backward.
+    `leaves` maps names to tensors that require a gradient; `frozen` holds what does not (a base weight), by name, so
+    that a check can change it. `activations` names the leaves that are no parameters: memory that keeping them costs is
+    counted. `context` is entered around forward and around backward.
     """
 
     forward: Callable[[], torch.Tensor]
@@ -32,6 +33,7 @@ class Call:
     grad: torch.Tensor
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     context: Callable[[], Any] = nullcontext
+    activations: tuple[str, ...] = ("x",)
 
     def run_forward(self) -> torch.Tensor:
         with self.context():
@@ -204,7 +206,7 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Su
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `saved`: the storages autograd keeps, each once, without parameters; x counts if it is kept.
+    """Bytes. `saved`: the storages autograd keeps, each once, without parameters; an activation counts if it is kept.
     `held`: what the allocator has handed out and not got back when forward returns, without the output (also what a
     Function keeps outside of saved tensors). `peak`: the most at any time above what stood before forward."""
 
@@ -218,7 +220,8 @@ def measure_memory(call: Call, device: torch.device, *, count_saved: bool = True
 
     count_saved=False leaves the hooks out: a compiled call would be compiled anew under them.
     """
-    parameters = {t.untyped_storage().data_ptr() for name, t in {**call.leaves, **call.frozen}.items() if name != "x"}
+    inputs = {**call.leaves, **call.frozen}
+    parameters = {t.untyped_storage().data_ptr() for name, t in inputs.items() if name not in call.activations}
     storages: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,13 @@
                "dirty", "source_sha256", "date", "header", "ceilings": {"copy_gbps", "matmul_tflops"}},
      "tests": {"command", "rc", "seconds", "timed_out", "passed", "failed", "errors", "skipped",
                "failures": [{"test", "text"}], "note"},
-     "results": [{"op", "impl", "label", "strategy", "adapter_dtype", "shape": {"name", "M", "K", "N", "r"}, "dtype",
+     "results": [{"op", "impl", "label", "strategy", "adapter_dtype", "shape": {"name", the op's own numbers}, "dtype",
                   "dropout", "pass", "status", "median_ms", "p20_ms", "p80_ms", "rounds", "forward_ms", "host_ms",
                   "first_s", "overhead_over_floor", "overhead_p20", "overhead_p80", "speedup_vs": {impl: ratio},
                   "peak_bytes", "held_bytes", "saved_bytes", "gbps", "tflops",
                   "checked": {"rms_ratio", "gain", "tail_gain", "keep_rate", "problems"}, "note"}],
-     "kernels": [{"impl", "shape", "dropout", "launches", "kernels": [{"name", "us", "launches"}]}],
-     "unmeasured": [{"cell", "impl", "reason"}],
+     "kernels": [{"op", "impl", "shape", "dropout", "launches", "kernels": [{"name", "us", "launches"}]}],
+     "unmeasured": [{"op", "cell", "impl", "reason"}],
      "plan": {...}, "running": {...} or null}
 
 `status` is "ok", "wrong" (checked and not right: no times), "missing" (cannot be had here) or "failed" (raised).
@@ -54,7 +54,8 @@ _TESTS = {
     "failures": [{"test": TEXT, "text": TEXT}],
     "note": TEXT,
 }
-_SHAPE = {"name": TEXT, "M": (int,), "K": (int,), "N": (int,), "r": (int,)}
+OTHERS = "*"  # in a description: every other key
+_SHAPE = {"name": TEXT, OTHERS: (int,)}
 _TIMES = ("median_ms", "p20_ms", "p80_ms", "forward_ms", "overhead_over_floor", "gbps", "tflops")
 _RESULT = {
     **dict.fromkeys(("op", "impl", "label", "dtype", "pass", "status", "note"), TEXT),
@@ -73,8 +74,8 @@ _DOCUMENT = {
     "stamp": _STAMP,
     "tests": _TESTS,
     "results": [_RESULT],
-    "kernels": [{"impl": TEXT, "shape": _SHAPE, "dropout": NUMBER, "launches": (int,), "kernels": (list,)}],
-    "unmeasured": [{"cell": TEXT, "impl": OPTIONAL_TEXT, "reason": TEXT}],
+    "kernels": [{"op": TEXT, "impl": TEXT, "shape": _SHAPE, "dropout": NUMBER, "launches": (int,), "kernels": (list,)}],
+    "unmeasured": [{"op": TEXT, "cell": TEXT, "impl": OPTIONAL_TEXT, "reason": TEXT}],
     "plan": (dict,),
     "running": (dict, type(None)),
 }
@@ -104,10 +105,11 @@ def _walk(value, spec, where: str, found: list[str]) -> None:
         if not isinstance(value, dict):
             found.append(f"{where} is {type(value).__name__}, not an object")
             return
-        found.extend(f"{where}.{key} is missing" for key in sorted(spec.keys() - value.keys()))
-        found.extend(f"{where}.{key} is unknown" for key in sorted(value.keys() - spec.keys()))
-        for key in spec.keys() & value.keys():
-            _walk(value[key], spec[key], f"{where}.{key}", found)
+        known = {key: spec.get(key, spec.get(OTHERS)) for key in value}
+        found.extend(f"{where}.{key} is missing" for key in sorted(spec.keys() - value.keys() - {OTHERS}))
+        found.extend(f"{where}.{key} is unknown" for key in sorted(known) if known[key] is None)
+        for key in (key for key in known if known[key] is not None):
+            _walk(value[key], known[key], f"{where}.{key}", found)
     elif isinstance(spec, list):
         if not isinstance(value, list):
             found.append(f"{where} is {type(value).__name__}, not a list")
@@ -241,25 +243,33 @@ def headline(document: dict) -> str:
 
 
 def table(document: dict) -> str:
-    """Overhead over the frozen linear in %, a line per cell and a column per implementation; then what is missing."""
-    rows = document["results"]
-    names = list(dict.fromkeys(row["impl"] for row in rows if row["impl"] != FLOOR))
-    cells: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        shape = row["shape"]
-        key = (shape["name"], shape["M"], shape["K"], shape["N"], shape["r"], row["dropout"], row["dtype"])
-        cells.setdefault(key, {})[row["impl"]] = row
-    lines = [["linear", "M", "K", "N", "r", "p", "floor ms", *names]]
-    for key, found in cells.items():
-        floor = found.get(FLOOR)
-        floor_ms = f"{floor['median_ms']:.3f}" if floor and floor["status"] == "ok" else "-"
-        lines.append([*map(str, key[:6]), floor_ms, *(_entry(found.get(name)) for name in names)])
+    """For each op its overhead over the floor in %, a line per cell and a column per implementation; then what is
+    missing."""
     out = [headline(document)]
     if document["stamp"]["header"]:
         out.append(document["stamp"]["header"])
     out.append(tests_line(document["tests"]))
-    out.append("Overhead over the frozen linear (forward and dX), forward and backward, %:")
-    return "\n".join([*out, *_aligned(lines), *_remarks(document)]) + "\n"
+    for op in dict.fromkeys(row["op"] for row in document["results"]):
+        rows = [row for row in document["results"] if row["op"] == op]
+        floor = next((row["label"] for row in rows if row["impl"] == FLOOR), "no floor")
+        out.append(f"{op}, forward and backward: overhead in % over the floor ({floor})")
+        out.extend(_aligned(_lines(rows)))
+    return "\n".join([*out, *_remarks(document)]) + "\n"
+
+
+def _lines(rows: list[dict]) -> list[list[str]]:
+    """One op's table: its heading, then a line per cell."""
+    names = list(dict.fromkeys(row["impl"] for row in rows if row["impl"] != FLOOR))
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        key = (*row["shape"].values(), row["dropout"], row["dtype"])
+        cells.setdefault(key, {})[row["impl"]] = row
+    lines = [[*rows[0]["shape"], "p", "dtype", "floor ms", *names]]
+    for key, found in cells.items():
+        floor = found.get(FLOOR)
+        floor_ms = f"{floor['median_ms']:.3f}" if floor and floor["status"] == "ok" else "-"
+        lines.append([*map(str, key), floor_ms, *(_entry(found.get(name)) for name in names)])
+    return lines
 
 
 def _entry(row: dict | None) -> str:
@@ -288,9 +298,10 @@ def _remarks(document: dict) -> list[str]:
     reasons: dict[str, int] = {}
     for row in document["results"]:
         if row["status"] != "ok":
-            text = f"{row['impl']}: {row['status']}: {row['note']}"
+            text = f"{row['op']}: {row['impl']}: {row['status']}: {row['note']}"
             reasons[text] = reasons.get(text, 0) + 1
     lines = [text if count == 1 else f"{text} ({count} cells)" for text, count in reasons.items()]
     for entry in document["unmeasured"]:
-        lines.append(f"not measured: {entry['cell']}{' ' + entry['impl'] if entry['impl'] else ''}: {entry['reason']}")
+        who = f" {entry['impl']}" if entry["impl"] else ""
+        lines.append(f"not measured: {entry['op']}: {entry['cell']}{who}: {entry['reason']}")
     return lines

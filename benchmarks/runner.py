@@ -5,14 +5,15 @@ A bench (`Bench`) says what a cell is and what runs in it; everything here is th
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
 
-from .accuracy import MAX_RMS_RATIO, PEER_RMS_RATIO, Oracle, Verdict, verify
-from .baselines import Implementation, Inputs, Missing
+from .accuracy import Truth, Verdict
+from .baselines import Implementation, Missing
 from .harness import (
     Budget,
     Call,
@@ -29,7 +30,7 @@ from .harness import (
 )
 from .report import FLOOR
 
-PROFILED_CELLS = 4
+PROFILED_CELLS = 2  # of each op
 PROFILE_RESERVE_S = 25.0
 
 
@@ -54,15 +55,74 @@ class Cell(Protocol):
     def bytes(self, frozen: bool) -> int: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bench:
-    """An op's benchmark: its cells (from the plan's entries), its tensors and truth, and who takes part."""
+    """An op's benchmark: its cells (from the plan's entries), its tensors and truth, and who takes part.
+
+    tiers: of all cells, or of tiny ones, the most important first; a check-in takes them in turns with other ops'.
+    compiled_cells: in how many cells, the first ones, torch.compile takes part: 10 to 30 s of compilation each.
+    """
 
     op: str
     cell: Callable[..., Cell]
-    inputs: Callable[[Any, torch.device], Inputs]
-    oracle: Callable[[Inputs], Oracle]
+    inputs: Callable[[Any, torch.device], Any]
+    truth: Callable[[Any], Truth]
     implementations: Sequence[Implementation]
+    tiers: Callable[[bool], list[list[Cell]]]
+    compiled_cells: int = 3
+
+
+def plan_of(cells: Sequence[tuple[Bench, Cell]], device: str, *, budget_s: float, quick: bool = False) -> dict:
+    """Plain data, so that a process can be started on it, and started again. `without` names implementations, by op,
+    that are not to be run and why, `skip` likewise cells by id."""
+    without: dict[str, dict[str, str]] = {}
+    compiled: dict[str, int] = {}
+    entries = []
+    for bench, cell in cells:
+        without.setdefault(bench.op, {})
+        taken = compiled.get(bench.op, 0) if device == "cuda" and not quick else bench.compiled_cells
+        compiled[bench.op] = taken + 1
+        entries.append({"op": bench.op, **asdict(replace(cell, compiled=taken < bench.compiled_cells))})
+        if device == "cpu":
+            for implementation in bench.implementations:
+                if implementation.compiled:
+                    without[bench.op][implementation.name] = "not compiled on the CPU path"
+                elif implementation.needs_gpu:
+                    without[bench.op][implementation.name] = "its kernels need a GPU"
+    return {
+        "device": device,
+        "tiny": device == "cpu",
+        "cells": entries,
+        "budget_s": budget_s,
+        "rounds": [3, 5] if quick else [10, 60],
+        "seconds_per_cell": 2.5,
+        "without": without,
+        "skip": {},
+    }
+
+
+def in_turns(benches: Sequence[Bench], *, tiny: bool = False) -> list[tuple[Bench, Cell]]:
+    """All cells of several benches: the first tier of each, the second of each, and so on."""
+    rounds = zip_longest(*(bench.tiers(tiny) for bench in benches), fillvalue=())
+    return [(bench, cell) for tiers in rounds for bench, tier in zip(benches, tiers, strict=True) for cell in tier]
+
+
+def cells_of(plan: dict, benches: Mapping[str, Bench]) -> list[tuple[Bench, Cell]]:
+    """The cells of a plan, read back."""
+    found = []
+    for entry in plan["cells"]:
+        bench = benches[entry["op"]]
+        found.append((bench, bench.cell(**{name: value for name, value in entry.items() if name != "op"})))
+    return found
+
+
+def key_of(bench: Bench, cell: Cell) -> tuple:
+    """What identifies a cell among results."""
+    return bench.op, tuple(cell.shape().values()), cell.dropout, cell.dtype
+
+
+def key_of_row(row: dict) -> tuple:
+    return row["op"], tuple(row["shape"].values()), row["dropout"], row["dtype"]
 
 
 @dataclass
@@ -79,13 +139,12 @@ class Prepared:
     host_ms: float | None = None
 
 
-def prepare(implementation: Implementation, inputs: Inputs, oracle: Oracle, device: torch.device) -> Prepared:
+def prepare(implementation: Implementation, inputs: Any, truth: Truth, device: torch.device) -> Prepared:
     """Build, run until compiled, check, and weigh one implementation."""
     try:
         call = implementation.build(inputs)
         first_s, host_ms = warm_up(call, device)
-        bound = PEER_RMS_RATIO if implementation.peer else MAX_RMS_RATIO
-        verdict = verify(call, oracle, bound) if implementation.name != FLOOR else None
+        verdict = truth.verify(call, implementation.rms_bound) if implementation.name != FLOOR else None
         if verdict is not None and verdict.problems:
             return Prepared(implementation, "wrong", "; ".join(verdict.problems), verdict=verdict)
         memory = measure_memory(call, device, count_saved=not implementation.compiled)
@@ -114,80 +173,95 @@ class Run:
     """One pass over document["plan"]. Rows go to document["results"]; `save` is called after every cell and before
     every step that could end the process, which document["running"] then names."""
 
-    def __init__(self, document: dict, save: Callable[[], None], bench: Bench, budget: Budget | None = None):
-        self.document, self.save, self.bench = document, save, bench
+    def __init__(
+        self, document: dict, save: Callable[[], None], benches: Sequence[Bench], budget: Budget | None = None
+    ):
+        self.document, self.save = document, save
         self.plan = document["plan"]
         self.budget = budget or Budget(self.plan["budget_s"])
         self.device = torch.device(self.plan["device"])
-        self.implementations = [i for i in bench.implementations if i.name not in self.plan["without"]]
-        self.cells = [bench.cell(**entry) for entry in self.plan["cells"]]
+        self.cells = cells_of(self.plan, {bench.op: bench for bench in benches})
 
     def measure(self) -> None:
         """Every cell that has no results yet, in order. What the budget does not allow, and what the plan leaves out,
         is named in document["unmeasured"]."""
-        self._enter("-", None, "ceilings")
+        self._enter("", "-", None, "ceilings")
         self.document["stamp"]["ceilings"] = ceilings(self.device, torch.bfloat16, tiny=self.plan["tiny"])
         timer = timer_for(self.device)
         self._name_what_is_left_out()
-        done = {(tuple(row["shape"].values()), row["dropout"], row["dtype"]) for row in self.document["results"]}
-        durations: list[float] = []
+        done = set(map(key_of_row, self.document["results"]))
+        durations: dict[str, list[float]] = {}
         reserve = PROFILE_RESERVE_S if self.device.type == "cuda" else 0.0
-        for cell in self.cells:
-            if (tuple(cell.shape().values()), cell.dropout, cell.dtype) in done or cell.id in self.plan["skip"]:
+        for bench, cell in self.cells:
+            if key_of(bench, cell) in done or cell.id in self.plan["skip"]:
                 continue
-            if not self.budget.allows(durations, reserve):
-                self._leave_out(cell.id, None, f"the budget of {self.budget.seconds:.0f} s was spent")
+            spent = durations.setdefault(bench.op, [])
+            if not self.budget.allows(spent, reserve):
+                self._leave_out(bench.op, cell.id, None, f"the budget of {self.budget.seconds:.0f} s was spent")
                 continue
             start = self.budget.elapsed()
-            rows = self._cell(cell, timer)
-            durations.append(self.budget.elapsed() - start)
+            rows = self._cell(bench, cell, timer)
+            spent.append(self.budget.elapsed() - start)
             self.document["results"].extend(rows)
             self.save()
-            print(progress(cell, rows, self.budget), flush=True)
+            print(progress(bench, cell, rows, self.budget), flush=True)
         if self.device.type == "cuda":
             try:
                 self._profile()
             except Exception as error:  # the figures stand without it, and profilers fail for many reasons
                 traceback.print_exc()
-                self._leave_out("kernel profile", None, _in_words(error))
+                self._leave_out("all ops", "kernel profile", None, _in_words(error))
         self.document["running"] = None
         self.save()
 
-    def _enter(self, cell: str, implementation: str | None, stage: str) -> None:
-        self.document["running"] = {"cell": cell, "impl": implementation, "stage": stage}
+    def _enter(self, op: str, cell: str, implementation: str | None, stage: str) -> None:
+        self.document["running"] = {"op": op, "cell": cell, "impl": implementation, "stage": stage}
         self.save()
 
-    def _leave_out(self, cell: str, implementation: str | None, reason: str) -> None:
-        entry = {"cell": cell, "impl": implementation, "reason": reason}
+    def _leave_out(self, op: str, cell: str, implementation: str | None, reason: str) -> None:
+        entry = {"op": op, "cell": cell, "impl": implementation, "reason": reason}
         if entry not in self.document["unmeasured"]:
             self.document["unmeasured"].append(entry)
 
     def _name_what_is_left_out(self) -> None:
-        begun = {row["impl"] for row in self.document["results"]}
-        for name, reason in self.plan["without"].items():
-            self._leave_out("later cells" if name in begun else "all cells", name, reason)
-        for cell, reason in self.plan["skip"].items():
-            self._leave_out(cell, None, reason)
-        compiled = sum(cell.compiled for cell in self.cells)
-        if compiled < len(self.cells):
-            for implementation in (i for i in self.implementations if i.compiled):
-                self._leave_out("other cells", implementation.name, f"compiled in {compiled} cells only")
+        begun = {(row["op"], row["impl"]) for row in self.document["results"]}
+        for op, names in self.plan["without"].items():
+            for name, reason in names.items():
+                self._leave_out(op, "later cells" if (op, name) in begun else "all cells", name, reason)
+        for bench, cell in self.cells:
+            if cell.id in self.plan["skip"]:
+                self._leave_out(bench.op, cell.id, None, self.plan["skip"][cell.id])
+        for bench in dict.fromkeys(bench for bench, _ in self.cells):
+            compiled = [cell.compiled for owner, cell in self.cells if owner is bench]
+            if not all(compiled):
+                for implementation in (i for i in self._taking_part(bench) if i.compiled):
+                    reason = f"compiled in {sum(compiled)} cells only"
+                    self._leave_out(bench.op, "other cells", implementation.name, reason)
 
-    def _cell(self, cell: Cell, timer) -> list[dict]:
-        inputs = self.bench.inputs(cell, self.device)
-        oracle = self.bench.oracle(inputs)
+    def _taking_part(self, bench: Bench) -> list[Implementation]:
+        without = self.plan["without"].get(bench.op, {})
+        return [i for i in bench.implementations if i.name not in without]
+
+    def _cell(self, bench: Bench, cell: Cell, timer) -> list[dict]:
+        self._enter(bench.op, cell.id, None, "truth")
+        try:
+            inputs = bench.inputs(cell, self.device)
+            truth = bench.truth(inputs)
+        except torch.OutOfMemoryError as error:
+            self._leave_out(bench.op, cell.id, None, f"no memory for its float64 truth: {_in_words(error)}")
+            return []
         prepared = []
-        for implementation in self.implementations:
-            if implementation.compiled and not cell.compiled:
+        for implementation in self._taking_part(bench):
+            if implementation.compiled and not cell.compiled or not implementation.serves(inputs):
                 continue
-            self._enter(cell.id, implementation.name, "check")
-            prepared.append(prepare(implementation, inputs, oracle, self.device))
+            self._enter(bench.op, cell.id, implementation.name, "check")
+            prepared.append(prepare(implementation, inputs, truth, self.device))
             if prepared[-1].status == "failed":
                 require_device(self.device)
-        del oracle
+        del truth
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._enter(cell.id, None, "timing")
+        self._enter(bench.op, cell.id, None, "timing")
         ready = {p.implementation.name: p for p in prepared if p.status == "ok"}
         samples = interleave(
             timer,
@@ -196,36 +270,34 @@ class Run:
             rounds=tuple(self.plan["rounds"]),
             seconds=self.plan["seconds_per_cell"],
         )
-        return [row_of(self.bench, cell, p, samples) for p in prepared]
+        return [row_of(bench, cell, p, samples) for p in prepared]
 
     def _profile(self) -> None:
-        """Which kernels ran, and how long, for the first cells: last of all, because a profiler leaves traces in the
-        process that later timings would carry."""
+        """Which kernels ran, and how long, for the first cells of each op: last of all, because a profiler leaves
+        traces in the process that later timings would carry."""
         spent: list[float] = []
-        right = {
-            (tuple(r["shape"].values()), r["dropout"], r["impl"])
-            for r in self.document["results"]
-            if r["status"] == "ok"
-        }
-        for cell in self.cells[:PROFILED_CELLS]:
-            inputs = self.bench.inputs(cell, self.device)
-            for implementation in self.implementations:
-                key = (tuple(cell.shape().values()), cell.dropout, implementation.name)
-                if implementation.compiled or key not in right or not self.budget.allows(spent):
-                    continue
-                self._enter(cell.id, implementation.name, "profile")
-                start = time.monotonic()
-                kernels = kernel_profile(implementation.build(inputs), self.device)
-                spent.append(time.monotonic() - start)
-                self.document["kernels"].append(
-                    {
-                        "impl": implementation.name,
-                        "shape": cell.shape(),
-                        "dropout": cell.dropout,
-                        "launches": sum(kernel["launches"] for kernel in kernels),
-                        "kernels": kernels,
-                    }
-                )
+        right = {(key_of_row(row), row["impl"]) for row in self.document["results"] if row["status"] == "ok"}
+        for bench in dict.fromkeys(bench for bench, _ in self.cells):
+            for cell in [cell for owner, cell in self.cells if owner is bench][:PROFILED_CELLS]:
+                inputs = bench.inputs(cell, self.device)
+                for implementation in self._taking_part(bench):
+                    known = (key_of(bench, cell), implementation.name) in right
+                    if implementation.compiled or not known or not self.budget.allows(spent):
+                        continue
+                    self._enter(bench.op, cell.id, implementation.name, "profile")
+                    start = time.monotonic()
+                    kernels = kernel_profile(implementation.build(inputs), self.device)
+                    spent.append(time.monotonic() - start)
+                    self.document["kernels"].append(
+                        {
+                            "op": bench.op,
+                            "impl": implementation.name,
+                            "shape": cell.shape(),
+                            "dropout": cell.dropout,
+                            "launches": sum(kernel["launches"] for kernel in kernels),
+                            "kernels": kernels,
+                        }
+                    )
 
 
 def row_of(bench: Bench, cell: Cell, prepared: Prepared, samples: dict[str, list]) -> dict:
@@ -279,8 +351,8 @@ def _times(bench: Bench, cell: Cell, name: str, samples: dict[str, list]) -> dic
     return times
 
 
-def progress(cell: Cell, rows: list[dict], budget: Budget) -> str:
-    """`[elapsed/budget s] cell: floor ms, implementation +overhead %, ...`"""
+def progress(bench: Bench, cell: Cell, rows: list[dict], budget: Budget) -> str:
+    """`[elapsed/budget s] op: cell: floor ms, implementation +overhead %, ...`"""
     parts = []
     for row in rows:
         if row["status"] != "ok":
@@ -289,4 +361,4 @@ def progress(cell: Cell, rows: list[dict], budget: Budget) -> str:
             parts.append(f"{row['impl']} {row['median_ms']:.3f} ms")
         else:
             parts.append(f"{row['impl']} {100 * row['overhead_over_floor']:+.1f}%")
-    return f"[{budget.elapsed():.0f}/{budget.seconds:.0f} s] {cell.id}: {', '.join(parts)}"
+    return f"[{budget.elapsed():.0f}/{budget.seconds:.0f} s] {bench.op}: {cell.id}: {', '.join(parts)}"

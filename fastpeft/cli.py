@@ -20,6 +20,11 @@ COMMANDS = {
     "info": (info, "versions, devices, and which backend serves them and why"),
 }
 
+BENCHES = {
+    "lora": "fastpeft.benchmarks.bench_lora_linear",
+    "prefix": "fastpeft.benchmarks.bench_prefix_attention",
+}
+
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="fastpeft", description=fastpeft.__doc__.partition("\n\n")[0])
@@ -29,15 +34,15 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=module.__doc__.partition(": ")[2])
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    bench = commands.add_parser("bench", help="time an op against its peers: `fastpeft bench lora --help`")
-    bench.add_argument("op", choices=("lora",))
+    bench = commands.add_parser("bench", help="time an op against its peers: `fastpeft bench {lora,prefix} --help`")
+    bench.add_argument("op", choices=tuple(BENCHES))
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
     bench.set_defaults(run=run_bench)
     return out
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    return importlib.import_module("fastpeft.benchmarks.bench_lora_linear").main(arguments.rest)
+    return importlib.import_module(BENCHES[arguments.op]).main(arguments.rest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

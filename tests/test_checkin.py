@@ -7,8 +7,11 @@ import time
 import pytest
 import torch
 
-from benchmarks import bench_lora_linear, checkin, report
+from benchmarks import checkin, report
 from benchmarks.harness import Budget
+from benchmarks.runner import cells_of
+
+BENCHES = {bench.op: bench for bench in checkin.BENCHES}
 
 TESTS = """
 import time
@@ -43,10 +46,13 @@ def test_the_whole_course_on_the_cpu(tmp_path, capfd):
     assert report.problems(document) == [] and document["running"] is None
     assert document["tests"]["passed"] == 2 and document["tests"]["failed"] == 0 and document["tests"]["rc"] == 0
     cells = {(row["shape"]["name"], row["dropout"]) for row in document["results"]}
-    assert cells == {(name, p) for name in ("q/o", "k/v") for p in (0.0, 0.5)}
-    rows = {row["impl"]: row for row in document["results"]}
+    assert cells == {(name, p) for name in ("q/o", "k/v") for p in (0.0, 0.5)} | {("tiny", 0.0), ("tiny-alibi", 0.0)}
+    rows = {row["impl"]: row for row in document["results"] if row["op"] == "lora_linear"}
     ours = ["fastpeft", "fastpeft-fp32", "fastpeft:torch"]
     assert list(rows) == ["frozen", "peft-fp32", "peft", "addmm-algebra", *ours]
+    attention = {row["impl"]: row for row in document["results"] if row["op"] == "prefix_attention"}
+    ours = ["fastpeft", "fastpeft:torch"]
+    assert list(attention) == ["frozen", "peft", "cat-causal", "square", *ours, "peft-bloom"]
     assert all(row["status"] == "ok" and row["median_ms"] > 0 for row in document["results"])
     assert all(set(row["checked"]["gain"]) == {"y", "x", "A", "B"} for name, row in rows.items() if name != "frozen")
     assert rows["fastpeft"]["speedup_vs"].keys() == {"peft-fp32", "peft", "addmm-algebra"}
@@ -57,10 +63,12 @@ def test_the_whole_course_on_the_cpu(tmp_path, capfd):
         "fastpeft:addmm",
         "fastpeft:augment",
         "fastpeft:fused",
+        "flex",
+        "fastpeft:merge",
     }
     table = (out / "table.txt").read_text()
     assert printed.startswith(report.CPU_HEADER) and printed.endswith(table) and report.CPU_HEADER in table
-    assert "not measured: all cells peft-compile: not compiled on the CPU path" in table
+    assert "not measured: lora_linear: all cells peft-compile: not compiled on the CPU path" in table
 
 
 @pytest.mark.parametrize(
@@ -111,7 +119,7 @@ def test_no_test_marked_cuda_and_no_tests_at_all_are_said(tmp_path):
 def plan_file(tmp_path):
     """A document on disk as the check-in leaves it before the benchmark begins."""
     path = tmp_path / "checkin.json"
-    document = report.new_document(bench_lora_linear.plan("cpu", tiny=True))
+    document = report.new_document(checkin.plan("cpu", tiny=True))
     document["stamp"] = report.stamp("cpu")
     report.save(document, path)
     return path
@@ -122,10 +130,10 @@ import json, os, sys, time
 path, fault = sys.argv[1:]
 document = json.load(open(path))
 plan = document["plan"]
-if "fastpeft" not in plan["without"] and not plan["skip"]:
+if "fastpeft" not in plan["without"]["lora_linear"] and not plan["skip"]:
     impl = None if fault == "timing" else "frozen" if fault == "floor" else "fastpeft"
     stage = "timing" if fault == "timing" else "check"
-    document["running"] = {"cell": "q/o", "impl": impl, "stage": stage}
+    document["running"] = {"op": "lora_linear", "cell": "q/o", "impl": impl, "stage": stage}
     json.dump(document, open(path, "w"))
     if fault == "hang":
         time.sleep(60)
@@ -144,22 +152,29 @@ def supervised(plan_file, fault, budget=60.0):
     return clean, report.load(plan_file)
 
 
+def without_ours(document):
+    return document["plan"]["without"]["lora_linear"]["fastpeft"]
+
+
 def test_a_crash_leaves_out_who_caused_it_and_goes_on(plan_file):
     clean, document = supervised(plan_file, "crash")
     assert not clean and document["running"] is None and document["unmeasured"] == []
-    assert document["plan"]["without"]["fastpeft"] == "ended the process (ended by signal 6) in q/o"
+    assert without_ours(document) == "ended the process (ended by signal 6) in q/o"
 
 
 def test_a_lost_device_counts_as_a_crash(plan_file):
     document = supervised(plan_file, "lost")[1]
-    assert document["plan"]["without"]["fastpeft"] == "ended the process (the device stopped answering) in q/o"
+    assert (
+        document["plan"]["without"]["lora_linear"]["fastpeft"]
+        == "ended the process (the device stopped answering) in q/o"
+    )
 
 
 def test_a_hang_is_ended(plan_file, monkeypatch):
     watch = checkin.watch
     monkeypatch.setattr(checkin, "watch", lambda process, path, budget: watch(process, path, budget, stall_s=2.0))
     document = supervised(plan_file, "hang")[1]
-    assert document["plan"]["without"]["fastpeft"] == "ended the process (stood still for 2 s) in q/o"
+    assert without_ours(document) == "ended the process (stood still for 2 s) in q/o"
 
 
 def test_a_crash_while_timing_costs_the_cell(plan_file):
@@ -170,7 +185,7 @@ def test_a_crash_while_timing_costs_the_cell(plan_file):
 def test_without_a_floor_it_stops_and_names_every_cell(plan_file):
     clean, document = supervised(plan_file, "floor")
     named = {entry["cell"] for entry in document["unmeasured"]}
-    assert not clean and named == {bench_lora_linear.Cell(**cell).id for cell in document["plan"]["cells"]}
+    assert not clean and named == {cell.id for _, cell in cells_of(document["plan"], BENCHES)}
     assert report.exit_code(document) == 1
 
 
@@ -183,15 +198,15 @@ def test_a_spent_budget_ends_the_process(plan_file):
 
 def test_the_real_worker_reads_the_plan_and_leaves_out_what_it_says(plan_file):
     document = report.load(plan_file)
-    document["plan"]["without"] = dict.fromkeys(
-        (i.name for i in checkin.BENCHES["lora_linear"].implementations), "crash"
-    )
-    del document["plan"]["without"]["frozen"]
-    first = bench_lora_linear.Cell(**document["plan"]["cells"][0])
+    for op, bench in BENCHES.items():
+        names = [i.name for i in bench.implementations if i.name != report.FLOOR]
+        document["plan"]["without"][op] = dict.fromkeys(names, "crash")
+    first = cells_of(document["plan"], BENCHES)[0][1]
     document["plan"]["skip"] = {first.id: "crash"}
     report.save(document, plan_file)
     assert checkin.work(plan_file) == 0
     done = report.load(plan_file)
     assert len(done["results"]) == len(done["plan"]["cells"]) - 1 and {r["impl"] for r in done["results"]} == {"frozen"}
-    assert {"cell": first.id, "impl": None, "reason": "crash"} in done["unmeasured"]
-    assert {"cell": "all cells", "impl": "fastpeft", "reason": "crash"} in done["unmeasured"]
+    assert {"op": "lora_linear", "cell": first.id, "impl": None, "reason": "crash"} in done["unmeasured"]
+    for op in BENCHES:
+        assert {"op": op, "cell": "all cells", "impl": "fastpeft", "reason": "crash"} in done["unmeasured"]

@@ -110,10 +110,11 @@ def test_why_triton_does_not_serve_the_cpu():
 
 
 def test_bench_reaches_the_benchmark_of_a_checkout():
-    done = run_main("bench", "lora", "--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage: bench lora")
-    done = run_main("bench", "lora", "--rank", "none")
-    assert done.returncode == 2 and "no rank" in done.stderr
+    for op, bad, words in (("lora", ["--rank", "none"], "no rank"), ("prefix", ["--prefix", "0"], "at least 1")):
+        done = run_main("bench", op, "--help")
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: bench {op}")
+        done = run_main("bench", op, *bad)
+        assert done.returncode == 2 and words in done.stderr
 
 
 def test_a_reader_that_left_is_no_error():

@@ -2,10 +2,9 @@
 
 import pytest
 
-from benchmarks import bench_lora_linear, report
-from benchmarks.baselines import IMPLEMENTATIONS
-from benchmarks.bench_lora_linear import BENCH, Cell
-from benchmarks.runner import Bench, Run
+from benchmarks import report
+from benchmarks.bench_lora_linear import BENCH, IMPLEMENTATIONS, Cell
+from benchmarks.runner import Bench, Run, plan_of
 
 PLAIN = Cell("tiny", 128, 128, 96, 16, 0.0, "bf16")
 
@@ -20,12 +19,12 @@ def named():
 def run():
     """A whole run on the CPU, as the check-in's worker makes it; returns the document."""
 
-    def runs(implementations, cells=(PLAIN,), budget=None, document=None) -> dict:
-        plan = bench_lora_linear.plan_of(cells, "cpu", budget_s=100.0, quick=True)
+    def runs(implementations, cells=(PLAIN,), budget=None, document=None, bench=BENCH) -> dict:
+        chosen = Bench(**{**vars(bench), "implementations": tuple(implementations)})
+        plan = plan_of([(chosen, cell) for cell in cells], "cpu", budget_s=100.0, quick=True)
         document = document or report.new_document(plan)
         document["stamp"] = document["stamp"] or report.stamp("cpu")
-        bench = Bench(BENCH.op, BENCH.cell, BENCH.inputs, BENCH.oracle, implementations)
-        Run(document, lambda: None, bench, budget).measure()
+        Run(document, lambda: None, [chosen], budget).measure()
         return document
 
     return runs

@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 
-from benchmarks import baselines, report
-from benchmarks.accuracy import MAX_RMS_RATIO, PEER_RMS_RATIO, Oracle, verify
-from benchmarks.baselines import AddmmLora, Implementation
-from benchmarks.bench_lora_linear import Cell, inputs_of, oracle_of
+from benchmarks import lora_linear_peers as peers
+from benchmarks import report
+from benchmarks.accuracy import MAX_RMS_RATIO, PEER_RMS_RATIO
+from benchmarks.baselines import Implementation
+from benchmarks.bench_lora_linear import Cell, inputs_of, truth_of
 from benchmarks.harness import Call
+from benchmarks.lora_linear_peers import AddmmLora
+from benchmarks.lora_linear_truth import LoraTruth
 
 CPU = torch.device("cpu")
 PLAIN = Cell("tiny", 128, 128, 96, 16, 0.0, "bf16")
@@ -21,13 +24,12 @@ DROPPED = Cell("tiny", 128, 128, 96, 16, 0.5, "bf16")
 def test_every_implementation_that_runs_here_is_right(cell, dtype):
     cell = Cell(**{**cell.__dict__, "dtype": dtype})
     inputs = inputs_of(cell, CPU)
-    oracle = oracle_of(inputs)
+    truth = truth_of(inputs)
     checked = []
-    for implementation in baselines.IMPLEMENTATIONS:
+    for implementation in peers.IMPLEMENTATIONS:
         if implementation.needs_gpu or implementation.compiled or implementation.name == report.FLOOR:
             continue
-        bound = PEER_RMS_RATIO if implementation.peer else MAX_RMS_RATIO
-        verdict = verify(implementation.build(inputs), oracle, bound)
+        verdict = truth.verify(implementation.build(inputs), implementation.rms_bound)
         assert verdict.problems == [], implementation.name
         assert set(verdict.rms_ratio) == {"y", "x", "A", "B"} and set(verdict.tail_gain) == {"y", "x"}
         checked.append(implementation.name)
@@ -77,7 +79,7 @@ def planted(fault):
 
         return Call(forward, leaves, inputs.grad, {"weight": inputs.weight})
 
-    return Implementation("planted", "planted", build, peer=False)
+    return Implementation("planted", "planted", build, peer=False, rms_bound=MAX_RMS_RATIO)
 
 
 FAULTS = {
@@ -107,45 +109,45 @@ def test_a_planted_fault_prints_no_speed(fault, run, named):
 @pytest.mark.parametrize("fault", ["seed ignored", "other mask in backward"])
 def test_a_planted_dropout_fault_is_seen(fault):
     inputs = inputs_of(DROPPED, CPU)
-    verdict = verify(planted(fault).build(inputs), oracle_of(inputs))
+    verdict = truth_of(inputs).verify(planted(fault).build(inputs))
     expected = {"seed ignored": "does not depend on torch.manual_seed", "other mask in backward": "y: "}
     assert any(expected[fault] in problem for problem in verdict.problems), verdict.problems
 
 
 def test_dropout_without_effect_and_at_the_wrong_rate_are_seen():
     inputs = inputs_of(DROPPED, CPU)
-    oracle = oracle_of(inputs)
+    truth = truth_of(inputs)
     for p, expected in ((0.0, "no dropout mask"), (0.4, "no dropout mask")):
         other = copy.copy(inputs)
         other.dropout = p
-        assert expected in verify(baselines.build_addmm(other), oracle).problems[0]
+        assert expected in truth.verify(peers.build_addmm(other)).problems[0]
     rate = copy.copy(inputs)
     rate.dropout, rate.scaling = 0.45, inputs.scaling * 0.55 / 0.5  # the constant looks right, the rate does not
-    problems = verify(baselines.build_addmm(rate), oracle).problems
+    problems = truth.verify(peers.build_addmm(rate)).problems
     assert any(problem.startswith("keep rate 0.5") for problem in problems), problems
 
 
 def test_a_check_leaves_the_tensors_as_they_were():
     inputs = inputs_of(DROPPED, CPU)
-    call = baselines.build_addmm(inputs)
+    call = peers.build_addmm(inputs)
     before = {name: tensor.detach().clone() for name, tensor in {**call.leaves, **call.frozen}.items()}
     grad = call.grad.clone()
-    verify(call, oracle_of(inputs))
+    truth_of(inputs).verify(call)
     after = {**call.leaves, **call.frozen}
     assert all(torch.equal(before[name], after[name]) for name in before) and torch.equal(grad, call.grad)
 
 
 def test_fp32_adapters_must_not_be_rounded():
     inputs = inputs_of(PLAIN, CPU)
-    exact = baselines.build_fastpeft(inputs, adapter_dtype=torch.float32)
+    exact = peers.build_fastpeft(inputs, adapter_dtype=torch.float32)
     x, a, b = exact.leaves.values()
 
     def rounded():
         tail = x @ a.bfloat16().T @ b.bfloat16().T
         return torch.nn.functional.linear(x, inputs.weight) + tail * inputs.scaling
 
-    assert verify(exact, oracle_of(inputs)).problems == []
-    problems = verify(Call(rounded, exact.leaves, inputs.grad, exact.frozen), oracle_of(inputs)).problems
+    assert truth_of(inputs).verify(exact).problems == []
+    problems = truth_of(inputs).verify(Call(rounded, exact.leaves, inputs.grad, exact.frozen)).problems
     assert any("dA: rms error" in problem for problem in problems), problems
 
 
@@ -156,10 +158,10 @@ def test_the_oracle_is_the_autograd_of_the_definition():
     x, a, b = leaves.values()
     y = x @ inputs.weight.double().T + inputs.scaling * ((x * keep / 0.5) @ a.T) @ b.T
     grads = dict(zip("xAB", torch.autograd.grad(y, (x, a, b), inputs.grad.double()), strict=True))
-    oracle = Oracle(inputs.x, inputs.weight, inputs.grad, inputs.scaling, inputs.dropout)
-    tail = oracle.tail(a, b, keep)
-    torch.testing.assert_close(oracle.base["y"] + tail["y"], y)
-    torch.testing.assert_close(oracle.base["x"] + tail["x"], grads["x"])
+    truth = LoraTruth(inputs.x, inputs.weight, inputs.grad, inputs.scaling, inputs.dropout)
+    tail = truth.tail(a, b, keep)
+    torch.testing.assert_close(truth.base["y"] + tail["y"], y)
+    torch.testing.assert_close(truth.base["x"] + tail["x"], grads["x"])
     torch.testing.assert_close((tail["A"], tail["B"]), (grads["A"], grads["B"]))
 
 
@@ -168,5 +170,5 @@ def test_the_oracle_is_the_autograd_of_the_definition():
 def test_peers_pass_the_check_on_the_gpu(dropout):
     device = torch.device("cuda")
     inputs = inputs_of(Cell("small", 1024, 512, 256, 16, dropout, "bf16"), device)
-    for build in (baselines.build_addmm, lambda i: baselines.build_peft(i, autocast_adapter_dtype=False)):
-        assert verify(build(inputs), oracle_of(inputs), PEER_RMS_RATIO).problems == []
+    for build in (peers.build_addmm, lambda i: peers.build_peft(i, autocast_adapter_dtype=False)):
+        assert truth_of(inputs).verify(build(inputs), PEER_RMS_RATIO).problems == []

@@ -8,11 +8,12 @@ import numpy
 import pytest
 import torch
 
-from benchmarks import baselines, bench_lora_linear, harness, report
+from benchmarks import bench_lora_linear, checkin, harness, report
+from benchmarks import lora_linear_peers as peers
 from benchmarks.baselines import Implementation
 from benchmarks.bench_lora_linear import BENCH, Cell, inputs_of
 from benchmarks.harness import Budget, Call, CpuTimer, Sample
-from benchmarks.runner import Prepared, row_of
+from benchmarks.runner import Prepared, cells_of, row_of
 
 CPU = torch.device("cpu")
 PLAIN = Cell("tiny", 128, 128, 96, 16, 0.0, "bf16")
@@ -90,17 +91,17 @@ def test_the_peft_baseline_is_pefts_own_layer():
 
     inputs = inputs_of(PLAIN, CPU)
     for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
-        layer = baselines._peft_layer(inputs, autocast)
+        layer = peers._peft_layer(inputs, autocast)
         assert type(layer) is peft.tuners.lora.layer.Linear
         assert layer.lora_A["default"].weight.dtype == layer.lora_B["default"].weight.dtype == dtype
         assert layer.base_layer.weight.data_ptr() == inputs.weight.data_ptr() and layer.training
 
 
 def test_a_missing_baseline_is_named(monkeypatch, run, named):
-    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     document = run(named("frozen", "peft"))
     assert [row["status"] for row in document["results"]] == ["ok", "missing"]
-    assert "peft: missing: peft is not installed" in report.table(document)
+    assert "lora_linear: peft: missing: peft is not installed" in report.table(document)
     assert report.exit_code(document) == 0
 
 
@@ -121,12 +122,12 @@ def test_what_raises_is_named_and_the_rest_is_measured(capsys, run, named):
 def test_saved_bytes_count_each_storage_once_and_no_parameters():
     m, k, n, r = PLAIN.M, PLAIN.K, PLAIN.N, PLAIN.r
     inputs = inputs_of(PLAIN, CPU)
-    assert harness.measure_memory(baselines.build_frozen(inputs), CPU).saved == 0
-    assert harness.measure_memory(baselines.build_addmm(inputs), CPU).saved == 2 * (m * k + m * r)
+    assert harness.measure_memory(peers.build_frozen(inputs), CPU).saved == 0
+    assert harness.measure_memory(peers.build_addmm(inputs), CPU).saved == 2 * (m * k + m * r)
     x = torch.randn(m, k, requires_grad=True)
     twice = Call(lambda: (x * x) * x.view(k, m).view(m, k), {"x": x}, torch.ones(m, k))
     assert harness.measure_memory(twice, CPU).saved == 2 * 4 * m * k  # x once, x² once
-    dropped = harness.measure_memory(baselines.build_addmm(inputs_of(DROPPED, CPU)), CPU).saved
+    dropped = harness.measure_memory(peers.build_addmm(inputs_of(DROPPED, CPU)), CPU).saved
     assert dropped == 2 * (m * k + m * r) + m * k  # and a mask of one byte per element
     assert n != k
 
@@ -149,7 +150,7 @@ def test_a_spent_budget_stops_the_run_and_names_what_is_missing(run, named):
     missing = [e for e in document["unmeasured"] if e["impl"] is None]
     assert measured == [1, 2] and [entry["cell"] for entry in missing] == [c.id for c in cells[2:]]
     assert all(entry["reason"] == "the budget of 75 s was spent" for entry in missing)
-    assert f"not measured: {cells[3].id}: the budget of 75 s was spent" in report.table(document)
+    assert f"not measured: lora_linear: {cells[3].id}: the budget of 75 s was spent" in report.table(document)
 
 
 def test_budget_leaves_room_for_one_more_like_the_last():
@@ -167,17 +168,24 @@ def test_a_run_is_taken_up_where_it_stopped(run, named):
 
 
 def test_the_plan_begins_with_what_matters_most():
-    plan = bench_lora_linear.plan("cuda")
-    cells = [Cell(**entry) for entry in plan["cells"]]
-    assert len(cells) == len({cell.id for cell in cells}) == 32
-    assert [(c.name, c.r, c.dropout) for c in cells[:4]] == [
+    plan = checkin.plan("cuda")
+    benches = {bench.op: bench for bench in checkin.BENCHES}
+    cells = cells_of(plan, benches)
+    of_lora = [cell for bench, cell in cells if bench.op == "lora_linear"]
+    of_prefix = [cell for bench, cell in cells if bench.op == "prefix_attention"]
+    assert len(of_lora) == len({cell.id for cell in of_lora}) == 32 and len({cell.id for cell in of_prefix}) == 17
+    assert [(c.name, c.r, c.dropout) for c in of_lora[:4]] == [
         ("q/o", 16, 0.0),
         ("q/o", 16, 0.05),
         ("gate/up", 16, 0.0),
         ("gate/up", 16, 0.05),
     ]
-    assert {cell.r for cell in cells[:8]} == {16} and [cell.compiled for cell in cells] == [True] * 3 + [False] * 29
-    assert plan["without"] == {} and json.loads(json.dumps(plan)) == plan
+    first = [cell for _, cell in cells[:11]]
+    assert first == of_lora[:8] + of_prefix[:3] and {cell.r for cell in of_lora[:8]} == {16}
+    assert [(c.S, c.P, c.H, c.Hkv) for c in of_prefix[:3]] == [(s, 30, 32, 8) for s in (2048, 512, 8192)]
+    assert [cell.compiled for cell in of_lora] == [True] * 3 + [False] * 29
+    assert [cell.compiled for cell in of_prefix] == [True] * 2 + [False] * 15
+    assert plan["without"] == {op: {} for op in benches} and json.loads(json.dumps(plan)) == plan
 
 
 @pytest.fixture
@@ -285,7 +293,7 @@ def test_cuda_timer_sees_kernels_not_the_host():
 def test_cuda_memory_and_kernels_are_counted():
     device = torch.device("cuda")
     inputs = inputs_of(Cell("small", 1024, 512, 256, 16, 0.0, "bf16"), device)
-    call = baselines.build_addmm(inputs)
+    call = peers.build_addmm(inputs)
     harness.warm_up(call, device)
     memory = harness.measure_memory(call, device)
     assert memory.saved == 2 * (1024 * 512 + 1024 * 16)

@@ -1,0 +1,230 @@
+"""The benchmark of prefix attention: its truth, its peers, its ledger and its command line, on tiny shapes."""
+
+import json
+import types
+
+import pytest
+import torch
+
+from benchmarks import bench_prefix_attention as bench
+from benchmarks import prefix_attention_peers as peers
+from benchmarks import prefix_attention_truth as truth
+from benchmarks import report
+from benchmarks.baselines import Implementation
+from benchmarks.bench_prefix_attention import BENCH, Cell, inputs_of
+from benchmarks.harness import Call, measure_memory
+from benchmarks.prefix_attention_truth import LEAVES, PrefixTruth
+
+CPU = torch.device("cpu")
+GROUPED = Cell("tiny", 2, 4, 2, 40, 7, 16, "bf16")
+ALIBI = Cell("tiny-alibi", 2, 4, 4, 40, 7, 16, "bf16", alibi=True)
+
+
+def named(*names):
+    return [i for i in peers.IMPLEMENTATIONS if i.name in names]
+
+
+@pytest.fixture
+def measured(run):
+    return lambda implementations, cells=(GROUPED,): run(implementations, cells, bench=BENCH)
+
+
+@pytest.mark.parametrize("cell", [GROUPED, ALIBI], ids=["grouped", "alibi"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_implementation_that_runs_here_is_right(cell, dtype):
+    inputs = inputs_of(Cell(**{**vars(cell), "dtype": dtype}), CPU)
+    judge, checked = PrefixTruth(inputs), []
+    for implementation in peers.IMPLEMENTATIONS:
+        if implementation.needs_gpu or implementation.compiled or not implementation.serves(inputs):
+            continue
+        if implementation.name == report.FLOOR:
+            continue
+        verdict = judge.verify(implementation.build(inputs), implementation.rms_bound)
+        assert verdict.problems == [], implementation.name
+        assert set(verdict.rms_ratio) == {"out", *LEAVES} and set(verdict.tail_gain) == {"out", "query"}
+        checked.append(implementation.name)
+    assert checked == (["peft-bloom"] if cell.alibi else ["peft", "cat-causal", "square"]) + [
+        "fastpeft",
+        "fastpeft:torch",
+    ]
+
+
+def definition(q, k, v, pk, pv, slopes):
+    """Attention over both sets of keys in float64, for autograd."""
+    share = q.shape[1] // k.shape[1]
+    keys, values = (
+        torch.cat((p.expand(len(t), -1, -1, -1), t), 2).repeat_interleave(share, 1) for p, t in ((pk, k), (pv, v))
+    )
+    scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if slopes is not None:
+        scores = scores + slopes[:, None, None].double() * torch.arange(keys.shape[2])
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(pk.shape[1])
+    return torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ values
+
+
+@pytest.mark.parametrize("rows", [None, 9], ids=["whole", "by rows"])
+@pytest.mark.parametrize("cell", [GROUPED, ALIBI], ids=["grouped", "alibi"])
+def test_the_truth_is_the_autograd_of_the_definition(cell, rows, monkeypatch):
+    if rows:
+        monkeypatch.setattr(truth, "CHUNK_BYTES", rows * 8 * (cell.S + cell.P) * cell.H // cell.Hkv)
+    inputs = inputs_of(cell, CPU)
+    found = PrefixTruth(inputs)
+    leaves = [t.detach().double().requires_grad_() for t in inputs.leaves().values()]
+    out = definition(*leaves, inputs.slopes)
+    grads = torch.autograd.grad(out, leaves, inputs.grad.double())
+    torch.testing.assert_close(found.base["out"] + found.tail["out"], out.detach())
+    torch.testing.assert_close(found.base["query"] + found.tail["query"], grads[0])
+    for name, grad in zip(LEAVES[1:], grads[1:], strict=True):
+        torch.testing.assert_close(found.tail[name], grad)
+    eager = peers.build_fastpeft(inputs, backend="torch").run()[0]
+    torch.testing.assert_close(found.eager["out"], eager.detach(), rtol=2e-2, atol=2e-2)
+
+
+def planted(change):
+    """The plain form in float64 with one fault: `change` gets the gradients, and may return another result."""
+
+    class Planted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            out = definition(*(t.double() for t in tensors), None)
+            return change("out", out).to(tensors[0].dtype)
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                leaves = [t.detach().double().requires_grad_() for t in ctx.saved_tensors]
+                grads = torch.autograd.grad(definition(*leaves, None), leaves, grad.double())
+            return tuple(change(name, g).to(grad.dtype) for name, g in zip(LEAVES, grads, strict=True))
+
+    def build(inputs):
+        leaves = inputs.leaves()
+        return Call(lambda: Planted.apply(*leaves.values()), leaves, inputs.grad)
+
+    return Implementation("planted", "planted", build, peer=False, rms_bound=peers.FLASH_RMS_RATIO)
+
+
+def on(wanted, do):
+    return planted(lambda name, t: do(t) if name == wanted else t)
+
+
+FAULTS = {
+    "nothing": (planted(lambda name, t: t), None),
+    "scale of dprefix_key": (on("prefix_key", lambda t: t * 1.01), "dprefix_key: gain 1.0"),
+    "dprefix_value is zero": (on("prefix_value", torch.zeros_like), "dprefix_value: zero everywhere"),
+    "dprefix of one sample": (on("prefix_key", lambda t: t / 2), "dprefix_key: gain 0.5"),
+    "NaN in one place": (on("key", lambda t: t.clone().index_fill_(2, torch.tensor([5]), float("nan"))), "dkey: not f"),
+    "last row unwritten": (on("query", lambda t: t.clone().index_fill_(2, torch.tensor([39]), 0.0)), "dquery: rms"),
+    "shape": (on("out", lambda t: t[:, :, :-1]), "out: (2, 4, 39, 16)"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_prints_no_speed(fault, measured, capsys):
+    implementation, words = FAULTS[fault]
+    document = measured([*named(report.FLOOR), implementation])
+    assert report.problems(document) == []
+    row = document["results"][1]
+    if words is None:
+        assert row["status"] == "ok" and row["median_ms"] > 0 and report.exit_code(document) == 0
+    elif fault == "shape":  # autograd itself refuses a gradient of another shape
+        assert row["status"] == "failed"
+    else:
+        assert row["status"] == "wrong" and words in row["note"], row["note"]
+        assert row["median_ms"] is None and report.exit_code(document) == 3
+
+
+def test_a_prefix_that_is_left_out_or_scaled_is_seen():
+    inputs = inputs_of(GROUPED, CPU)
+    leaves = inputs.leaves()
+
+    def scaled(factor):
+        q, k, v, pk, pv = leaves.values()
+        return definition(q, k, v, pk, pv * factor, None).to(q.dtype)
+
+    found = PrefixTruth(inputs)
+    for factor in (0.98, 1.02):
+        problems = found.verify(Call(lambda f=factor: scaled(f), leaves, inputs.grad), 10.0).problems
+        assert any(problem.startswith("out: gain of the prefix's part") for problem in problems), problems
+
+
+def test_the_baseline_is_hfs_own_way():
+    """peft's cache and transformers' functions give what the peers compute."""
+    from transformers import DynamicCache
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    inputs = inputs_of(GROUPED, CPU)
+    rows = tuple(t.expand(2, -1, -1, -1) for t in (inputs.pk, inputs.pv))
+    k, v = DynamicCache([rows]).update(inputs.k, inputs.v, 0)
+    mask = peers.causal_mask(inputs).expand(2, 1, -1, -1)
+    out = sdpa_attention_forward(types.SimpleNamespace(num_key_value_groups=2), inputs.q, k, v, mask)[0]
+    assert torch.equal(peers.build_peft(inputs).run_forward(), out.transpose(1, 2))
+    bloom = peers.build_bloom(inputs_of(ALIBI, CPU)).frozen["alibi"]
+    assert torch.equal(bloom, build_alibi_tensor(torch.ones(2, 47), 4, torch.bfloat16))
+
+
+def test_saved_bytes_show_what_a_prefix_costs():
+    """HF keeps repeated keys and a mask of numbers; ours the same as the floor, and the prefix is a parameter."""
+    inputs = inputs_of(Cell("tiny", 2, 8, 2, 64, 8, 16, "fp32"), CPU)
+    saved = {name: measure_memory(named(name)[0].build(inputs), CPU).saved for name in ("frozen", "peft", "fastpeft")}
+    assert saved["fastpeft"] == saved["frozen"]
+    assert saved["peft"] - saved["frozen"] >= 2 * 4 * 2 * (8 * 72 - 2 * 64) * 16
+
+
+def test_the_ledger_of_llamas_attention():
+    cell = Cell("llama-2048", 8, 32, 8, 2048, 30, 128, "bf16")
+    assert cell.flops(frozen=True) == pytest.approx((275 + 687) * 1e9, rel=2e-3)
+    assert cell.flops(frozen=False) / cell.flops(frozen=True) - 1 == pytest.approx(2 * 30 / 2048)
+    assert cell.bytes(frozen=True) == pytest.approx((336 + 671) * 1e6, rel=2e-3)
+
+
+def test_strategies_of_the_kernels_are_not_timed_without_a_gpu(measured):
+    document = measured(named(report.FLOOR, "fastpeft:fused"))
+    assert document["plan"]["without"]["prefix_attention"] == {"fastpeft:fused": "its kernels need a GPU"}
+
+
+def test_merge_is_missing_where_the_vendor_cannot():
+    from benchmarks.baselines import Missing
+
+    with pytest.raises(Missing, match="ALiBi is the kernels' own"):
+        named("fastpeft:merge")[0].build(inputs_of(ALIBI, CPU))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "llama"], "neither one of llama-2048"),
+        (["--shape", "8,32,8,512,30"], "is not B,H,Hkv,S,P,D"),
+        (["--shape", "1,4,3,64,8,16"], "H = 4 is no multiple of Hkv = 3"),
+        (["--prefix", "0"], "at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(arguments, words, capsys):
+    assert bench.main(["--device", "cpu", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_command_measures_a_named_shape(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    shape = ["--shape", "1,4,2,33,5,16", "--prefix", "3", "--prefix", "17", "--dtype", "fp32"]
+    assert bench.main(["--device", "cpu", "--quick", *shape, "--json", str(path)]) == 0
+    saved = json.loads(path.read_text())
+    assert report.problems(saved) == [] and saved["running"] is None
+    assert {tuple(row["shape"].values()) for row in saved["results"]} == {
+        ("given", 1, 4, 2, 33, prefix, 16, 0) for prefix in (3, 17)
+    }
+    assert {row["status"] for row in saved["results"]} == {"ok"}
+    printed = capsys.readouterr().out
+    assert report.CPU_HEADER in printed and printed.endswith(report.table(saved))
+    assert "not measured: prefix_attention: all cells flex: not compiled on the CPU path" in printed
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("sizes", [(2, 8, 2, 512, 30, 128), (2, 8, 8, 64, 30, 64)], ids=["grouped", "alibi"])
+def test_peers_pass_the_check_on_the_gpu(sizes):
+    inputs = inputs_of(bench._cell("tiny" if sizes[2] == 2 else "tiny-alibi", sizes), torch.device("cuda"))
+    found = PrefixTruth(inputs)
+    for implementation in (i for i in peers.IMPLEMENTATIONS if i.peer and i.name != report.FLOOR):
+        if implementation.serves(inputs) and not implementation.compiled:
+            assert found.verify(implementation.build(inputs), implementation.rms_bound).problems == []
