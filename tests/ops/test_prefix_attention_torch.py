@@ -79,6 +79,8 @@ def test_the_prefix_gradients_of_many_rows_are_added_up_in_fp32(dtype):
     with path("flash"):
         problems = draws((), 4, dtype=dtype, queries=1500, batch=1, heads=1, groups=1, depth=8)
         assert_right(problems, Bounds(), ("prefix_key", "prefix_value"))
+        with small_blocks():
+            assert_right(draws(("window",), 16, dtype=dtype, queries=59), FLASH)
 
 
 @pytest.mark.parametrize("half", BOTH)
