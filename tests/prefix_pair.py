@@ -89,6 +89,8 @@ def trained_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def assert_same_prefix_step(hf, ours, inputs: dict, bound: float = 1e-6, slope_bound: float = 1e-5) -> None:
     """Loss, the logits of real tokens, and each gradient in the norm."""
+    if "labels" in inputs and inputs["labels"].shape == inputs["attention_mask"].shape:
+        inputs = {**inputs, "labels": inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)}
     outputs = [model(**inputs) for model in (hf, ours)]
     close(outputs[1].loss, outputs[0].loss, bound)
     with torch.no_grad():
