@@ -20,7 +20,7 @@ from fastpeft import check_model, info
 from fastpeft.console import Console
 from fastpeft.dispatch import MAX_RANK, Choice, choose_backend, interpreting
 from fastpeft.errors import FastpeftError
-from fastpeft.local_model import load_causal_model, quiet_transformers
+from fastpeft.local_model import load_model, quiet_transformers, task_of
 from fastpeft.oracle import Bounds, Difference, compare, lora_linear_outcomes, random_lora_problem
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +77,7 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a causal model of yours; default: a tiny Llama")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a model of yours; default: a tiny Llama")
     parser.add_argument("--method", choices=("lora",), default="lora")
     parser.add_argument("--rank", type=_rank, default=8, metavar="R", help="default 8")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base; default: the model's own, fp32 for the tiny one")
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             base = base.to(DTYPES[arguments.dtype])
         config = {
             "r": arguments.rank, "lora_alpha": 2 * arguments.rank, "lora_dropout": arguments.dropout,
-            "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+            "target_modules": "all-linear", "task_type": task_of(type(base).__name__).value,
         }  # fmt: skip
         torch.manual_seed(0)
         model = fastpeft.patch(copy.deepcopy(base), fastpeft.LoraConfig(**config)).eval()
@@ -135,7 +135,10 @@ def _key(device: torch.device) -> str:
 def _base(path: Path | None, device: torch.device) -> nn.Module:
     """The user's model, or a Llama with two layers, grouped keys and no round sizes."""
     if path is not None:
-        return load_causal_model(path, device)
+        model = load_model(path, device)
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = 0  # without one, a decoder classifies a single sentence at a time
+        return model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -218,7 +221,11 @@ def model_rows(
     eager, masks = zip(*(check_model.eager(model, ids, arguments.dropout, s) for s, ids in seeded), strict=True)
     ours = [check_model.fused(model, ids, s) for s, ids in seeded]
     exact = check_model.in_float64(model)
-    truth = [check_model.truth(exact, ids, mask) for ids, mask in zip(batches, masks, strict=True)]
+    try:
+        truth = [check_model.truth(exact, ids, mask) for ids, mask in zip(batches, masks, strict=True)]
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FastpeftError(f"check: this model cannot be computed in float64, to compare with: {reason}") from error
     del exact
     theirs = _hf_outcomes(base, model, config, batches, masks)
     bounds = bounds_of("", choice, base.dtype, False, ALONE)
@@ -238,11 +245,13 @@ def _hf_outcomes(base, model, config, batches, masks) -> list[check_model.Outcom
         import peft
     except ImportError:
         return []
-    other = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config)).eval()
-    values = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # "all-linear" fails in peft for some tasks, and takes in what `patch` leaves out
+    settings = {**config, "target_modules": list(model.peft_config["default"].target_modules)}
+    other = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings)).eval()
+    values = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            if parameter.requires_grad:
+            if ".lora_" in name:
                 parameter.copy_(values[name.removeprefix("base_model.model.")])
     return [check_model.hf_peft(other, ids, mask) for ids, mask in zip(batches, masks, strict=True)]
 

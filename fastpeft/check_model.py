@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from fastpeft.check_batches import Batch, logits_and_loss, random_batch
 from fastpeft.errors import FastpeftError
+from fastpeft.local_model import task_of
 from fastpeft.ops import lora_linear_reference
 from fastpeft.oracle import LoraProblem, op_dropout
 from fastpeft.patching import layers
@@ -17,8 +19,6 @@ from fastpeft.tuners.lora import LoraLinear
 
 Outcome = dict[str, torch.Tensor]  # "logits", and the gradient of each adapter parameter by its name
 Masks = list[tuple[torch.Tensor | None, float]]  # of the layers in the order in which they are called: (keep, p)
-
-ROWS, LENGTH, POSITIONS = 4, 33, 4  # a draw's batch, and of how many last positions the logits are compared
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
@@ -44,23 +44,19 @@ def randomize(model: nn.Module, seed: int) -> None:
                 b.copy_(torch.randn(b.shape, generator=generator) * deviation)
 
 
-def batches(model: nn.Module, count: int, seed: int) -> list[torch.Tensor]:
-    """`count` batches of random tokens."""
-    embedding = model.get_input_embeddings().weight
-    longest = getattr(model.config, "max_position_embeddings", None) or LENGTH
+def batches(model: nn.Module, count: int, seed: int) -> list[Batch]:
+    """`count` batches of random tokens, for the model's task."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (ROWS, min(LENGTH, longest))
-    return [torch.randint(len(embedding), shape, generator=generator).to(embedding.device) for _ in range(count)]
+    return [random_batch(model, task_of(type(model).__name__), generator) for _ in range(count)]
 
 
-def outcome(model: nn.Module, ids: torch.Tensor, prefix: str = "") -> Outcome:
+def outcome(model: nn.Module, batch: Batch, prefix: str = "") -> Outcome:
     """Logits and adapter gradients of a model whose parameters' names begin with `prefix`."""
-    named = {n.removeprefix(prefix): p for n, p in model.named_parameters() if p.requires_grad}
-    logits = model(input_ids=ids, use_cache=False).logits
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = nn.functional.cross_entropy(wide[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    gradients = torch.autograd.grad(loss, list(named.values()))
-    return {"logits": logits[:, -POSITIONS:].detach(), **dict(zip(named, gradients, strict=True))}
+    named = {n.removeprefix(prefix): p for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n}
+    logits, loss = logits_and_loss(batch, model(**batch.inputs))
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    used = {name: each for name, each in zip(named, gradients, strict=True) if each is not None}
+    return {"logits": logits.detach(), **used}
 
 
 def _reference_forward(layer: LoraLinear, mask_of: Callable):
@@ -89,7 +85,7 @@ def _plain(model: nn.Module, mask_of: Callable) -> Iterator[None]:
             del layer.forward
 
 
-def eager(model: nn.Module, ids: torch.Tensor, dropout: float, seed: int) -> tuple[Outcome, Masks]:
+def eager(model: nn.Module, batch: Batch, dropout: float, seed: int) -> tuple[Outcome, Masks]:
     """The plain formula in the model's dtypes, with the masks that the ops draw under this seed."""
     masks: Masks = []
 
@@ -99,25 +95,29 @@ def eager(model: nn.Module, ids: torch.Tensor, dropout: float, seed: int) -> tup
 
     torch.manual_seed(seed)
     with _plain(model, draw):
-        return outcome(model, ids), masks
+        return outcome(model, batch), masks
 
 
-def truth(model: nn.Module, ids: torch.Tensor, masks: Masks) -> Outcome:
+def truth(model: nn.Module, batch: Batch, masks: Masks) -> Outcome:
     """The plain formula with these masks, in the dtype of `model`: float64 where that matters."""
     remaining = iter(masks)
     with _plain(model, lambda layer, x, a: next(remaining)):
-        return outcome(model, ids)
+        return outcome(model, batch)
 
 
-def fused(model: nn.Module, ids: torch.Tensor, seed: int) -> Outcome:
+def fused(model: nn.Module, batch: Batch, seed: int) -> Outcome:
     """fastpeft's ops, on the backend in force."""
     torch.manual_seed(seed)
-    return outcome(model, ids)
+    return outcome(model, batch)
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """A copy. What transformers computes in fp32 whatever the dtype (norms, rotary angles) stays so, in all alike."""
-    return copy.deepcopy(model).double()
+    """A copy. What transformers computes in fp32 whatever the dtype (norms, rotary angles) stays so, in all alike. The
+    experts of a mixture are called one by one: torch's grouped product has no float64."""
+    exact = copy.deepcopy(model).double()
+    if callable(getattr(exact, "set_experts_implementation", None)):
+        exact.set_experts_implementation("eager")
+    return exact
 
 
 class FixedDropout(nn.Module):
@@ -132,10 +132,10 @@ class FixedDropout(nn.Module):
         return x if keep is None else x * keep.view(x.shape) / (1 - p)
 
 
-def hf_peft(model: nn.Module, ids: torch.Tensor, masks: Masks) -> Outcome:
+def hf_peft(model: nn.Module, batch: Batch, masks: Masks) -> Outcome:
     """HF peft's forward and backward of a PeftModel, with these masks."""
     remaining = iter(masks)
     for module in model.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = FixedDropout(remaining)
-    return outcome(model, ids, "base_model.model.")
+    return outcome(model, batch, "base_model.model.")

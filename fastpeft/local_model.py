@@ -1,4 +1,4 @@
-"""A causal language model from a local transformers directory, for the commands; nothing is ever fetched."""
+"""A model from a local transformers directory, for the commands; nothing is ever fetched."""
 
 import contextlib
 import warnings
@@ -8,20 +8,49 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastpeft.configs import TaskType
 from fastpeft.errors import FastpeftError
+
+# Task -> the class of transformers that loads its models, and transformers' table of these models.
+_LOADERS = {
+    TaskType.CAUSAL_LM: ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    TaskType.SEQ_2_SEQ_LM: ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    TaskType.SEQ_CLS: ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    TaskType.TOKEN_CLS: ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    TaskType.QUESTION_ANS: ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+}
+
+
+def task_of(architecture: str | None) -> TaskType:
+    """The task that a model of this class is for; a causal model's for a class that transformers has in no table."""
+    from transformers.models.auto import modeling_auto
+
+    for task, (_, table) in _LOADERS.items():
+        names = getattr(modeling_auto, table).values()
+        if any(architecture in ((name,) if isinstance(name, str) else name) for name in names):
+            return task
+    return TaskType.CAUSAL_LM
 
 
 def load_causal_model(path: Path, device: torch.device) -> nn.Module:
-    """The model in eval mode, in the dtype of its files.
+    """`load_model` of a causal language model, whatever the directory says it is."""
+    return load_model(path, device, TaskType.CAUSAL_LM)
+
+
+def load_model(path: Path, device: torch.device, task: TaskType | None = None) -> nn.Module:
+    """The model in eval mode, in the dtype of its files; `task` None: of the task that its configuration names.
 
     Raises FastpeftError if there is none, it cannot be loaded, or its files lack some of its weights.
     """
     if not (path / "config.json").is_file():
         raise FastpeftError(f"--model {path}: no config.json there; give a directory that save_pretrained wrote")
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    with loading(path, "configuration"):
+        named = transformers.AutoConfig.from_pretrained(path, local_files_only=True).architectures or [None]
+        loader = getattr(transformers, _LOADERS[task or task_of(named[0])][0])
     with loading(path, "model"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = loader.from_pretrained(
             path, local_files_only=True, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     if missing := sorted(found["missing_keys"]):

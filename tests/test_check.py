@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from transformers import MixtralForCausalLM
 
 import fastpeft
-from fastpeft import check, check_model, cli, dispatch, oracle
+from fastpeft import check, check_batches, check_model, cli, dispatch, oracle
 from fastpeft.oracle import Bounds
 from fastpeft.patching import layers
 from fastpeft.tuners import lora
@@ -137,6 +138,39 @@ def test_own_model(family, tmp_path):
     assert 1e-4 < logits["eager"] < 1e-1  # the bf16 of its files
 
 
+@pytest.mark.parametrize(
+    ("family", "task", "layer"),
+    [
+        ("mixtral", "CAUSAL_LM", "o_proj"),  # whose experts torch multiplies in groups, but not in float64
+        ("t5", "SEQ_2_SEQ_LM", "wi"),
+        ("bert", "SEQ_CLS", "dense"),
+        ("llama", "SEQ_CLS", "q_proj"),
+        ("bart", "SEQ_CLS", "fc1"),
+        ("roberta", "TOKEN_CLS", "query"),
+        ("bert", "QUESTION_ANS", "query"),
+    ],
+)
+def test_own_model_of_any_task(family, task, layer, tmp_path):
+    model = tiny(family, task)
+    if family == "llama":
+        model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    arguments = ("--model", tmp_path / "model", "--rank", 4, "--dropout", 0.1 if family == "t5" else 0)
+    status, printed, document = document_of(tmp_path, *arguments)
+    assert status == 0, printed
+    whole = {row["tensor"]: row for row in document["rows"] if row["part"] == "whole model"}
+    assert {"logits", f"{layer}.lora_A", f"{layer}.lora_B"} <= whole.keys()
+    for row in whole.values():
+        assert all(1e-8 < row[who] < 1e-4 for who in ("ours", "eager", "peft")), row
+
+
+def test_a_model_that_float64_does_not_serve(monkeypatch, tmp_path, capsys):
+    tiny("mixtral").save_pretrained(tmp_path)
+    monkeypatch.setattr(MixtralForCausalLM, "set_experts_implementation", lambda self, name: None)
+    assert cli.main(["check", "--model", str(tmp_path)]) == 2
+    assert "cannot be computed in float64" in capsys.readouterr().err
+
+
 def test_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     status, printed = run_check()
@@ -170,7 +204,7 @@ def test_refusals(monkeypatch, tmp_path, capsys):
 def test_the_kernels_are_what_is_checked(monkeypatch, tmp_path):
     """With as little work as can be: the interpreter is slow."""
     monkeypatch.setattr(check, "extent_of", lambda choice, rank: check.Extent(op_rows=17, op_draws=1, model_draws=1))
-    monkeypatch.setattr(check_model, "ROWS", 1)
+    monkeypatch.setattr(check_batches, "ROWS", 1)
     tiny().save_pretrained(tmp_path / "model")
     _, printed, document = document_of(tmp_path, "--model", tmp_path / "model", "--backend", "triton", "--dropout", 0.2)
     assert document["backend"]["backend"] == "triton" and "lora_linear on triton (asked for" in printed
