@@ -23,7 +23,8 @@ SMALL = {"batch": 2, "heads": 2, "kv_heads": 1}
 @pytest.mark.parametrize("modifier", ["plain", *MODIFIERS])
 def test_kernels(modifier):
     with on("triton", "fused"):
-        assert_right([problem(*{modifier} - {"plain"}, dtype=HALF, **({} if modifier == "plain" else SMALL))])
+        heads = {"batch": 2} if modifier == "plain" else SMALL
+        assert_right([problem(*{modifier} - {"plain"}, seed=seed, dtype=HALF, **heads) for seed in range(2)])
 
 
 @pytest.mark.parametrize("modifiers", TOGETHER, ids="+".join)
@@ -32,10 +33,10 @@ def test_kernels_with_modifiers_together(modifiers):
         assert_right([problem(*modifiers, dtype=HALF, **SMALL)])
 
 
-@pytest.mark.parametrize("modifier", ["plain", "alibi", "bias", "softcap", "window", "dropout"])
+@pytest.mark.parametrize("modifier", ["plain", "bias", "softcap", "window"])
 def test_kernels_in_fp32(modifier):
     with on("triton", "fused"):
-        assert_right([problem(*{modifier} - {"plain"}, seed=seed, **SMALL) for seed in range(4)])
+        assert_right([problem(*{modifier} - {"plain"}, seed=seed, **SMALL) for seed in range(3)])
 
 
 @pytest.mark.parametrize("modifiers", [(), ("bidirectional",), ("bidirectional", "cached", "own-prefixes"), ("sinks",)])

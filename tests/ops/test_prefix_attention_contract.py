@@ -1,266 +1,207 @@
-"""What `prefix_attention` promises besides numbers, on the torch path: autograd's rules, its errors, autocast, empty
-tensors, and that it writes into nothing of its caller's."""
+"""What the kernels of `prefix_attention` promise besides their numbers: rows that see nothing, layouts, subsets of
+gradients, memory they stay within, and results that do not depend on the order of programs."""
+
+import itertools
 
 import pytest
 import torch
 
-from fastpeft.attention_oracle import GRADIENTS, attention_outcomes
-from fastpeft.ops import gated_prompt_attention, prefix_attention
-from tests.ops.attention_cases import FIVE, draws, path
+from fastpeft import dispatch
+from fastpeft.errors import BackendError
+from fastpeft.kernels import prefix_attention as kernels
+from fastpeft.ops import _prefix_attention_triton as path
+from fastpeft.ops._prefix_attention_scores import Tensors
+from fastpeft.ops.prefix_attention import Call
+from fastpeft.oracle import Bounds
+from tests.interpreter import GuardedTorch, backwards
+from tests.ops.prefix_attention_cases import NAMES, PLANS, assert_right, on, op_outcome, problem
+from tests.traffic import count_traffic
 
-pytestmark = pytest.mark.usefixtures("poison")
-BOTH = ("flash", "blocks")
-VECTORS = ("padding_mask", "segment_ids", "alibi_slopes", "key_positions")
-
-
-def arguments(*modifiers, **options):
-    """The keyword arguments of a call on random tensors, and dout."""
-    (problem,) = draws(modifiers, **options)
-    given = {name: getattr(problem, name) for name in problem.present()}
-    return given | problem.options | {"dropout": problem.dropout, "training": True}, problem.dout
-
-
-def leaves_of(given):
-    return [t.requires_grad_() for name, t in given.items() if name in GRADIENTS]
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
+HALF = torch.float16
+SMALL = {"batch": 2, "heads": 2, "kv_heads": 1}
+# Every branch of every kernel: masks that need tests, biases, and the loops of whole tiles.
+MANY = [("window", "gaps", "alibi", "softcap", "sinks", "dropout"), ("bias", "prefix-bias"), ("own-prefixes", "segments")]
 
 
-@pytest.mark.parametrize("half", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_row_that_sees_nothing_is_zero_and_gives_nothing(dtype):
+    padding = torch.ones(2, 37, dtype=torch.bool)
+    padding[0, 20:] = False
+    case = problem("window", "bias", dtype=dtype, padding=padding, **SMALL)
+    case = case._replace(scores=case.scores._replace(window=5))  # the sample's last real key, 19, leaves row 24's
+    blind = slice(24, None)
+    with on("triton", "fused"):
+        found = op_outcome(case)
+        # The rows before see one to four keys. There u is a difference of nearly equal sums, which eager makes of the
+        # same products and flash attention, with its δ = Σ dout∘out, does not.
+        assert_right([case], bounds=Bounds(rms=2, peak=6, row=8))
+    assert not found["out"][0, :, blind].any() and not found["dquery"][0, :, blind].any()
+    assert not found["dkey"][0, :, 20:].any() and not found["dvalue"][0, :, 20:].any()
+    assert all(each.isfinite().all() for each in found.values())
+    _, lse = kernels.forward(case.tensors, case.scores)
+    assert (kernels.natural_lse(lse)[0, :, blind] == -torch.inf).all()
+
+
+def _fused(tensor):
+    """A [B, H, S, D] as a slice of one projection's [B, S, H, 3, D], with NaN beside it."""
+    batch, heads, rows, depth = tensor.shape
+    storage = torch.full((batch, rows, heads, 3, depth), float("nan"), dtype=tensor.dtype)
+    storage[..., 1, :] = tensor.transpose(1, 2)
+    return storage[..., 1, :].transpose(1, 2)
+
+
+LAYOUTS = {
+    "fused": _fused,
+    "depth-first": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "one-sample": lambda t: t[:1].expand_as(t),
+    "one-row": lambda t: t[:, :, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_with_layout_equal_those_with_contiguous_tensors(layout):
+    case = problem(dtype=HALF, queries=21, keys=21, prefix=18, own=True, **SMALL)
+    laid = [LAYOUTS[layout](t) for t in case.tensors[:5]]
+    laid_out = case._replace(
+        tensors=Tensors(*laid, None, None, None), dout_BHSD=LAYOUTS[layout](case.dout_BHSD)
+    )
+    plain = laid_out._replace(
+        tensors=Tensors(*(t.contiguous() for t in laid), None, None, None), dout_BHSD=laid_out.dout_BHSD.contiguous()
+    )
+    with on("triton", "fused"):
+        got, expected = op_outcome(laid_out), op_outcome(plain)
+    for name in got:
+        assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.parametrize("modifiers", MANY, ids="+".join)
+def test_kernels_stay_inside_and_do_not_depend_on_program_order(modifiers, monkeypatch, overflow_checks):
+    case = problem(*modifiers, dtype=HALF, queries=21, keys=37, prefix=18, **SMALL)
+    with on("triton", "fused"):
+        expected = op_outcome(case)
+        with backwards():
+            reordered = op_outcome(case)
+        guarded = GuardedTorch()
+        monkeypatch.setattr(kernels, "torch", guarded)
+        with count_traffic() as traffic:  # raises where an active lane leaves its tensor
+            inside = op_outcome(case)
+    for name in expected:
+        assert torch.equal(expected[name], reordered[name]), name
+        assert torch.equal(expected[name], inside[name]), name
+    assert len(guarded.allocations) >= 5 and guarded.trespassed() == 0
+    assert traffic.atomics == 0
+
+
+@pytest.mark.parametrize("strategy", ["fused", "merge"])
+def test_every_subset_of_gradients(strategy):
+    names = NAMES[:5] if strategy == "merge" else NAMES
+    modifiers = () if strategy == "merge" else ("bias", "prefix-bias", "sinks")
+    case = problem(*modifiers, dtype=HALF, queries=5, prefix=3, depth=16, batch=1, heads=2, kv_heads=1)
+    call = Call(case.scores, 0.0, PLANS[strategy])
+    out, lse = path.forward(case.tensors, call, None)
+
+    def gradients(needs):
+        return path.backward(case.dout_BHSD, case.tensors, out, lse, call, None, Tensors(*needs))
+
+    given = [t is not None for t in case.tensors]
+    full = gradients(given)
+    sizes = (0, 1, len(names) - 1) if strategy == "fused" else range(len(names))
+    for wanted in itertools.chain.from_iterable(itertools.combinations(range(len(names)), size) for size in sizes):
+        got = gradients([i in wanted for i in range(8)])
+        for i, (each, whole) in enumerate(zip(got, full, strict=True)):
+            assert (each is None) == (i not in wanted)
+            assert each is None or torch.equal(each, whole), (wanted, NAMES[i])
+
+
+def test_the_shapes_between_tiles():
+    for queries, keys, prefix, depth in ((1, 1, 1, 1), (1, 40, 3, 8), (16, 16, 16, 16), (17, 33, 32, 33), (5, 3, 100, 64)):
+        case = problem(dtype=HALF, queries=queries, keys=keys, prefix=prefix, depth=depth, **SMALL)
+        with on("triton", "fused"):
+            found = op_outcome(case)
+        with on("torch"):
+            expected = op_outcome(case)
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name], atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("missing", ["batch", "keys", "queries"])
+def test_nothing_to_attend(missing):
+    case = problem(dtype=HALF, queries=5, keys=7, **SMALL)
+    cut = {
+        "batch": lambda t, kind: t[:0] if kind != "prefix" else t,
+        "keys": lambda t, kind: t[:, :, :0] if kind == "key" else t,
+        "queries": lambda t, kind: t[:, :, :0] if kind == "query" else t,
+    }[missing]
+    kinds = ("query", "key", "key", "prefix", "prefix")
+    tensors = Tensors(*(cut(t, kind) for t, kind in zip(case.tensors, kinds, strict=False)), None, None, None)
+    case = case._replace(tensors=tensors, dout_BHSD=cut(case.dout_BHSD, "query"), scores=case.scores._replace(start=0))
+    with on("triton", "fused"):
+        found = op_outcome(case)
+    for name, tensor in zip(NAMES, tensors, strict=True):
+        assert tensor is None or found[f"d{name}"].shape == tensor.shape
+    assert all(each.isfinite().all() for each in found.values())
+
+
+def test_dropout_keeps_what_it_should():
+    mask = path.keep_mask(torch.tensor([7]), 0.3, 2, 2, 50, 33, 100, "cpu")
+    assert mask.shape == (2, 2, 50, 133)
+    assert abs(mask.float().mean() - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
+    assert not torch.equal(mask[0, 0], mask[0, 1]) and not torch.equal(mask[0], mask[1])
+    assert not torch.equal(mask, path.keep_mask(torch.tensor([8]), 0.3, 2, 2, 50, 33, 100, "cpu"))
+
+
+# Which strategy
+
+
+def _plan(case, device="cpu"):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    tensors = case.tensors
+    if device == "cuda":
+        tensors = tensors._replace(q_BHSD=tensors.q_BHSD.as_subclass(OnGpu))
+    return dispatch.prefix_attention_plan(tensors, case.scores, case.dropout)
+
+
+def test_cpu_tensors_run_in_torch_unless_triton_is_demanded():
+    case = problem(queries=5)
+    assert _plan(case) is None
+    with on("triton"):
+        assert _plan(case).forward == "fused"
+    with on("torch"):
+        assert _plan(case) is None
+
+
 @pytest.mark.parametrize(
-    "modifiers", [(), ("left", "packed", "window", "positions", "sinks", "bias"), ("dropout", "softcap", "alibi")],
-    ids="-".join,
-)  # fmt: skip
-def test_a_graph_can_be_used_twice_and_inputs_are_left_alone(modifiers, half):
-    given, dout = arguments(*modifiers)
-    leaves, vectors = leaves_of(given), [given[name] for name in VECTORS if name in given]
-    before = [t.detach().clone() for t in (*leaves, *vectors, dout)]
-    with path(half):
-        out = prefix_attention(**given)
-        kept = out.detach().clone()
-        first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
-        second = torch.autograd.grad(out, leaves, dout)
-    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
-    assert torch.equal(out, kept)
-    for t, copy in zip((*leaves, *vectors, dout), before, strict=True):
-        assert t._version == 0 and torch.equal(t, copy)
-
-
-@pytest.mark.parametrize("half", BOTH)
-@pytest.mark.parametrize("layout", ["heads first", "rows first"])
-@pytest.mark.parametrize("modifiers", [(), ("window",), ("sinks",), ("left",)], ids="-".join)
-def test_the_result_is_stored_row_by_row(modifiers, layout, half):
-    given, _ = arguments(*modifiers)
-    if layout == "rows first":
-        given["query"] = given["query"].transpose(1, 2).contiguous().transpose(1, 2)
-    with path(half):
-        out = prefix_attention(**given)
-        assert out.transpose(1, 2).is_contiguous()
-        assert prefix_attention(**(given | {"key": given["key"][:, :, :0], "value": given["value"][:, :, :0]})
-                                if not modifiers else given).transpose(1, 2).is_contiguous()  # fmt: skip
-
-
-def test_a_second_derivative_is_refused():
-    given, _ = arguments()
-    leaves = leaves_of(given)
-    (dq,) = torch.autograd.grad(prefix_attention(**given).square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
-
-
-@pytest.mark.parametrize("half", BOTH)
-def test_nothing_is_recorded_where_nothing_wants_a_gradient(half):
-    given, _ = arguments("left")
-    with path(half):
-        plain = prefix_attention(**given)
-        assert not plain.requires_grad
-        with torch.inference_mode():
-            assert torch.equal(prefix_attention(**given), plain)
-        leaves_of(given)
-        with torch.no_grad():
-            assert not prefix_attention(**given).requires_grad
-
-
-@pytest.mark.parametrize("half", BOTH)
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_tensors(narrow, half):
-    given, dout = arguments("left", "alibi", "sinks")
-    with path(half):
-        narrowed = {name: t.to(narrow) if name in FIVE else t for name, t in given.items()}
-        expected = prefix_attention(**narrowed)
-        leaves = leaves_of(given)
-        with torch.autocast("cpu", narrow):
-            out = prefix_attention(**given)
-            assert out.dtype == narrow and torch.equal(out, expected)
-            inside = torch.autograd.grad(out, leaves, dout.to(narrow), retain_graph=True)
-        outside = torch.autograd.grad(out, leaves, dout.to(narrow))
-    assert [t.dtype for t in outside] == [torch.float32] * len(leaves)
-    assert all(torch.equal(one, two) for one, two in zip(inside, outside, strict=True))
-
-
-def test_autocast_leaves_fp64_alone():
-    given, _ = arguments(dtype=torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert prefix_attention(**given).dtype == torch.float64
-
-
-@pytest.mark.parametrize("half", BOTH)
-def test_fp32_blocks_stay_fp32_under_autocast_of_other_ops(half):
-    """Inside the op nothing is cast again: its own products are not autocast's."""
-    given, _ = arguments("softcap", dtype=torch.bfloat16)
-    with path(half):
-        plain = prefix_attention(**given)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(prefix_attention(**given), plain)
-
-
-@pytest.mark.parametrize("half", BOTH)
-@pytest.mark.parametrize("modifiers", [(), ("left", "window", "sinks"), ("packed", "alibi"), ("dropout", "bias")],
-                         ids="-".join)  # fmt: skip
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 0, "keys": 12}], ids=str)
-def test_nothing_to_compute(sizes, modifiers, half):
-    given, dout = arguments(*modifiers, **sizes)
-    leaves = leaves_of(given)
-    with path(half):
-        out = prefix_attention(**given)
-        gradients = torch.autograd.grad(out, leaves, dout)
-    assert out.shape == given["query"].shape
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        assert gradient.shape == leaf.shape and not gradient.any()
-
-
-@pytest.mark.parametrize("half", BOTH)
-def test_what_is_not_finite_spreads_only_to_rows_that_see_it(half):
-    for name, place in (("prefix_value", (0, 3)), ("value", (0, 0, 12)), ("query", (1, 2, 5))):
-        (problem,) = draws()
-        getattr(problem, name)[place] = float("nan")
-        with path(half):
-            got, eager, _ = attention_outcomes(problem, FIVE)
-        assert torch.equal(got["out"].isnan(), eager["out"].isnan()), name
-
-
-@pytest.mark.parametrize("half", BOTH)
-@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min])
-def test_a_mask_given_as_a_bias(low, half):
-    """Hugging Face writes the smallest number of the dtype where eager masks have -inf."""
-    (problem,) = draws(dtype=torch.float32)
-    hidden = torch.rand(2, 1, 19, 19, generator=torch.Generator().manual_seed(0)) < 0.4
-    hidden[1, :, 7] = True
-    given = {name: getattr(problem, name) for name in FIVE}
-    with path(half):
-        out = prefix_attention(**given, causal=False, bias=torch.zeros(2, 1, 19, 19).masked_fill(hidden, low))
-        plain = prefix_attention(**given, causal=False)
-    assert out.isfinite().all() and not torch.allclose(out, plain)
-    weights = prefix_attention(**(given | {"value": torch.zeros_like(problem.value)}), causal=False,
-                               bias=torch.full((2, 1, 19, 19), low))  # fmt: skip
-    alone = prefix_attention(**(given | {"key": problem.key[:, :, :0], "value": problem.value[:, :, :0]}))
-    torch.testing.assert_close(weights, alone)
-    torch.testing.assert_close(out[1, :, 7], alone[1, :, 7])
-
-
-B, H, G, S, T, P, D = 2, 4, 2, 5, 7, 3, 8
-
-
-def call(**changes):
-    t = torch.zeros
-    given = {"query": t(B, H, S, D), "key": t(B, G, T, D), "value": t(B, G, T, D)}
-    given |= {"prefix_key": t(G, P, D), "prefix_value": t(G, P, D)}
-    return prefix_attention(**(given | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
+    ("modifiers", "changes", "expected"),
     [
-        ({"query": torch.zeros(H, S, D)}, r"query has shape \(4, 5, 8\); \(B, H, S, D\) is needed"),
-        ({"query": torch.zeros(B, H, S, D, dtype=torch.int64)}, "query is torch.int64; floating point is needed"),
-        ({"key": torch.zeros(B, 3, T, D)}, r"key has shape \(2, 3, 7, 8\); .* a divisor of 4, T, 8\) is needed"),
-        ({"key": torch.zeros(B, 0, T, D)}, r"key has shape \(2, 0, 7, 8\)"),
-        ({"key": torch.zeros(3, G, T, D)}, r"key has shape \(3, 2, 7, 8\)"),
-        ({"key": torch.zeros(B, G, T, 9)}, r"key has shape \(2, 2, 7, 9\)"),
-        ({"value": torch.zeros(B, G, 6, D)}, r"value has shape \(2, 2, 6, 8\), expected \(2, 2, 7, 8\)"),
-        ({"prefix_key": torch.zeros(H, P, D)}, r"virtual keys have shape \(1, 4, 3, 8\); \(2, P, 8\) or"),
-        ({"prefix_key": torch.zeros(3, G, P, D)}, r"virtual keys have shape \(3, 2, 3, 8\)"),
-        ({"prefix_key": torch.zeros(G, 0, D)}, "the prefix has P = 0 virtual tokens; at least 1 is needed"),
-        ({"prefix_value": torch.zeros(G, 4, D)}, r"virtual values has shape \(1, 2, 4, 8\), expected \(1, 2, 3, 8\)"),
-        ({"prefix_value": torch.zeros(B, G, P, D)}, r"virtual values has shape \(2, 2, 3, 8\), expected"),
-        ({"key": torch.zeros(B, G, T, D).half()}, "key is torch.float16, query torch.float32; cast one of them"),
-        ({"prefix_key": torch.zeros(G, P, D).half()}, "virtual keys is torch.float16, query torch.float32"),
-        ({"value": torch.zeros(B, G, T, D, device="meta")}, "value is on meta, query on cpu; move one of them"),
-        ({"bias": torch.zeros(S, T)}, r"bias has shape \(5, 7\); \(2 or 1, 4 or 1, 5, 7\) is needed"),
-        ({"bias": torch.zeros(1, H, S, T + P)}, r"bias has shape \(1, 4, 5, 10\)"),
-        ({"bias": torch.zeros(1, 2, S, T)}, r"bias has shape \(1, 2, 5, 7\)"),
-        ({"prefix_bias": torch.zeros(1, H, S, T)}, r"prefix_bias has shape \(1, 4, 5, 7\); .* 5, 3\) is needed"),
-        ({"sinks": torch.zeros(G)}, r"sinks has shape \(2,\), expected \(4,\)"),
-        ({"sinks": torch.zeros(H, device="meta")}, "sinks is on meta, query on cpu"),
-        ({"padding_mask": torch.ones(B, S, dtype=torch.bool)}, r"padding_mask has shape \(2, 5\), expected \(2, 7\)"),
-        ({"padding_mask": torch.ones(B, T)}, "padding_mask is torch.float32; torch.bool is needed"),
-        ({"padding_mask": torch.ones(B, T, dtype=torch.bool, device="meta")}, "padding_mask is on meta"),
-        ({"segment_ids": torch.zeros(T, dtype=torch.int64)}, r"segment_ids has shape \(7,\), expected \(2, 7\)"),
-        ({"segment_ids": torch.zeros(B, T, dtype=torch.int64), "query_start": 3},
-         r"query_start is 3; with segment_ids 0 to T - S = 2 is needed"),
-        ({"alibi_slopes": torch.zeros(G)}, r"alibi_slopes has shape \(2,\), expected \(4,\)"),
-        ({"key_positions": torch.zeros(B, P)}, r"key_positions has shape \(2, 3\), expected \(2, 7\)"),
-        ({"scale": float("nan")}, "scale is nan; a finite number is needed"),
-        ({"softcap": 0.0}, "softcap is 0.0; a positive number or None is needed"),
-        ({"softcap": float("inf")}, "softcap is inf"),
-        ({"sliding_window": 0}, "sliding_window is 0; at least 1, or None is needed"),
-        ({"prefix_window": "stay"}, "prefix_window is 'stay'; 'slide' or 'pin' is needed"),
-        ({"dropout": 1.0}, r"dropout is 1.0; a probability in \[0, 1\) is needed"),
-        ({"dropout": float("nan")}, "dropout is nan"),
+        ((), {"queries": 300}, "merge"),
+        ((), {"queries": 64}, "fused"),
+        (("bidirectional", "cached"), {"queries": 300}, "merge"),
+        (("cached",), {"queries": 300}, "fused"),
+        (("sinks",), {"queries": 300}, "merge"),
+        ((), {"queries": 300, "dtype": torch.float32}, "fused"),
+        ((), {"queries": 300, "depth": 20}, "fused"),
+        *(((name,), {"queries": 300}, "fused") for name in (
+            "window", "left-padding", "segments", "alibi", "bias", "softcap", "dropout"
+        )),
     ],
 )  # fmt: skip
-def test_errors_name_the_argument_and_what_was_expected(changes, message):
-    with pytest.raises(ValueError, match=f"prefix_attention: .*{message}"):
-        call(**changes)
+def test_the_plan_on_a_gpu(modifiers, changes, expected, monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_refusal", lambda *_: None)
+    case = problem(*modifiers, **{"dtype": HALF, "depth": 16, **SMALL, **changes})
+    with on("triton"):
+        plan = _plan(case, "cuda")
+    assert plan.forward == plan.backward == expected
+    assert plan.source
 
 
-# Compiled
-
-
-@pytest.mark.parametrize("half", BOTH)
-@pytest.mark.parametrize("gate", [None, (H,)], ids=["prefix", "gated"])
 @pytest.mark.parametrize(
-    "modifiers", [(), ("left", "window", "sinks"), ("packed", "positions", "bias"), ("softcap", "bidirectional")],
-    ids="-".join,
-)  # fmt: skip
-def test_compiled_as_one_graph(modifiers, gate, half):
-    given, dout = arguments(*modifiers, gate=gate)
-    op = prefix_attention
-    if gate:
-        op, pinned = gated_prompt_attention, given.pop("prefix_window", None)
-        given = {name.replace("prefix", "prompt"): t for name, t in given.items()}
-        assert pinned in (None, "slide")
-    leaves = [t.requires_grad_() for name, t in given.items() if name.replace("prompt", "prefix") in GRADIENTS]
-
-    def doubled(**given):
-        return op(**given) * 2
-
-    torch._dynamo.reset()
-    with path(half):
-        expected = doubled(**given)
-        out = torch.compile(doubled, fullgraph=True, backend="aot_eager")(**given)
-        gradients = [torch.autograd.grad(each, leaves, dout) for each in (expected, out)]
-    assert torch.equal(out, expected)
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)  # dout may lie in memory in another order
-
-
-def test_compiled_with_dropout():
-    given, dout = arguments("dropout")
-    leaves = leaves_of(given)
-    torch._dynamo.reset()
-    compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
-    with path("flash"):
-        torch.manual_seed(1)
-        out = compiled(**given)
-        torch.manual_seed(1)
-        again = compiled(**given)
-        assert torch.equal(out, again) and not torch.equal(out, compiled(**given))
-        first, second = (torch.autograd.grad(each, leaves, dout) for each in (out, again))
-    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
-
-
-def test_the_operators_keep_torchs_rules():
-    given, _ = arguments("left", "window")
-    leaves_of(given)
-    args = (None, *(given[name] for name in FIVE[:3]), *(given[name][None] for name in FIVE[3:]), None, None, None,
-            given["padding_mask"], None, None, None, None, None, True, 0.25, 0, 6, False, None, 0.0, "")  # fmt: skip
-    torch.library.opcheck(torch.ops.fastpeft.attention.default, args, test_utils=("test_schema", "test_faketensor"))
+    ("changes", "reason"),
+    [({"depth": 257}, "head dimension 257 is above 256"), ({"dtype": torch.float64}, "torch.float64 is not served")],
+)
+def test_what_the_kernels_cannot_serve_is_refused_with_the_reason(changes, reason):
+    case = problem(queries=3, keys=3, prefix=2, **changes, **SMALL)
+    with on("triton"), pytest.raises(BackendError, match=reason):
+        _plan(case)
