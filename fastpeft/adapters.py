@@ -12,6 +12,7 @@ from torch import nn
 from fastpeft import files
 from fastpeft.arguments import check_flags, names_of
 from fastpeft.configs import as_config
+from fastpeft.encoders import check_encoder, encoder_tensors, fill_encoder, forget_encoder
 from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.filling import check_names_and_shapes, fill, places_in_file
 from fastpeft.journal import SIDE
@@ -56,8 +57,10 @@ def _write(model: nn.Module, name: str, target: str | Path) -> None:
     original = state.original_class
     mapping = {"base_model_class": original.__name__, "parent_library": original.__module__}
     side = {"format": 1, "hf_quirks": state.hf_quirks}
+    if options := config.side_values():
+        side[files.OPTIONS] = options
     written = config.to_file_dict(None if config.task_type else mapping)
-    files.write_adapter(target, adapter_state_dict(model, name), written, side)
+    files.write_adapter(target, adapter_state_dict(model, name), written, side, encoder_tensors(model, name))
 
 
 # Arguments of peft's methods that ask for something else than is done here: name -> (neutral values, advice).
@@ -124,8 +127,9 @@ def load_adapter(
         raise PatchError(f"load_adapter: there is already an adapter {adapter_name!r}; choose another adapter_name")
     planned = []
 
-    def validate(raw_config, header) -> None:
+    def validate(raw_config, header, side) -> None:
         config = as_config(raw_config)
+        config = config.with_side_values({**config.of_peft_s_files, **((side or {}).get(files.OPTIONS) or {})})
         config.inference_mode = not trainable
         plan = tuner_of(config.peft_type).plan(model, config)
         places = places_in_file(model, plan)
@@ -141,8 +145,15 @@ def load_adapter(
     state = state_of(model) if patched else begin(model, None, autocast_adapter_dtype, hf_quirks)
     with adding(model, state, adapter_name, undo_all=not patched):
         plan, places = planned[-1]
+        check_encoder(plan.config, found)
+        resumes = trainable and found.encoder is not None
+        plan = plan.resuming() if resumes else plan
         add_planned(model, state, plan, adapter_name, init=False, autocast=autocast_adapter_dtype)
-        fill(model, adapter_name, places, found.tensors, found.path)
+        fill(model, adapter_name, places, plan.in_today_s_layout(found.tensors), found.path)
+        if resumes:
+            fill_encoder(model, adapter_name, found)
+        elif found.encoder is not None:
+            forget_encoder(model, adapter_name)
         if not patched:
             activate(model, state, (adapter_name,))
     if not trainable:

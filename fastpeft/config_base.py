@@ -75,6 +75,7 @@ class PeftConfig:
     inference_mode: bool = False
 
     method: ClassVar[PeftType | None] = None
+    of_peft_s_files: ClassVar[dict] = {}  # what our own fields are for a file that says nothing of them
 
     def __post_init__(self):
         if self.peft_type is None or one_of(self.peft_type, [self.method]):

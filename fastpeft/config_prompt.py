@@ -77,6 +77,11 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     method: ClassVar[PeftType | None] = PeftType.PREFIX_TUNING
 
+    def validate_new(self) -> None:
+        super().validate_new()
+        if self.legacy_bloom_layout:
+            refuse("legacy_bloom_layout", True, "it is for loading files of that layout; leave it out")
+
     def validate(self) -> None:
         super().validate()
         if self.init_weights is not None and not one_of(self.init_weights, ["zero"]):
@@ -104,6 +109,7 @@ class AdaptionPromptConfig(PeftConfig):
     modules_to_save: list[str] | None = own(None)
 
     method: ClassVar[PeftType | None] = PeftType.ADAPTION_PROMPT
+    of_peft_s_files: ClassVar[dict] = {"modules_to_save": []}
 
     def normalise(self) -> None:
         super().normalise()

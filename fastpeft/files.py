@@ -1,8 +1,9 @@
 """Reading and writing adapter directories: a configuration and tensors, in Hugging Face peft's layout.
 
 A directory holds `adapter_config.json`, `adapter_model.safetensors` and, if there is more to say than peft's files can,
-our `fastpeft.json`; the layout is that of peft 0.21.2 (`PeftModel.save_pretrained`). Nothing here knows models: whether
-the tensors fit one is for the caller to say, in `read_adapter(validate=...)`, before any data is read.
+our `fastpeft.json` and `fastpeft_encoder.safetensors`; the layout is that of peft 0.21.2 (`PeftModel.save_pretrained`).
+Nothing here knows models: whether the tensors fit one is for the caller to say, in `read_adapter(validate=...)`, before
+any data is read.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ from warnings import warn
 
 import torch
 
-from fastpeft.errors import AdapterFileError
-from fastpeft.journal import CONFIG, SIDE, WEIGHTS, read_files, replace_files
+from fastpeft.errors import AdapterFileError, FastpeftError
+from fastpeft.journal import CONFIG, ENCODER, SIDE, WEIGHTS, read_files, replace_files
 from fastpeft.safetensors_header import (
     DTYPES,
     MAX_TENSORS,
@@ -29,7 +30,8 @@ from fastpeft.safetensors_header import (
 from fastpeft.untrusted import parse_json_object, shown
 
 PICKLED_WEIGHTS = "adapter_model.bin"
-SIDE_DIGEST = "weights_sha256"
+SIDE_DIGEST, ENCODER_DIGEST = "weights_sha256", "encoder_sha256"
+OPTIONS = "options"  # of the side data: what a configuration has beyond peft's fields
 MAX_JSON_BYTES = 1_000_000
 MAX_JSON_MARKS = 200_000
 
@@ -49,7 +51,8 @@ class AdapterFiles:
     """What one save left in a directory.
 
     header: dtype and shape of each tensor, as the file's header states them. tensors: on CPU, finite, in memory of
-    their own. side: the content of fastpeft.json, None if there is none.
+    their own. side: the content of fastpeft.json, None if there is none. encoder: what the tensors were computed from,
+    None if the save was without.
     """
 
     path: str
@@ -57,6 +60,7 @@ class AdapterFiles:
     header: dict[str, TensorInfo]
     tensors: dict[str, torch.Tensor]
     side: dict[str, Any] | None
+    encoder: dict[str, torch.Tensor] | None = None
 
 
 def adapter_directory(directory: str | os.PathLike[str], name: str) -> str:
@@ -78,12 +82,14 @@ def write_adapter(
     tensors: dict[str, torch.Tensor],
     config: dict[str, Any],
     side: dict[str, Any] | None = None,
+    encoder: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Saves an adapter to `directory`, all of it or nothing: the one that was there before is whole until then.
 
     adapter_model.safetensors gets the bytes that peft writes for `tensors` (float64, float32, float16 or bfloat16, of
     any device, stride or aliasing), adapter_config.json those that it writes for `config`. fastpeft.json gets `side`
-    and the digest of the weights that it belongs to; without `side` one from an earlier save is removed.
+    and the digests of what it belongs to, the weights and the `encoder`: parameters that peft does not save, in
+    fastpeft_encoder.safetensors. What is not given is removed, if it is there from an earlier save.
 
     `fastpeft.journal` says how a crash is survived: our readers, whenever they come, see the old adapter or the new
     one. A reader that does not know the journal, peft for one, may come between two renames. The weights are renamed
@@ -100,15 +106,19 @@ def write_adapter(
     path = _path_of(directory)
     if os.path.lexists(path) and not os.path.isdir(path):
         raise AdapterFileError(f"{path} is a file, not a directory. Remove it or save elsewhere.")
-    weights = _encode_tensors(tensors)
+    weights, parameters = _encode_tensors(tensors), None if encoder is None else _encode_tensors(encoder)
     settings = _encode_json(config, f"{CONFIG} for {path}")
     _require_peft_type(config, f"{CONFIG} for {path}")
     notes = None
     if side is not None:
-        if SIDE_DIGEST in side:
-            raise AdapterFileError(f"the side data for {path} may not have the key {SIDE_DIGEST!r}; rename it.")
-        notes = _encode_json({**side, SIDE_DIGEST: hashlib.sha256(weights).hexdigest()}, f"{SIDE} for {path}")
-    replace_files(path, {WEIGHTS: weights, SIDE: notes, CONFIG: settings})
+        for key in (SIDE_DIGEST, ENCODER_DIGEST):
+            if key in side:
+                raise AdapterFileError(f"the side data for {path} may not have the key {key!r}; rename it.")
+        digests = {SIDE_DIGEST: hashlib.sha256(weights).hexdigest()}
+        if parameters is not None:
+            digests[ENCODER_DIGEST] = hashlib.sha256(parameters).hexdigest()
+        notes = _encode_json({**side, **digests}, f"{SIDE} for {path}")
+    replace_files(path, {WEIGHTS: weights, ENCODER: parameters, SIDE: notes, CONFIG: settings})
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -119,13 +129,13 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_adapter(
     directory: str | os.PathLike[str],
-    validate: Callable[[dict[str, Any], dict[str, TensorInfo]], object] | None = None,
+    validate: Callable[[dict[str, Any], dict[str, TensorInfo], dict[str, Any] | None], object] | None = None,
 ) -> AdapterFiles:
     """The adapter in `directory`, from one and the same save even while another process replaces it.
 
-    `validate(config, header)` is called before the data is read, and raises if they are not what the caller expects:
-    only then a file of many gigabytes costs nothing. It may be called again, so it must have no effects. Nothing is
-    mapped: what happens to the files afterwards does not reach the tensors.
+    `validate(config, header, side)` is called before the data is read, and raises if they are not what the caller
+    expects: only then a file of many gigabytes costs nothing. It may be called again, with other side data too, so it
+    must have no effects. Nothing is mapped: what happens to the files afterwards does not reach the tensors.
 
     Raises AdapterFileError if anything is missing, damaged, not a regular file, or not a safetensors file of finite
     floating-point values; every message names the file. Nothing is ever downloaded.
@@ -139,14 +149,28 @@ def read_adapter(
             raise AdapterFileError(_why_no_weights(path))
         header = parse_header(weights, where)
         side = _read_side(files[SIDE], os.path.join(path, SIDE))
+        digests = {key: side.pop(key, None) for key in (SIDE_DIGEST, ENCODER_DIGEST)} if side is not None else {}
+        problem = None
         if validate is not None:
-            validate(config, header)
+            try:
+                validate(config, header, side)
+            except FastpeftError as error:
+                if not (side and side.get(OPTIONS)):
+                    raise
+                problem = error  # unless the options belong to other weights
         data = _read_all(weights, where)
-        stale = side is not None and side.pop(SIDE_DIGEST) != hashlib.sha256(data).hexdigest()
+        stale = side is not None and digests[SIDE_DIGEST] != hashlib.sha256(data).hexdigest()
+        if stale:
+            side = None
+            if validate is not None:
+                validate(config, header, None)
+        elif problem is not None:
+            raise problem
         tensors = _decode_tensors(data, header, where)
-        return AdapterFiles(path, config, header, tensors, None if stale else side), stale
+        encoder = None if side is None else _read_encoder(files[ENCODER], digests[ENCODER_DIGEST], path)
+        return AdapterFiles(path, config, header, tensors, side, encoder), stale
 
-    adapter, stale = read_files(path, [CONFIG, WEIGHTS, SIDE], read)
+    adapter, stale = read_files(path, [CONFIG, WEIGHTS, ENCODER, SIDE], read)
     if stale:
         warn(f"{path}: {SIDE} is ignored, as another program has replaced {WEIGHTS} since. Delete it.", stacklevel=2)
     return adapter
@@ -286,6 +310,20 @@ def _read_side(file: BinaryIO | None, where: str) -> dict[str, Any] | None:
     if SIDE_DIGEST not in side:
         raise AdapterFileError(f"{where} does not say which weights it belongs to ({SIDE_DIGEST!r}). Delete it.")
     return side
+
+
+def _read_encoder(file: BinaryIO | None, digest: Any, path: str) -> dict[str, torch.Tensor] | None:
+    """The encoder that the side data name."""
+    where = os.path.join(path, ENCODER)
+    if digest is None:
+        return None
+    if file is None:
+        raise AdapterFileError(f"{where} is missing, and {SIDE} names it. Fetch it, or delete {SIDE}.")
+    header = parse_header(file, where)
+    data = _read_all(file, where)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise AdapterFileError(f"{where} is not the one that {SIDE} was written with. Fetch it again, or delete both.")
+    return _decode_tensors(data, header, where)
 
 
 def _decode_tensors(data: bytes, header: dict[str, TensorInfo], where: str) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ from fastpeft.untrusted import open_regular, parse_json_object
 
 # What a journal may name; a stranger's must not reach for other files.
 WEIGHTS, SIDE, CONFIG = "adapter_model.safetensors", "fastpeft.json", "adapter_config.json"
+ENCODER = "fastpeft_encoder.safetensors"
 JOURNAL = ".fastpeft-journal.json"
 SCHEMA = 1
 MAX_JOURNAL_BYTES = 16_384
@@ -363,7 +364,7 @@ def _parse_entry(item: Any) -> Entry | None:
     try:
         entry = Entry(**item)
         safe = (
-            entry.final in (WEIGHTS, SIDE, CONFIG)
+            entry.final in (WEIGHTS, ENCODER, SIDE, CONFIG)
             and (entry.temporary is None) == (entry.sha256 is None)
             and (entry.temporary is None or _TEMPORARY.fullmatch(entry.temporary))
             and all(digest is None or _DIGEST.fullmatch(digest) for digest in (entry.sha256, entry.previous))

@@ -130,14 +130,14 @@ def test_header_and_validate_come_before_the_data(tmp_path, adapter):
     expected = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in some_tensors().items()}
     assert read_header(adapter / WEIGHTS) == expected
     seen = []
-    found = read_adapter(adapter, validate=lambda config, header: seen.append((config, header)))
-    assert seen == [(SETTINGS, expected)]
+    found = read_adapter(adapter, validate=lambda *given: seen.append(given))
+    assert seen == [(SETTINGS, expected, None)]
     assert (found.config, found.header, found.path) == (SETTINGS, expected, str(adapter))
     assert_same_tensors(found.tensors, some_tensors())
 
 
 def test_what_validate_raises_reaches_the_caller(adapter):
-    def fail(config, header):
+    def fail(config, header, side):
         raise KeyError("theirs")
 
     with pytest.raises(KeyError, match="theirs"):

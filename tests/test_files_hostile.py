@@ -214,7 +214,7 @@ def test_validate_spares_the_data(adapter):
     (adapter / WEIGHTS).write_bytes(blob({"a": entry("F32", [values], 0, 4 * values)}))
     os.truncate(adapter / WEIGHTS, (adapter / WEIGHTS).stat().st_size + 4 * values)
 
-    def refuse(config, header):
+    def refuse(config, header, side):
         raise AdapterFileError(f"expected (2, 8), found {header['a'].shape}")
 
     with pytest.raises(AdapterFileError, match=r"expected \(2, 8\), found \(68719476736,\)"):

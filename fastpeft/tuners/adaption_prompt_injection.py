@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fastpeft.attention.interface import register, switch
@@ -27,6 +28,10 @@ class Plan:
     configs: tuple
     saved: tuple[tuple[str, nn.Module], ...]
     targets = ()
+
+    def in_today_s_layout(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A file's tensors as they are: there has been one layout only."""
+        return tensors
 
     def file_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the tensors in the adapter's file."""

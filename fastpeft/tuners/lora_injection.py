@@ -26,6 +26,10 @@ class Plan:
     targets: tuple[tuple[Target, type[LoraLayer], Settings], ...]
     saved: tuple[tuple[str, nn.Module], ...]
 
+    def in_today_s_layout(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A file's tensors as they are: there has been one layout only."""
+        return tensors
+
     def file_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the tensors in the adapter's file, biases aside."""
         out = {}

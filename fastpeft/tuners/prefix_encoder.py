@@ -33,6 +33,7 @@ class PrefixEncoder(nn.Module):
                 nn.Linear(hidden, blocks * width, device=device),
             )
             self.transform = nn.Sequential(*layers)
+        self.left_behind = False  # whether the file it is from has a network, and this is the table alone
         self.parts = nn.ModuleDict()  # encoders of the same kind, for other stacks of the model
 
     @torch.no_grad()

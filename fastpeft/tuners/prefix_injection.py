@@ -1,9 +1,10 @@
 """Prefix tuning's part in patching: the plan, and the injection that cannot fail for what the plan has checked."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpeft.attention.interface import register, switch
 from fastpeft.attention.sites import Sites, find_sites
@@ -37,7 +38,20 @@ class Plan:
     config: PrefixTuningConfig
     parts: tuple[Part, ...]
     saved: tuple[tuple[str, nn.Module], ...]
+    resumes: bool = False
     targets = ()
+
+    def resuming(self) -> "Plan":
+        """The same for an adapter whose network is there to be filled."""
+        return dataclasses.replace(self, resumes=True)
+
+    def in_today_s_layout(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors, where `legacy_bloom_layout` says that all keys come before all values; then it is over."""
+        if not self.config.legacy_bloom_layout:
+            return tensors
+        keys, values = (t.unflatten(1, (self.config.num_layers, -1)) for t in tensors[TABLE].chunk(2, 1))
+        self.config.legacy_bloom_layout = False
+        return {**tensors, TABLE: torch.stack((keys, values), 2).flatten(1)}
 
     def file_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the tensors in the adapter's file."""
@@ -79,8 +93,6 @@ def _other_part(model: nn.Module, name: str) -> Part:
 def blocks_of(config: PrefixTuningConfig, layer: int) -> tuple[int, int]:
     """Which columns of the table are a layer's keys and values. For two submodules HF peft lays the table out twice and
     takes the first two of every four blocks, so that half of them are never read."""
-    if config.legacy_bloom_layout:
-        return layer, config.num_layers + layer
     if config.num_transformer_submodules == 2:
         return 4 * layer % (2 * config.num_layers), (4 * layer + 1) % (2 * config.num_layers)
     return 2 * layer, 2 * layer + 1
@@ -90,7 +102,7 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     """Build the encoders, and let the attention modules find their share of them. Without `init` they are tables to be
     filled from a file. A prefix is always fp32, as HF peft's."""
     config = plan.config
-    hidden = config.encoder_hidden_size if config.prefix_projection and init else None
+    hidden = config.encoder_hidden_size if config.prefix_projection and (init or plan.resumes) else None
     encoders = [PrefixEncoder(config.num_virtual_tokens, part.width, part.blocks, hidden) for part in plan.parts]
     encoders[0].parts.update({part.name: each for part, each in zip(plan.parts[1:], encoders[1:], strict=True)})
     if init and config.init_weights == "zero":
