@@ -29,6 +29,7 @@ MAY_KNOW = {
         "fastpeft.configs",
         "fastpeft.dispatch",
         "fastpeft.errors",
+        "fastpeft.names",  # how modules' paths are read and shown
         "fastpeft.prefix_geometry",  # the sizes of virtual tokens
         "fastpeft.selection",  # which adapters a call uses
         "fastpeft.prefix_geometry",  # which sizes a configuration takes from the model
