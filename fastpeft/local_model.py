@@ -46,11 +46,11 @@ def load_model(path: Path, device: torch.device, task: TaskType | None = None) -
         raise FastpeftError(f"--model {path}: no config.json there; give a directory that save_pretrained wrote")
     import transformers
 
-    with loading(path, "configuration"):
-        named = transformers.AutoConfig.from_pretrained(path, local_files_only=True).architectures or [None]
-        loader = getattr(transformers, _LOADERS[task or task_of(named[0])][0])
     with loading(path, "model"):
-        model, found = loader.from_pretrained(
+        if task is None:
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            task = task_of((config.architectures or [None])[0])
+        model, found = getattr(transformers, _LOADERS[task][0]).from_pretrained(
             path, local_files_only=True, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     if missing := sorted(found["missing_keys"]):
