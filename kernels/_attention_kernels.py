@@ -268,7 +268,7 @@ def _grad_bias_kernel(
     first_batch, first_head = which // biased_heads * batches, which % biased_heads * heads
     keys = column + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    begin, _, end = query_range(column, S, start, count, window, local_ptr, PLAIN, PREFIX, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, whole, end = query_range(column, S, start, count, window, local_ptr, PLAIN, PREFIX, CAUSAL, BLOCK_M, BLOCK_N)
     steps = batches * heads
     if row_start + BLOCK_M <= begin or row_start >= end:
         steps = 0

@@ -31,63 +31,69 @@ class AttentionTiles:
 
 
 class Row(NamedTuple):
-    """The tiles of a kernel up to a head dimension (as rounded up), in the modes of `_common.dot_mode`."""
+    """The tiles of a kernel up to a head dimension (as rounded up), in the modes of `_common.dot_mode`; for launches that
+    do more for a score than a causal mask (burdened), for those that do not, or for both (None)."""
 
     kernel: str
     modes: tuple[str, ...]
     depth: int
     tiles: AttentionTiles
+    burdened: bool | None = None
 
 
 HALF, SINGLE = ("half",), ("tf32", "ieee")
-KERNELS = ("forward", "grad_query", "grad_keys", "grad_prefix", "grad_bias")
+COLUMNS = ("grad_keys", "grad_prefix", "grad_bias")
+KERNELS = ("forward", "grad_query", *COLUMNS)
+
+
+def _each(kernels: tuple[str, ...], *rows) -> tuple[Row, ...]:
+    return tuple(Row(kernel, *row) for kernel in kernels for row in rows)
+
 
 CUDA = (
-    Row("forward", HALF, 64, AttentionTiles(128, 64, stages=3)),
-    Row("forward", HALF, 128, AttentionTiles(128, 64, warps=8)),
-    Row("forward", HALF, 256, AttentionTiles(64, 32, 32, warps=4)),
-    Row("grad_query", HALF, 64, AttentionTiles(64, 64)),
+    Row("forward", HALF, 64, AttentionTiles(128, 64, stages=3), False),
+    Row("forward", HALF, 64, AttentionTiles(64, 64), True),
+    Row("forward", HALF, 128, AttentionTiles(128, 64, warps=8), False),
+    Row("forward", HALF, 128, AttentionTiles(64, 64, warps=8), True),
+    Row("forward", HALF, 256, AttentionTiles(64, 32, 32, warps=8)),
+    Row("grad_query", HALF, 64, AttentionTiles(64, 64), False),
     Row("grad_query", HALF, 128, AttentionTiles(64, 64, warps=8)),
     Row("grad_query", HALF, 256, AttentionTiles(32, 32, 32, warps=8)),
-    *(
-        row
-        for kernel in ("grad_keys", "grad_prefix", "grad_bias")
-        for row in (
-            Row(kernel, HALF, 64, AttentionTiles(64, 64)),
-            Row(kernel, HALF, 128, AttentionTiles(32, 64, warps=8)),
-            Row(kernel, HALF, 256, AttentionTiles(32, 32, warps=8)),
-        )
+    *_each(
+        COLUMNS,
+        (HALF, 64, AttentionTiles(64, 64), False),
+        (HALF, 64, AttentionTiles(32, 64), True),
+        (HALF, 128, AttentionTiles(32, 64, warps=8)),
+        (HALF, 256, AttentionTiles(32, 32, warps=8)),
     ),
-    *(Row(kernel, SINGLE, 256, AttentionTiles(32, 32, 32, warps=4, stages=1)) for kernel in KERNELS),
+    *_each(KERNELS, (SINGLE, 64, AttentionTiles(32, 32, 32, stages=1)), (SINGLE, 256, AttentionTiles(16, 16, 16, stages=1))),
 )
 
-SM_100 = (Row("forward", HALF, 64, AttentionTiles(128, 64)),)
+SM_100 = (Row("forward", HALF, 64, AttentionTiles(128, 64), False),)
 
 HIP = (
-    Row("forward", HALF, 64, AttentionTiles(128, 64)),
-    Row("forward", HALF, 128, AttentionTiles(64, 32, 32, stages=1)),
-    Row("grad_query", HALF, 64, AttentionTiles(64, 64)),
-    Row("grad_query", HALF, 128, AttentionTiles(32, 32, 32, stages=1)),
-    *(
-        row
-        for kernel in ("grad_keys", "grad_prefix", "grad_bias")
-        for row in (
-            Row(kernel, HALF, 64, AttentionTiles(32, 64, stages=1)),
-            Row(kernel, HALF, 128, AttentionTiles(32, 32, stages=1)),
-        )
+    Row("forward", HALF, 64, AttentionTiles(128, 64), False),
+    Row("forward", HALF, 64, AttentionTiles(64, 32, 32, stages=1), True),
+    Row("forward", HALF, 128, AttentionTiles(64, 32, 32, stages=1), False),
+    Row("grad_query", HALF, 64, AttentionTiles(64, 64), False),
+    *_each(("forward", "grad_query"), (HALF, 128, AttentionTiles(32, 32, 32, stages=1))),
+    *_each(
+        COLUMNS,
+        (HALF, 64, AttentionTiles(32, 64, stages=1), False),
+        (HALF, 128, AttentionTiles(32, 32, stages=1)),
     ),
 )
 
 SMALL = AttentionTiles(16, 16, 16, stages=1)  # so that every loop turns in small tests
-INTERPRETER = tuple(Row(kernel, HALF + SINGLE, 256, SMALL) for kernel in KERNELS)
+INTERPRETER = _each(KERNELS, (HALF + SINGLE, 256, SMALL))
 
 FAMILIES = {"interpreter": INTERPRETER, "hip": (*HIP, *CUDA), "sm_100": (*SM_100, *CUDA)}
 
 
 @functools.cache
-def attention_tiles(kernel: str, depth: int, mode: str, family: str) -> AttentionTiles:
+def attention_tiles(kernel: str, depth: int, mode: str, burdened: bool, family: str) -> AttentionTiles:
     """The tiles of `kernel`; a family without a list of its own, known or not, has CUDA's."""
     for row in FAMILIES.get(family, CUDA):
-        if row.kernel == kernel and mode in row.modes and depth <= row.depth:
+        if row.kernel == kernel and mode in row.modes and depth <= row.depth and row.burdened in (None, burdened):
             return row.tiles
     raise LookupError(f"no tiles for {kernel} in mode {mode} on {family}")

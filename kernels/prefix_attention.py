@@ -138,7 +138,9 @@ def _lse_arguments(lse: torch.Tensor) -> dict:
 
 
 def _tiles(kernel: str, shared: dict, device: torch.device) -> AttentionTiles:
-    return attention_tiles(kernel, shared["BLOCK_D"], shared["MODE"], family_of(device))
+    burdens = ("bias_ptr", "seed_ptr", "slopes_ptr", "softcap", "window")
+    burdened = not shared["PLAIN"] or any(shared[name] is not None for name in burdens)
+    return attention_tiles(kernel, shared["BLOCK_D"], shared["MODE"], burdened, family_of(device))
 
 
 def _launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, arguments: dict) -> None:
