@@ -12,7 +12,7 @@ from torch import nn
 
 from fastpeft.configs import LoraConfig
 from fastpeft.errors import AdapterFileError, PatchError
-from fastpeft.patching import is_bias, layers, state_of
+from fastpeft.patching import layers, state_of
 from fastpeft.state import PREFIX, embeddings, own_tensors_of
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.lora_kinds import layer_class
@@ -178,7 +178,7 @@ def _remember(name: str, target: torch.Tensor, adapted: dict[str, AdapterLayer],
     path, _, leaf = name.rpartition(".")
     if name in trained:
         return
-    if path in adapted and not is_bias(name):
+    if path in adapted and not isinstance(adapted[path], SavedModule):
         adapted[path].keep(leaf)
     else:
         trained[name] = target.detach().to("cpu", copy=True)

@@ -116,11 +116,16 @@ def test_base_weights_in_the_file_are_taken_and_put_back(patched, tmp_path, monk
     if patched:
         fastpeft.patch(model, config(target_modules=["k_proj"]), adapter_name="first")
     before = snapshot(model)
-    with monkeypatch.context() as patches, pytest.raises(ZeroDivisionError):
-        patches.setattr(torch.Tensor, "copy_", last_call_fails(torch.Tensor.copy_, 10))
-        fastpeft.load_adapter(model, tmp_path, adapter_name="b")
-    assert differences(before, snapshot(model)) == []
-    fastpeft.load_adapter(model, tmp_path, adapter_name="b")
+    for at in range(1, 100):
+        with monkeypatch.context() as patches:
+            patches.setattr(torch.Tensor, "copy_", last_call_fails(torch.Tensor.copy_, at))
+            try:
+                fastpeft.load_adapter(model, tmp_path, adapter_name="b")
+                break
+            except ZeroDivisionError:
+                pass
+        assert differences(before, snapshot(model)) == [], at
+    assert at > 10
     model.set_adapter("b")
     close(result(model, batch()), result(theirs.eval(), batch()), 1e-5)
     fastpeft.unpatch(model)
