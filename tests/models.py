@@ -118,8 +118,12 @@ MORE_FAMILIES: dict[str, tuple[str, dict]] = {
         {**_ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "layerdrop": 0.0},
     ),
     **{name: (name, FAMILIES["t5"][1]) for name in ("mt5", "umt5")},
-    **{name: (name, FAMILIES["bart"][1]) for name in ("mbart", "pegasus", "pegasus_x", "marian", "m2m_100", "plbart")},
+    **{name: (name, FAMILIES["bart"][1]) for name in ("mbart", "pegasus", "pegasus_x", "marian", "plbart")},
     **{name: (name, FAMILIES["bart"][1]) for name in ("blenderbot", "blenderbot-small")},
+    "m2m_100": (
+        "m2m_100",
+        {**FAMILIES["bart"][1], "attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    ),
     "electra": ("electra", {**FAMILIES["bert"][1], "embedding_size": HIDDEN}),
     "xlm-roberta": ("xlm-roberta", FAMILIES["roberta"][1]),
     "camembert": ("camembert", FAMILIES["roberta"][1]),
