@@ -8,7 +8,7 @@ Backward gives the op's backward the merged output and L. Its weights are exp(s 
 so with the merged two each piece's gradients are those of the whole softmax.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,14 +26,14 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Piece(NamedTuple):
-    """Query rows × keys of the prefix or of the sequence. mask: makes the additive mask (B or 1, H or 1, rows or 1,
-    keys), or None; causal: row i sees keys 0 to i of the piece."""
+    """Query rows × keys of the prefix or of the sequence. causal: row i sees keys 0 to i of the piece; pairs: which key
+    a row sees takes a mask of rows × keys."""
 
     of_prefix: bool
     rows: slice
     keys: slice
     causal: bool = False
-    mask: Callable[[], Tensor] | None = None
+    pairs: bool = False
 
 
 def serves_forward(tensors: Tensors, call) -> bool:
@@ -53,44 +53,66 @@ def pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
 
 
 def _sequence_pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
-    queries, keys = tensors.q_BHSD.shape[2], tensors.k_BGTD.shape[2]
-    start, bias = scores.start, tensors.bias_BHST
-    plain = scores.window is None and scores.segments_BT is None and bias is None
-    if keys == 0:
-        return
-    if queries == 1 and scores.segments_BT is None and bias is None:  # order and window leave a range of keys
-        seen = key_range(scores, slice(0, 1), keys)
-        if seen.stop > seen.start:
-            yield Piece(False, slice(0, 1), seen, mask=_vector(tensors, scores, seen))
-    elif plain and not scores.causal:
-        yield Piece(False, slice(0, queries), slice(0, keys), mask=_vector(tensors, scores, slice(0, keys)))
-    elif plain:  # the keys before the first query, then a square
+    queries, keys, start = tensors.q_BHSD.shape[2], tensors.k_BGTD.shape[2], scores.start
+    bias, slides, packed = tensors.bias_BHST, scores.window is not None, scores.segments_BT is not None
+    every = slice(0, queries)
+    if queries == 1 and not packed and bias is None:  # order and window leave a range of keys
+        whole = [(every, key_range(scores, every, keys), False)]
+    elif not (slides or packed or scores.causal) and _needs_no_sum(bias, tensors, scores):
+        whole = [(every, slice(0, keys), False)]
+    elif not (slides or packed) and bias is None:  # the keys before the first query, then a square
         rows, start = slice(min(queries, max(0, -start)), queries), max(0, start)
-        for part, causal in ((slice(0, min(start, keys)), False), (slice(start, min(keys, start + queries)), True)):
-            if part.stop > part.start and rows.stop > rows.start:
-                yield Piece(False, rows, part, causal, _vector(tensors, scores, part))
+        whole = [(rows, slice(0, min(start, keys)), False), (rows, slice(start, min(keys, start + queries)), True)]
     else:
-        yield from _masked_pieces(tensors, scores)
-
-
-def _masked_pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
-    (batch, heads, queries, _), keys, bias = tensors.q_BHSD.shape, tensors.k_BGTD.shape[2], tensors.bias_BHST
-    only_bias = not (scores.causal or scores.window is not None or scores.slopes_H is not None)
-    if only_bias and scores.padding_BT is None and scores.segments_BT is None:
-        yield Piece(False, slice(0, queries), slice(0, keys), mask=lambda: bias)
+        samples = 1 if scores.padding_BT is None and not packed else len(tensors.q_BHSD)
+        for rows in _row_blocks(tensors, scores, bias, samples, keys):
+            seen = _within_segments(scores, rows, key_range(scores, rows, keys))
+            if seen.stop > seen.start:
+                yield Piece(False, rows, seen, pairs=True)
         return
-    samples = batch if scores.padding_BT is not None or scores.segments_BT is not None else 1
-    if bias is not None:
-        samples = max(samples, bias.shape[0])
+    for rows, part, causal in whole:
+        if part.stop > part.start and rows.stop > rows.start:
+            yield Piece(False, rows, part, causal)
+
+
+def _prefix_pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
+    queries, prefix, bias = tensors.q_BHSD.shape[2], tensors.pk_BGPD.shape[2], tensors.pbias_BHSP
+    slides = scores.window is not None and not scores.pin
+    if prefix == 0:
+        return
+    if not slides and _needs_no_sum(bias, tensors, scores._replace(padding_BT=None)):
+        yield Piece(True, slice(0, queries), slice(0, prefix))
+        return
+    samples = 1 if scores.local_BT is None else len(scores.local_BT)
+    for rows in _row_blocks(tensors, scores, bias, samples, prefix):
+        if not slides or _some_see_the_prefix(scores, rows):
+            yield Piece(True, rows, slice(0, prefix), pairs=slides)
+
+
+def _some_see_the_prefix(scores: Scores, rows: slice) -> bool:
+    """The last virtual key stands at -1, so rows from W - 1 on see none."""
+    if scores.local_BT is None:
+        return scores.start + rows.start < scores.window - 1
+    local = scores.local_BT[:, scores.start + rows.start : scores.start + rows.stop]
+    return bool((local < scores.window - 1).any())
+
+
+def _needs_no_sum(bias: Tensor | None, tensors: Tensors, scores: Scores) -> bool:
+    """Whether the op can take the bias as it is, or there is none: else it is copied, for some rows at a time."""
+    if bias is None:
+        return True
+    q = tensors.q_BHSD
+    as_it_is = bias.dtype in (q.dtype, torch.promote_types(q.dtype, torch.float32))
+    return as_it_is and scores.slopes_H is None and scores.padding_BT is None
+
+
+def _row_blocks(tensors: Tensors, scores: Scores, bias: Tensor | None, samples: int, keys: int) -> Iterator[slice]:
+    """Rows whose masks of rows × keys are about MASK_BYTES."""
+    _, heads, queries, _ = tensors.q_BHSD.shape
     by_head = scores.slopes_H is not None or (bias is not None and bias.shape[1] > 1)
-    for rows in _row_blocks(queries, keys * samples * (heads if by_head else 1), tensors.q_BHSD):
-        seen = _within_segments(scores, rows, key_range(scores, rows, keys))
-        if seen.stop > seen.start:
-            yield Piece(False, rows, seen, mask=_matrix(tensors, scores, rows, seen))
-
-
-def _row_blocks(queries: int, row_elements: int, q: Tensor) -> Iterator[slice]:
-    step = max(1, min(MASK_ROWS, MASK_BYTES // (max(1, row_elements) * max(4, q.element_size()))))
+    samples = samples if bias is None else max(samples, bias.shape[0])
+    row_bytes = samples * (heads if by_head else 1) * max(1, keys) * max(4, tensors.q_BHSD.element_size())
+    step = max(1, min(MASK_ROWS, MASK_BYTES // row_bytes))
     for first in range(0, queries, step):
         yield slice(first, min(first + step, queries))
 
@@ -100,107 +122,49 @@ def _within_segments(scores: Scores, rows: slice, seen: slice) -> slice:
     segments = scores.segments_BT
     if segments is None or not bool((segments[:, 1:] >= segments[:, :-1]).all()):
         return seen
-    own = segments[:, scores.start + rows.start : scores.start + rows.stop]
-    ends = own[:, :1].contiguous(), own[:, -1:].contiguous()
     segments = segments.contiguous()
-    low = int(torch.searchsorted(segments, ends[0]).min()) if segments.numel() else 0
-    high = int(torch.searchsorted(segments, ends[1], right=True).max()) if segments.numel() else 0
+    own = segments[:, scores.start + rows.start : scores.start + rows.stop]
+    low = int(torch.searchsorted(segments, own[:, :1].contiguous()).min())
+    high = int(torch.searchsorted(segments, own[:, -1:].contiguous(), right=True).max())
     low = max(seen.start, low)
     return slice(low, max(low, min(seen.stop, high)))
 
 
-def _prefix_pieces(tensors: Tensors, scores: Scores) -> Iterator[Piece]:
-    (_, heads, queries, _), prefix, pbias = tensors.q_BHSD.shape, tensors.pk_BGPD.shape[2], tensors.pbias_BHSP
-    if prefix == 0:
-        return
-    every, slides = slice(0, prefix), scores.window is not None and not scores.pin
-    if not slides:
-        if pbias is None and scores.slopes_H is None:
-            yield Piece(True, slice(0, queries), every)
-        elif pbias is None or scores.slopes_H is None:
-            mask = (lambda: _prefix_slopes(tensors, scores)) if pbias is None else (lambda: pbias)
-            yield Piece(True, slice(0, queries), every, mask=mask)
-    if slides or not (pbias is None or scores.slopes_H is None):
-        # A row at position W - 1 or later sees no virtual key: the last of them stands at -1.
-        last = queries
-        if slides and scores.local_BT is None and scores.causal:
-            last = min(queries, max(0, scores.window - 1 - scores.start))
-        samples = max(1 if scores.local_BT is None else len(scores.local_BT), 1 if pbias is None else pbias.shape[0])
-        for rows in _row_blocks(last, prefix * samples * heads, tensors.q_BHSD):
-            if scores.local_BT is None or scores.pin or _some_see_the_prefix(scores, rows):
-                yield Piece(True, rows, every, mask=_prefix_matrix(tensors, scores, rows))
+# Masks and operands
 
 
-def _some_see_the_prefix(scores: Scores, rows: slice) -> bool:
-    local = scores.local_BT[:, scores.start + rows.start : scores.start + rows.stop]
-    return bool((local < scores.window - 1).any())
+def _mask(tensors: Tensors, scores: Scores, piece: Piece) -> Tensor | None:
+    """What the op adds to a piece's scores, (B or 1, H or 1, rows or 1, keys), -inf where nothing is seen; or None."""
+    q, prefix = tensors.q_BHSD, tensors.pk_BGPD.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    bias, added = tensors.pbias_BHSP if piece.of_prefix else tensors.bias_BHST, None
+    if scores.slopes_H is not None:
+        positions = torch.arange(-prefix, 0)[None] if piece.of_prefix else scores.positions_BT[:, piece.keys]
+        added = scores.slopes_H.to(wide)[:, None, None] * positions.to(wide)[:, None, None]
+    if bias is not None:
+        part = bias[:, :, piece.rows, piece.keys]
+        added = part if added is None else added + part
+    if piece.of_prefix:
+        see = prefix_visible_block(scores, piece.rows, prefix, q.device) if piece.pairs else None
+    elif piece.pairs:
+        see = visible_block(scores, piece.rows, piece.keys, q.device)
+    else:
+        see = None if scores.padding_BT is None else scores.padding_BT[:, None, None, piece.keys]
+    if see is not None:
+        added = torch.where(see, torch.zeros((), dtype=wide) if added is None else added, -torch.inf)
+    if added is None or added.dtype in (q.dtype, wide):
+        return added
+    return added.to(wide)
 
 
-# Masks
-
-
-def _vector(tensors: Tensors, scores: Scores, keys: slice) -> Callable[[], Tensor] | None:
-    """Padding and ALiBi, (B or 1, H or 1, 1, keys)."""
-    if scores.padding_BT is None and scores.slopes_H is None:
-        return None
-    wide = torch.promote_types(tensors.q_BHSD.dtype, torch.float32)
-
-    def make() -> Tensor:
-        mask = torch.zeros(1, 1, 1, keys.stop - keys.start, dtype=wide)
-        if scores.slopes_H is not None:
-            mask = scores.slopes_H.to(wide)[:, None, None] * scores.positions_BT[:, None, None, keys].to(wide)
-        if scores.padding_BT is not None:
-            mask = mask.masked_fill(~scores.padding_BT[:, None, None, keys], -torch.inf)
-        return mask
-
-    return make
-
-
-def _matrix(tensors: Tensors, scores: Scores, rows: slice, keys: slice) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        bias, q = tensors.bias_BHST, tensors.q_BHSD
-        see = visible_block(scores, rows, keys, q.device)
-        added = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
-        if scores.slopes_H is not None:
-            added = _vector(tensors, scores._replace(padding_BT=None), keys)()
-        if bias is not None:
-            added = added + bias[:, :, rows, keys]
-        return torch.where(see, added, -torch.inf)
-
-    return make
-
-
-def _prefix_slopes(tensors: Tensors, scores: Scores) -> Tensor:
-    wide = torch.promote_types(tensors.q_BHSD.dtype, torch.float32)
-    return (scores.slopes_H.to(wide)[:, None, None] * torch.arange(-tensors.pk_BGPD.shape[2], 0))[None]
-
-
-def _prefix_matrix(tensors: Tensors, scores: Scores, rows: slice) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        q, pbias, prefix = tensors.q_BHSD, tensors.pbias_BHSP, tensors.pk_BGPD.shape[2]
-        added = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
-        if scores.slopes_H is not None:
-            added = _prefix_slopes(tensors, scores)
-        if pbias is not None:
-            added = added + pbias[:, :, rows]
-        see = prefix_visible_block(scores, rows, prefix, q.device)
-        return added if see is None else torch.where(see, added, -torch.inf)
-
-    return make
-
-
-def _operands(tensors: Tensors, piece: Piece):
-    """(q, k, v, mask as the op wants it) of a piece, the latter three by the batch of q."""
+def _operands(tensors: Tensors, scores: Scores, piece: Piece):
+    """(q, k, v, mask) of a piece as the op wants them: keys by the batch of q, a mask by its rows."""
     q, k, v, pk, pv, *_ = tensors
     k, v = (pk, pv) if piece.of_prefix else (k, v)
     q = q[:, :, piece.rows]
     k, v = (t[:, :, piece.keys].expand(q.shape[0], -1, -1, -1) for t in (k, v))
-    mask = None
-    if piece.mask is not None:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        mask = piece.mask().to(wide)
-        mask = mask.expand(-1, -1, q.shape[2], -1)
-    return q, k, v, mask
+    mask = _mask(tensors, scores, piece)
+    return q, k, v, None if mask is None else mask.expand(-1, -1, q.shape[2], -1)
 
 
 def _unit_stride(t: Tensor) -> Tensor:
@@ -220,14 +184,14 @@ def forward(tensors: Tensors, scores: Scores) -> tuple[Tensor, Tensor]:
     out, lse = None, None
     for piece in pieces(tensors, scores):
         if out is None and piece.rows == slice(0, queries):
-            out, lse = _attend(tensors, piece, scores.scale)
+            out, lse = _attend(tensors, scores, piece)
             lse = lse.double()
             continue
         if out is None:
             out = torch.zeros(batch, queries, heads, depth, dtype=wide).transpose(1, 2)
             lse = torch.full((batch, heads, queries), -torch.inf, dtype=torch.float64)
         out = out.to(wide)
-        _merge(out[:, :, piece.rows], lse[:, :, piece.rows], *_attend(tensors, piece, scores.scale))
+        _merge(out[:, :, piece.rows], lse[:, :, piece.rows], *_attend(tensors, scores, piece))
     if out is None:  # nothing is visible
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float64)
     if sinks is not None:
@@ -245,9 +209,9 @@ def _merge(out, lse, o, log) -> None:
     lse.copy_(torch.logaddexp(lse, log.double()))
 
 
-def _attend(tensors: Tensors, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(tensors: Tensors, scores: Scores, piece: Piece) -> tuple[Tensor, Tensor]:
     """The op's (out, L) of a piece, L = -inf where a row sees nothing."""
-    q, k, v, mask = _operands(tensors, piece)
+    q, k, v, mask = _operands(tensors, scores, piece)
     (batch, heads, queries, depth), groups = q.shape, k.shape[1]
     if queries == 1 and (mask is None or mask.shape[1] == 1):
         # One row: the heads of a group, and for a shared prefix the samples, are rows of one product.
@@ -256,30 +220,27 @@ def _attend(tensors: Tensors, piece: Piece, scale: float) -> tuple[Tensor, Tenso
         if shared:
             q = q.transpose(0, 1).reshape(1, groups, -1, depth)
             k, v = k[:1], v[:1]
-        out, lse = _flash(q, k, v, scale=scale, attn_mask=_fit(mask, q.shape[2]))
+        mask = None if mask is None else mask.expand(-1, -1, q.shape[2], -1)
+        out, lse = _flash(q, k, v, scale=scores.scale, attn_mask=mask)
         out, lse = out.reshape(-1, q.shape[2], depth), lse.reshape(-1, q.shape[2])
         if shared:
             out, lse = (t.unflatten(1, (batch, -1)).transpose(0, 1) for t in (out, lse))
         out, lse = out.reshape(batch, heads, 1, depth), lse.reshape(batch, heads, 1)
     else:
-        out, lse = _flash(q, k, v, is_causal=piece.causal, scale=scale, attn_mask=mask)
+        out, lse = _flash(q, k, v, is_causal=piece.causal, scale=scores.scale, attn_mask=mask)
     if mask is not None:
-        empty = _empty_rows(mask, piece.causal)
-        lse = lse.masked_fill(empty, -torch.inf)
+        lse = lse.masked_fill(_empty_rows(mask, piece), -torch.inf)
     return out, lse
 
 
-def _fit(mask: Tensor | None, rows: int) -> Tensor | None:
-    return None if mask is None else mask.expand(-1, -1, rows, -1)
-
-
-def _empty_rows(mask: Tensor, causal: bool) -> Tensor:
-    """(B or 1, H or 1, rows) booleans: which rows see nothing; of these the op says out = 0, L = 0."""
-    if not causal:
-        if mask.stride(2) == 0:
-            mask = mask[:, :, :1]
+def _empty_rows(mask: Tensor, piece: Piece) -> Tensor:
+    """(B or 1, H or 1, rows or 1) booleans: which rows see nothing; of these the op says out = 0, L = 0."""
+    rows = mask.shape[2]
+    if mask.stride(2) == 0:
+        mask = mask[:, :, :1]
+    if not piece.causal:
         return mask.amax(-1) == -torch.inf
-    rows, best = mask.shape[2], mask[:, :, 0].cummax(-1).values  # a causal piece's mask does not depend on the row
+    best = mask.squeeze(2).cummax(-1).values  # of keys 0 to i
     if rows > best.shape[-1]:
         best = torch.cat((best, best[..., -1:].expand(-1, -1, rows - best.shape[-1])), -1)
     return best[..., :rows] == -torch.inf
@@ -321,7 +282,7 @@ def backward(dout, tensors: Tensors, out, lse, scores: Scores, needs: Tensors) -
         at = 3 if piece.of_prefix else 1  # the keys' place in Tensors
         if not (needs[0] or needs[at] or needs[at + 1]):
             continue
-        for rows, (dq, dk, dv) in _piece_gradients(dout, operands, out, lse, piece, scores.scale):
+        for rows, (dq, dk, dv) in _piece_gradients(dout, operands, scores, out, lse, piece):
             for place, part, own in ((0, dq, rows), (at, dk, piece.keys), (at + 1, dv, piece.keys)):
                 if needs[place]:
                     totals[place].add(part, own)
@@ -329,13 +290,13 @@ def backward(dout, tensors: Tensors, out, lse, scores: Scores, needs: Tensors) -
     return *grads, None, None, dsinks
 
 
-def _piece_gradients(dout, tensors: Tensors, out, lse, piece: Piece, scale: float):
+def _piece_gradients(dout, tensors: Tensors, scores: Scores, out, lse, piece: Piece):
     """Yields rows and (dq, dk, dv) of them, by the batch of q.
 
     The op adds up the gradients of half-precision keys in half precision, an error that grows with the rows: 1.7 times
     eager's at 3000. So the prefix's, which are summed over all rows, are made in fp32, from some rows at a time.
     """
-    q, k, v, mask = _operands(tensors, piece)
+    q, k, v, mask = _operands(tensors, scores, piece)
     rows, wide = piece.rows, torch.promote_types(q.dtype, torch.float32)
     steps = [rows]
     if piece.of_prefix and q.dtype != wide:
@@ -347,7 +308,7 @@ def _piece_gradients(dout, tensors: Tensors, out, lse, piece: Piece, scale: floa
         arguments = dout[:, :, step], q[:, :, own], k, v, out[:, :, step]
         grads = _flash_backward(
             *(t.to(k.dtype) for t in arguments), lse[:, :, step].contiguous(), 0.0, piece.causal,
-            attn_mask=None if mask is None else mask[:, :, own], scale=scale,
+            attn_mask=None if mask is None else mask[:, :, own], scale=scores.scale,
         )  # fmt: skip
         yield step, grads
 
