@@ -1,5 +1,6 @@
 """What a patched model can do: the mixin in front of the model's own class, with peft's verbs."""
 
+import copy
 import functools
 
 from fastpeft.selection import CarriedCheckpoint
@@ -107,6 +108,19 @@ class PatchedModel:
 
         adapters.check_resize(self, new_num_tokens)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, **kwargs):
+        """What `generate` calls before it fills a static cache, to hand the model a mask of fixed shape. With a prefix
+        the model makes a better one of the prompt's mask itself; for the single tokens after it, this is done."""
+        from transformers.masking_utils import create_masks_for_generate
+
+        if getattr(config.get_text_config(), "_attn_implementation", None) == "fastpeft":
+            if inputs_embeds.shape[1] > 1:
+                return attention_mask
+            config = copy.deepcopy(config)
+            config.get_text_config()._attn_implementation_internal = "sdpa"  # whose masks are matrices
+        original = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return original(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
     def unload(self):
         """The plain model, without the adapters."""
