@@ -14,7 +14,7 @@ from fastpeft.attention.interface import plain_mask
 from fastpeft.attention.masks import Mask
 from tests.models import batch, differences, snapshot, tiny
 from tests.peft_pair import WEIGHTS, close, quietly, randomise, result
-from tests.prefix_pair import prefixed, real, settings_of, step_gradients, task_of
+from tests.prefix_pair import prefixed, real, settings_of, step_gradients, task_of, tokens
 
 FAMILIES = (
     "llama",
@@ -392,11 +392,6 @@ def lora_and_prefix(family: str, first: str = "lora"):
     return model.eval()
 
 
-def tokens(model, inputs) -> torch.Tensor:
-    """The logits of real tokens."""
-    return real(result(model, inputs), inputs).detach()
-
-
 @pytest.mark.parametrize("first", ["lora", "prefix"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3", "gptj"])
 def test_lora_and_a_prefix_in_one_model(family, first, tmp_path):
@@ -437,6 +432,18 @@ def test_lora_may_be_merged_beside_a_prefix():
     close(result(model, batch()), expected, 1e-5)
     fastpeft.unmerge(model)
     assert torch.equal(result(model, batch()), expected)
+
+
+@pytest.mark.parametrize("name", ["prefix", "behind", "NAME", "parameters_of"])
+def test_an_adapter_may_have_the_name_of_an_attribute(name, tmp_path):
+    model = fastpeft.patch(tiny(), config(), adapter_name=name)
+    expected = result(model, batch()).detach()
+    assert torch.equal(result(pickle.loads(pickle.dumps(model)), batch()), expected)
+    model.save_pretrained(tmp_path)
+    loaded = quietly(fastpeft.load_adapter, tiny(), tmp_path / name, adapter_name=name)
+    assert torch.equal(result(loaded, batch()), expected)
+    step_gradients(model, batch())
+    fastpeft.unpatch(model)
 
 
 # torch.compile

@@ -92,7 +92,7 @@ class PromptEncoders(AdapterLayer, nn.ModuleDict):
         del model._modules[self.NAME]
 
     def add_adapter(self, name: str, encoder: PrefixEncoder) -> None:
-        self[name] = encoder
+        self._modules[name] = encoder  # add_module takes no name of an attribute, such as "prefix"
         self._fastpeft.adapters[name] = encoder
 
     def delete_adapter(self, name: str) -> None:
