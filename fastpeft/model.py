@@ -4,6 +4,7 @@ import copy
 import functools
 
 from fastpeft.selection import CarriedCheckpoint
+from fastpeft.tuners.attention_layer import IMPLEMENTATION
 
 
 class PatchedModel:
@@ -114,7 +115,7 @@ class PatchedModel:
         the model makes a better one of the prompt's mask itself; for the single tokens after it, this is done."""
         from transformers.masking_utils import create_masks_for_generate
 
-        if getattr(config.get_text_config(), "_attn_implementation", None) == "fastpeft":
+        if getattr(config.get_text_config(), "_attn_implementation", None) == IMPLEMENTATION:
             if inputs_embeds.shape[1] > 1:
                 return attention_mask
             config = copy.deepcopy(config)

@@ -14,10 +14,10 @@ from fastpeft.attention.prompts import gated_term, prompt_keys_and_values
 from fastpeft.errors import PatchError
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention
 from fastpeft.ops.prefix_attention import prefix_attention
+from fastpeft.tuners.attention_layer import IMPLEMENTATION as NAME
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
 
-NAME = "fastpeft"
 BEFORE = "_fastpeft_before"  # of a configuration: the implementation that it named
 
 

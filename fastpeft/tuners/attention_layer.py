@@ -14,6 +14,9 @@ from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.prefix_encoder import PrefixEncoder
 
 
+IMPLEMENTATION = "fastpeft"  # the name under which transformers finds the attention function that looks here
+
+
 @dataclass(frozen=True)
 class Slice:
     """One adapter's prefix in one layer: two of the encoder's blocks, of `heads` heads each. `window`: "slide" or
@@ -88,6 +91,12 @@ class AdaptedAttention(AdapterLayer):
             )
 
     def forward(self, *args, **kwargs):
+        named = self.config._attn_implementation
+        if named != IMPLEMENTATION and self.active_adapters():
+            raise PatchError(
+                f"the model's attention implementation was set to {named!r} after patching, which knows nothing of "
+                "virtual tokens; set it before fastpeft.patch, or fastpeft.unpatch(model) first"
+            )
         out = self.base_forward(*args, **kwargs)
         return out if not self.active_prompts() else self.with_prompts(out)
 
