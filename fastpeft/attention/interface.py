@@ -37,10 +37,12 @@ def switch(config) -> None:
 
 
 def switch_back(config) -> None:
-    """Undo `switch`."""
+    """Undo `switch`. What somebody has set in the meantime stays."""
+    if not hasattr(config, BEFORE):
+        return
     if config._attn_implementation == NAME:
         config._attn_implementation_internal = getattr(config, BEFORE)
-        delattr(config, BEFORE)
+    delattr(config, BEFORE)
 
 
 def attention_forward(module, query, key, value, attention_mask, **kwargs):

@@ -13,7 +13,6 @@ from fastpeft.errors import PatchError
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.prefix_encoder import PrefixEncoder
 
-
 IMPLEMENTATION = "fastpeft"  # the name under which transformers finds the attention function that looks here
 
 
