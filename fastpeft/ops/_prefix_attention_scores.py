@@ -158,8 +158,9 @@ def make_scores(
     start = keys - queries if query_start is None else query_start
     if segment_ids is not None and not 0 <= start <= keys - queries:
         raise ValueError(f"{op}: query_start is {start}; with segment_ids 0 to T - S = {keys - queries} is needed")
-    scale = depth**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if scale is None:
+        scale = depth**-0.5
+    elif not math.isfinite(scale):
         raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"{op}: softcap is {softcap}; a positive number or None is needed")
@@ -185,7 +186,7 @@ def make_scores(
         key_positions = default_positions(batch, keys, padding_mask, local, q.device)
     return Scores(
         causal=causal,
-        scale=scale,
+        scale=float(scale),
         start=start,
         window=sliding_window,
         softcap=softcap,

@@ -264,3 +264,12 @@ def test_the_operators_keep_torchs_rules():
     args = (None, *(given[name] for name in FIVE[:3]), *(given[name][None] for name in FIVE[3:]), None, None, None,
             given["padding_mask"], None, None, None, None, None, True, 0.25, 0, 6, False, None, 0.0, "")  # fmt: skip
     torch.library.opcheck(torch.ops.fastpeft.attention.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("modifiers", [("left", "window"), ("packed", "alibi")], ids="-".join)
+def test_compiled_for_any_length(modifiers):
+    torch._dynamo.reset()
+    compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for queries, keys in ((9, 9), (13, 13), (1, 17), (1, 18)):
+        given, _ = arguments(*modifiers, queries=queries, keys=keys)
+        assert torch.equal(compiled(**given), prefix_attention(**given))
