@@ -108,7 +108,7 @@ def _mixin_of_table(kind: type) -> type[Shift] | None:
     """By what the forward of something that is called like a table of positions does."""
     if kind.forward is nn.Embedding.forward:
         return ShiftedTable
-    if issubclass(kind, nn.Embedding) and "__class__" in kind.forward.__code__.co_freevars:  # it calls `super()`
+    if issubclass(kind, nn.Embedding) and "__class__" in inspect.unwrap(kind.forward).__code__.co_freevars:  # `super()`
         return ShiftedSubclass
     return ShiftedCount if _takes(kind, "past_key_values_length") else None
 

@@ -11,17 +11,17 @@ from fastpeft.errors import TargetError
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
 
-# Attention classes of transformers that do not ask its interface, or need more than that -> the module of this package
-# with the mixin of the same name.
+# Attention classes of transformers' families that do not ask its interface, or need more than that -> the module of
+# this package with the mixin of the same name.
 OWN_FORWARD = {
-    "BloomAttention": "bloom",
-    "CodeGenAttention": "own_scores",
-    "DisentangledSelfAttention": "deberta_v2",
-    "FalconAttention": "falcon",
-    "GPT2Attention": "gpt2",
-    "GPTJAttention": "own_scores",
-    "GPTNeoSelfAttention": "own_scores",
-    "MptAttention": "mpt",
+    "bloom.BloomAttention": "bloom",
+    "codegen.CodeGenAttention": "own_scores",
+    "deberta_v2.DisentangledSelfAttention": "deberta_v2",
+    "falcon.FalconAttention": "falcon",
+    "gpt2.GPT2Attention": "gpt2",
+    "gptj.GPTJAttention": "own_scores",
+    "gpt_neo.GPTNeoSelfAttention": "own_scores",
+    "mpt.MptAttention": "mpt",
 }
 CROSS = (
     *("crossattention", "cross_attention", "cross_attn", "encoder_attn", "EncDecAttention"),
@@ -80,9 +80,10 @@ def _is_cross(path: str, module: nn.Module) -> bool:
 def _mixin(module: nn.Module) -> type[AdaptedAttention] | None:
     """What makes this module carry a prefix; None if it is no attention that could."""
     original = module._fastpeft.original_class if isinstance(module, AdapterLayer) else type(module)
-    if original.__name__ in OWN_FORWARD and original.__module__.startswith("transformers."):
-        home = importlib.import_module(f"fastpeft.attention.{OWN_FORWARD[original.__name__]}")
-        return getattr(home, original.__name__)
+    package, _, family = original.__module__.rpartition(".")[0].rpartition(".")
+    home = OWN_FORWARD.get(f"{family}.{original.__name__}") if package == "transformers.models" else None
+    if home is not None:
+        return getattr(importlib.import_module(f"fastpeft.attention.{home}"), original.__name__)
     forward = inspect.unwrap(original.forward)
     if "get_interface" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return None

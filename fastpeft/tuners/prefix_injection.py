@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastpeft.attention.interface import register, switch
 from fastpeft.attention.sites import Sites, find_sites
 from fastpeft.configs import PrefixTuningConfig
-from fastpeft.errors import ConfigError
+from fastpeft.errors import ConfigError, TargetError
 from fastpeft.prefix_geometry import fill_prompt_dims
 from fastpeft.targets import saved_modules
 from fastpeft.tuners.attention_layer import Slice
@@ -72,10 +72,21 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
             f"num_layers={config.num_layers!r}: this {type(model).__name__} has {len(sites.attention)} layers that "
             "attend; leave it out"
         )
+    if len(sites.attention) < config.num_layers and not hasattr(sites.attention[0][1], "layer_idx"):
+        raise TargetError(
+            f"this {type(model).__name__} has {len(sites.attention)} attention modules for {config.num_layers} layers: "
+            "layers that share one cannot have a prefix each; use LoRA"
+        )
     parts = [Part("decoder", sites, config.num_attention_heads, config.token_dim, 2 * config.num_layers)]
     for name, wanted in (("encoder", config.encoder_prefix), ("cross", config.cross_prefix)):
         if wanted:
             parts.append(_other_part(model, name))
+    for part in parts:
+        for path, module, mixin in (*part.sites.attention, *part.sites.positions):
+            if isinstance(module, AdapterLayer) and not isinstance(module, mixin):
+                raise TargetError(
+                    f"{path} carries another adapter already, beside which a prefix has no place; leave it out there"
+                )
     saved = tuple((name, model.get_submodule(name)) for name in saved_modules(model, config))
     check_saved(model, saved)
     return Plan(model, config, tuple(parts), saved)
