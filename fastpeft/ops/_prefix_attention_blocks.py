@@ -10,7 +10,8 @@ from torch import Tensor
 from fastpeft.ops._lora_linear_torch import Dropout, drop
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, prefix_visible_block, visible_block
 
-BLOCK_ELEMENTS = 1 << 20  # of a buffer of scores, 4 MiB in fp32; backward has four of them
+BLOCK_ELEMENTS = 1 << 20  # of a buffer of scores, 4 MiB in fp32; backward has three of them, with dropout four
+FEW_ROWS = 16
 
 
 class Block(NamedTuple):
@@ -22,8 +23,10 @@ class Block(NamedTuple):
 
 
 def row_blocks(batch: int, heads: int, queries: int, columns: int) -> list[tuple[slice, slice]]:
-    """(samples, rows) of blocks of about BLOCK_ELEMENTS scores: several samples if all of their rows fit in."""
+    """(samples, rows) of blocks of about BLOCK_ELEMENTS scores: several samples if all of their rows fit in. Where only
+    a few rows do, blocks are up to four times as large, for keys are read once for each block."""
     fit = max(1, BLOCK_ELEMENTS // max(1, heads * columns))
+    fit = fit if fit >= FEW_ROWS else min(FEW_ROWS, max(1, 4 * BLOCK_ELEMENTS // max(1, heads * columns)))
     rows = max(1, min(fit, queries))
     samples = max(1, fit // rows)
     return [
@@ -219,11 +222,14 @@ class Gradients:
         """sum[samples, :, columns] += alpha·leftᵀ right, over the samples too if they share the tensor."""
         if name not in self.sums:
             return
-        # Head by head, and then the sum: as exact as eager, which one sum over all rows of a group is not.
-        left, right = (t.reshape(-1, block.rows.stop - block.rows.start, t.shape[-1]) for t in (left, right))
+        # Head by head, and then the sum: as exact as eager, which one sum over all rows of a group is not. Where that
+        # is much memory, a block has few rows, and the sum over blocks is what counts.
+        total, heads = self.sums[name], self.group
+        if len(left) * heads * left.shape[2] * right.shape[2] > 4 * BLOCK_ELEMENTS:
+            heads = 1
+        left, right = (t.reshape(len(t) * heads, -1, t.shape[-1]) for t in (left, right))
         product = torch.bmm(left.transpose(1, 2), right)
-        total = self.sums[name]
-        product = product.view(-1, total.shape[1], self.group, *product.shape[1:]).sum(2)
+        product = product.view(-1, total.shape[1], heads, *product.shape[1:]).sum(2)
         if total.shape[0] == 1:
             total[:, :, columns].add_(product.sum(0, keepdim=True), alpha=alpha)
         else:
@@ -256,8 +262,9 @@ def backward(dout, tensors: Tensors, scores: Scores, p: float, seed, needs: Tens
         w, slope = rows.scored(q, regions, block, keep_slope=True)
         # Not exp(s - L): that L is rounded to some 1e-7 would be an error of each weight, in fp32 the greatest of all.
         peak, total = rows.exponentiate(w, block)
+        total.masked_fill_(total == 0, 1.0)
         sink_share = None if tensors.sinks_H is None else rows.sink(peak) / total
-        rows.unfold(w, block).div_(total.masked_fill_(total == 0, 1.0))
+        rows.unfold(w, block).div_(total)
         _block_gradients(rows, gradients, block, regions, w, slope, q, d, sink_share, p)
     return gradients.finished(tensors)
 

@@ -196,7 +196,8 @@ def forward(tensors: Tensors, scores: Scores) -> tuple[Tensor, Tensor]:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float64)
     if sinks is not None:
         sink = sinks.double()[:, None]
-        out = out.to(wide).mul_(torch.sigmoid(lse - sink).to(wide).unsqueeze(-1))
+        share = torch.sigmoid(lse - sink).nan_to_num_(0.0)  # of a row that sees nothing, and no sink either
+        out = out.to(wide).mul_(share.to(wide).unsqueeze(-1))
         lse = torch.logaddexp(lse, sink)
     return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.to(wide).contiguous()
 
@@ -275,8 +276,8 @@ def backward(dout, tensors: Tensors, out, lse, scores: Scores, needs: Tensors) -
     """The gradients of `Tensors` but for biases, None where not needed."""
     operands = Tensors(*(_unit_stride(t) for t in tensors[:5]), *tensors[5:])
     dout = _unit_stride(dout)
-    dsinks = _sink_gradient(dout, tensors.sinks_H, out, lse) if needs.sinks_H else None
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # then every score is -inf, and its weight 0
+    dsinks = _sink_gradient(dout, tensors.sinks_H, out, lse) if needs.sinks_H else None
     totals = [Total(t) for t in tensors[:5]]
     for piece in pieces(operands, scores):
         at = 3 if piece.of_prefix else 1  # the keys' place in Tensors

@@ -206,6 +206,19 @@ def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient(dtype, half):
 
 
 @pytest.mark.parametrize("half", BOTH)
+def test_a_sink_of_minus_infinity_is_none(half):
+    (problem,) = draws((), dtype=DOUBLE, queries=9)
+    problem.options.update(padding_mask=torch.arange(9) >= torch.tensor([[6], [0]]), sliding_window=2)
+    sunk = dataclasses.replace(problem, sinks=torch.full((4,), -torch.inf, dtype=DOUBLE))
+    with path(half):
+        plain, _, _ = attention_outcomes(problem, FIVE)
+        got, _, _ = attention_outcomes(sunk, (*FIVE, "sinks"))
+    assert not got.pop("dsinks").any()
+    for name in got:
+        torch.testing.assert_close(got[name], plain[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("half", BOTH)
 def test_the_logarithm_of_a_row_that_sees_nothing_is_minus_infinity(half):
     from fastpeft.attention_oracle import _scores, _tensors
 
