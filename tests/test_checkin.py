@@ -97,12 +97,18 @@ def test_a_failing_test_is_told_in_its_own_words(tmp_path):
     assert "'apples' == 'pears'" in failure["text"]
 
 
-def test_tests_that_take_too_long_are_stopped_and_still_report(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tests_that_take_too_long_are_stopped_and_still_report(workers, tmp_path):
     start = time.monotonic()
-    found = checkin.run_tests(made_up_tests(tmp_path, "time.sleep(60)"), tmp_path, 8)
-    assert time.monotonic() - start < 28
+    found = checkin.run_tests(made_up_tests(tmp_path, "time.sleep(60)"), tmp_path, 12, workers)
+    assert time.monotonic() - start < 36
     assert found["timed_out"] and found["passed"] == 1 and found["rc"] != 0
-    assert found["note"] == "Stopped after 8 s: not all of them ran."
+    assert found["note"] == "Stopped after 12 s: not all of them ran."
+
+
+def test_tests_are_shared_by_workers(tmp_path):
+    found = checkin.run_tests(made_up_tests(tmp_path, "assert 1 + 1 == 2"), tmp_path, 60, workers=2)
+    assert (found["rc"], found["passed"]) == (0, 2) and "-n 2" in found["command"]
 
 
 def test_no_test_marked_cuda_and_no_tests_at_all_are_said(tmp_path):

@@ -100,6 +100,7 @@ def test_fifty_repeats_are_equal_bit_for_bit(dropout):
                 assert torch.equal(one, other)
 
 
+@pytest.mark.xdist_group("large")  # one after the other
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("wide", ["x", "dy"])
 def test_offsets_beyond_32_bits(wide, strategy):

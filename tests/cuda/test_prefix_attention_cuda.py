@@ -1,0 +1,271 @@
+"""`prefix_attention`'s compiled kernels on a GPU, by both strategies: the criterion of `fastpeft.oracle` at larger, odd
+sizes and in bf16, and what only a GPU can show: determinism under real parallelism, 64-bit offsets, CUDA graphs."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+from fastpeft.attention_oracle import attention_outcomes, random_attention_problem
+from fastpeft.dispatch import ATTENTION_STRATEGIES, Plan, backend, override_plan
+from fastpeft.ops import prefix_attention
+from fastpeft.oracle import Bounds, compare
+
+pytestmark = pytest.mark.cuda
+
+DEVICE = "cuda"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = {"batch": 4, "heads": 8, "groups": 4, "queries": 331, "depth": 64, "prefix": 30}
+# (head dimension, virtual tokens): every number of them at 128, one at each other dimension.
+GRID = [(128, 1), (128, 30), (128, 100), (128, 200), (64, 30), (96, 100), (256, 200), (80, 1)]
+MODIFIERS = [  # which the kernels alone serve
+    ("left",),
+    ("holes", "packed"),
+    ("window",),
+    ("pin", "left"),
+    ("alibi",),
+    ("alibi", "left", "window"),
+    ("softcap", "window"),
+    ("bias", "prefix-bias"),
+    ("bias-by-sample",),
+    ("sinks", "window"),
+    ("bidirectional", "right"),
+    ("by-sample", "scale"),
+    ("dropout",),
+    ("dropout", "softcap", "left", "sinks"),
+]
+VENDORS = {  # name: torch's switches under which `_vendor_flash` picks it
+    "its own choice": {},
+    "flash": {"enable_cudnn_sdp": False},
+    "efficient": {"enable_cudnn_sdp": False, "enable_flash_sdp": False},
+}
+LARGE_BATCH, LARGE_QUERIES, LARGE_HEADS, LARGE_DEPTH = 5, 16_384, 208, 128  # 2**31 elements and some
+
+MERGED = Bounds(rms=1.25, row=3)  # flash attention's, as on CPUs; the merged result is rounded once more
+SINGLE = Bounds(rms=2, peak=4, row=math.inf)  # the error of a row is that of one or two numbers: a matter of luck
+FEW = Bounds(rms=10, peak=10, row=10)  # and so is the gradient of a sink
+
+
+@contextlib.contextmanager
+def on(strategy: str | None = None):
+    """The Triton backend, by this strategy or its own choice."""
+    plan = Plan(strategy, strategy, "forced by a test")
+    with backend("triton"), override_plan(plan) if strategy else contextlib.nullcontext():
+        yield
+
+
+def problem_of(*modifiers, dtype="bf16", **sizes):
+    return random_attention_problem(modifiers, dtype=DTYPES[dtype], device=DEVICE, **SIZES | sizes)
+
+
+def assert_right(problem, wanted=None, bounds: Bounds = Bounds()):  # noqa: B008 (frozen)
+    """Every sample and head is a draw: the error of a row is mostly one number, that of its δ. So is that of a bias's
+    gradient even then, where a head counts as one row."""
+    if problem.query.dtype == torch.float32:
+        bounds = SINGLE
+    outcomes = attention_outcomes(problem, problem.present() if wanted is None else wanted)
+
+    def draws(name, tensor):
+        heads = tensor.flatten(0, -3) if tensor.ndim > 2 else tensor[None]
+        return list(heads.flatten(1) if "bias" in name else heads)
+
+    found = [compare(name, *(draws(name, outcome[name]) for outcome in outcomes)) for name in outcomes[0]]
+    faults = [fault for each in found for fault in each.faults(FEW if each.name == "dsinks" else bounds)]
+    assert not faults, "\n".join([*faults, *map(str, found)])
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """fp32 products are fp32 products, in the kernels as in eager."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.fixture
+def vendor(request):
+    """torch's own choice between vendors, narrowed."""
+    allowed = torch.backends.cuda
+    before = {name: getattr(allowed, name.replace("enable_", "") + "_enabled")() for name in request.param}
+    for name, value in request.param.items():
+        getattr(allowed, name)(value)
+    yield
+    for name, value in before.items():
+        getattr(allowed, name)(value)
+
+
+@pytest.mark.parametrize("strategy", ATTENTION_STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("depth", "prefix"), GRID)
+def test_as_right_as_eager(depth, prefix, dtype, strategy):
+    with on(strategy):
+        assert_right(problem_of(depth=depth, prefix=prefix, dtype=dtype), bounds=MERGED)
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS, ids="+".join)
+def test_modifiers(modifiers):
+    with on():
+        assert_right(problem_of(*modifiers))
+
+
+@pytest.mark.parametrize("modifiers", [("alibi", "left"), ("dropout", "window"), ("bias", "sinks")], ids="+".join)
+def test_modifiers_in_fp32(modifiers):
+    with on():
+        assert_right(problem_of(*modifiers, dtype="fp32"))
+
+
+@pytest.mark.parametrize("modifiers", [(), ("sinks",), ("by-sample",), ("bidirectional",)], ids="+".join)
+def test_modifiers_of_the_merge(modifiers):
+    with on("merge"):
+        assert_right(problem_of(*modifiers, queries=512), bounds=MERGED)
+
+
+@pytest.mark.parametrize("vendor", VENDORS.values(), ids=VENDORS, indirect=True)
+@pytest.mark.parametrize("queries", [64, 331, 1000])
+def test_every_vendor_takes_the_merged_result_and_its_l(queries, vendor):
+    """The layouts of L differ ([B, H, S, 1], [B, H, S], padded to 32 rows), which a wrong gradient would show."""
+    with on("merge"):
+        assert_right(problem_of(queries=queries, depth=128), bounds=MERGED)
+        assert_right(problem_of(queries=queries, groups=8), bounds=MERGED)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 1), (12, 4)])
+def test_groups_of_heads(heads, groups):
+    for strategy in ATTENTION_STRATEGIES:
+        with on(strategy):
+            assert_right(problem_of(heads=heads, groups=groups), bounds=MERGED)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 500), (1, 1), (77, 500), (15, 15)])
+def test_cached_and_short(queries, keys):
+    with on():
+        assert_right(problem_of("left", queries=queries, keys=keys))
+        assert_right(problem_of(queries=queries, keys=keys))
+
+
+def test_thousands_of_virtual_tokens():
+    for strategy in ATTENTION_STRATEGIES:
+        with on(strategy):
+            assert_right(problem_of(prefix=2048, queries=512, depth=128), bounds=MERGED)
+
+
+@pytest.mark.parametrize("wanted", [("query",), ("key", "value"), ("prefix_key", "prefix_value"), ("value",)])
+@pytest.mark.parametrize("strategy", ATTENTION_STRATEGIES)
+def test_subsets_of_gradients(strategy, wanted):
+    with on(strategy):
+        assert_right(problem_of(), wanted, MERGED)
+
+
+def test_strided_as_a_models_projections_are():
+    problem = problem_of(depth=128)
+    fused = torch.stack([problem.query] * 3, 3).transpose(1, 2).contiguous().transpose(1, 2)[:, :, :, 1]
+    five = [getattr(problem, name) for name in ("query", "key", "value", "prefix_key", "prefix_value")]
+    heads_last = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in five[1:3]]
+    for strategy in ATTENTION_STRATEGIES:
+        with on(strategy):
+            expected = prefix_attention(*five)
+            assert expected.transpose(1, 2).is_contiguous()
+            assert torch.equal(expected, prefix_attention(fused, *heads_last, *five[3:]))
+
+
+def leaves_of(problem):
+    names = ("query", "key", "value", "prefix_key", "prefix_value")
+    return [getattr(problem, name).detach().requires_grad_() for name in names]
+
+
+@pytest.mark.parametrize("strategy", ATTENTION_STRATEGIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_twenty_repeats_are_equal_bit_for_bit(dropout, strategy):
+    if dropout and strategy == "merge":
+        pytest.skip("dropout is the kernels' own")
+    problem = problem_of(queries=1024, depth=128, batch=4)
+    leaves = leaves_of(problem)
+
+    def run():
+        torch.manual_seed(3)
+        out = prefix_attention(*leaves, dropout=dropout, training=True)
+        return out, *torch.autograd.grad(out, leaves, problem.dout)
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(strategy == "merge")  # the vendor's backward is not so by itself
+    try:
+        with on(strategy):
+            first = run()
+            for _ in range(20):
+                for name, one, other in zip(("out", *"qkv", "pk", "pv"), first, run(), strict=True):
+                    assert torch.equal(one, other), name
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def test_on_the_gpu_triton_is_what_auto_means():
+    leaves = leaves_of(problem_of())
+    with backend("auto"):
+        automatic = prefix_attention(*leaves)
+    with backend("triton"):
+        assert torch.equal(automatic, prefix_attention(*leaves))
+
+
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize("strategy", ATTENTION_STRATEGIES)
+def test_offsets_beyond_32_bits(strategy):
+    """The last sample of q, which lies beyond 2**31 elements, alone gives the same."""
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    sizes = {"heads": 4, "groups": 1, "queries": LARGE_QUERIES, "depth": LARGE_DEPTH}
+    alone = problem_of(batch=1, **sizes)
+    q = torch.zeros(LARGE_BATCH, LARGE_QUERIES, LARGE_HEADS, LARGE_DEPTH, dtype=alone.query.dtype, device=DEVICE)
+    q[-1, :, -4:] = alone.query[0].transpose(0, 1)
+    q = q.transpose(1, 2)[:, -4:].detach().requires_grad_()
+    k, v = (t.expand(LARGE_BATCH, -1, -1, -1) for t in (alone.key, alone.value))
+    single = leaves_of(alone)
+    with on(strategy):
+        out = prefix_attention(q, k, v, *single[3:])
+        expected = prefix_attention(*single)
+        dq = torch.autograd.grad(out, q, alone.dout.expand_as(out))[0][-1]
+        wanted = torch.autograd.grad(expected, single[0], alone.dout)[0][0]
+    torch.testing.assert_close(out[-1], expected[0], rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(dq, wanted, rtol=2e-2, atol=1e-2 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("strategy", ATTENTION_STRATEGIES)
+def test_cuda_graphs(strategy):
+    problem = problem_of(queries=512, depth=128)
+    leaves = leaves_of(problem)
+
+    def step():
+        out = prefix_attention(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, problem.dout)
+
+    with on(strategy):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        graph.replay()
+        for replayed, expected in zip(results, step(), strict=True):
+            torch.testing.assert_close(replayed, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_generator_of_the_device_decides_on_dropout():
+    problem = problem_of("dropout")
+    with on():
+        first, again, other = (attention_outcomes(problem, ("query",), seed=seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(first["dquery"], again["dquery"]) and not torch.equal(first["dquery"], other["dquery"])
+
+
+def test_a_row_that_sees_nothing_is_zero():
+    problem = problem_of("sinks", prefix=1)
+    padding = torch.ones(len(problem.query), problem.query.shape[2], dtype=torch.bool, device=DEVICE)
+    padding[0, :200] = False
+    window = {"padding_mask": padding, "sliding_window": 17}
+    leaves = leaves_of(problem)
+    with on():
+        out = prefix_attention(*leaves, **window)
+        grads = torch.autograd.grad(out, leaves, problem.dout)
+    assert not out[0, :, 17:200].any() and not grads[0][0, :, 17:200].any()
+    assert all(t.isfinite().all() for t in (out, *grads))
