@@ -1,7 +1,7 @@
 """Which backend serves a call, by which strategy, and why.
 
-Two questions. `choose_backend`: Triton or torch, by the precedence context manager > `patch(backend=)` > `set_backend` >
-FASTPEFT_BACKEND > "auto". `lora_linear_plan`, `prefix_attention_plan`: how the Triton path divides the work with the
+Two questions. `choose_backend`: Triton or torch, by the precedence context manager > `patch(backend=)` > `set_backend`
+> FASTPEFT_BACKEND > "auto". `lora_linear_plan`, `prefix_attention_plan`: how the Triton path divides the work with the
 vendor's matrix product or flash attention; every plan says whether a GPU measured it.
 """
 

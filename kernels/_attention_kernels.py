@@ -183,8 +183,8 @@ def _grad_query_kernel(
             begin, whole, end = key_range(row_start, S, T, start, window, PLAIN, CAUSAL, BLOCK_M, BLOCK_N)
             if PLAIN:
                 acc = grad_rows(
-                    acc, q, dout, lse, share, delta, row_start, begin, whole, queries, keys_of, masks, numbers, dropout, gate,
-                    CAUSAL, False, False, D, BLOCK_N, BLOCK_D, MODE, UPCAST,
+                    acc, q, dout, lse, share, delta, row_start, begin, whole, queries, keys_of, masks, numbers, dropout,
+                    gate, CAUSAL, False, False, D, BLOCK_N, BLOCK_D, MODE, UPCAST,
                 )  # fmt: skip
             acc = grad_rows(
                 acc, q, dout, lse, share, delta, row_start, whole, end, queries, keys_of, masks, numbers, dropout, gate,
@@ -294,8 +294,8 @@ def _grad_bias_kernel(
         lse, share = load_lse(lse_ptr, share_ptr, lse_row, rows, S, MODE)
         delta = tl.load(delta_ptr + lse_row + rows, mask=rows < S, other=0.0)
         _, u, _ = weights_and_gradient(
-            q, dout, k, v, row_start, column, lse, share, delta, queries, count, masks, (scale, softcap, slopes_ptr, slope),
-            (seed_ptr, lse_row, mask_start, threshold, keep_scale), 1.0,
+            q, dout, k, v, row_start, column, lse, share, delta, queries, count, masks,
+            (scale, softcap, slopes_ptr, slope), (seed_ptr, lse_row, mask_start, threshold, keep_scale), 1.0,
             CAUSAL, PREFIX, True, False, MODE, UPCAST,
         )  # fmt: skip
         acc += u

@@ -175,8 +175,8 @@ def grad_columns(
             window, padding_ptr, segments_ptr, positions_ptr, batch * T, bias_ptr, bias_head, stride_bs, stride_bt
         )  # fmt: skip
         weights, _, u = weights_and_gradient(
-            q, dout, k, v, row_start, column, lse, share, delta, queries, count, tile_masks, (scale, softcap, slopes_ptr, slope),
-            (seed_ptr, lse_row, mask_start, threshold, keep_scale), gate,
+            q, dout, k, v, row_start, column, lse, share, delta, queries, count, tile_masks,
+            (scale, softcap, slopes_ptr, slope), (seed_ptr, lse_row, mask_start, threshold, keep_scale), gate,
             CAUSAL, PREFIX, TESTED, True, MODE, UPCAST,
         )  # fmt: skip
         dv = dot(weights.to(dout.dtype), dout, dv, MODE, None, UPCAST)

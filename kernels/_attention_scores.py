@@ -111,7 +111,7 @@ def score_tile(
     products, keys, queries, count, masks, numbers,
     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, TESTED: tl.constexpr, KEYS_FIRST: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """(scores, cap'): -inf where a query does not see a key; cap' is the softcap's derivative, without one nothing of use.
+    """(scores, cap'): -inf where a query does not see a key; cap' is the softcap's derivative, or of no use.
 
     Not TESTED: the caller knows that every query sees every key.
     """
@@ -205,7 +205,7 @@ def weights_and_gradient(
 
 @triton.jit
 def load_lse(lse_ptr, share_ptr, row, rows, S, MODE: tl.constexpr):
-    """(lse in the scores' unit, share); lse is +inf for rows that saw nothing, or are none, so that every weight is 0."""
+    """(lse in the scores' unit, share); lse is +inf for rows that saw nothing, or are none: every weight is then 0."""
     lse = tl.load(lse_ptr + row + rows, mask=rows < S, other=-float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse * unit(MODE))
     if share_ptr is not None:

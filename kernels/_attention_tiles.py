@@ -31,8 +31,8 @@ class AttentionTiles:
 
 
 class Row(NamedTuple):
-    """The tiles of a kernel up to a head dimension (as rounded up), in the modes of `_common.dot_mode`; for launches that
-    do more for a score than a causal mask (burdened), for those that do not, or for both (None)."""
+    """The tiles of a kernel up to a head dimension (as rounded up), in the modes of `_common.dot_mode`; for launches
+    that do more for a score than a causal mask (burdened), for those that do not, or for both (None)."""
 
     kernel: str
     modes: tuple[str, ...]
@@ -66,10 +66,15 @@ CUDA = (
         (HALF, 128, AttentionTiles(32, 64, warps=8)),
         (HALF, 256, AttentionTiles(32, 32, warps=8)),
     ),
-    *_each(KERNELS, (SINGLE, 64, AttentionTiles(32, 32, 32, stages=1)), (SINGLE, 256, AttentionTiles(16, 16, 16, stages=1))),
+    *_each(
+        KERNELS, (SINGLE, 64, AttentionTiles(32, 32, 32, stages=1)), (SINGLE, 256, AttentionTiles(16, 16, 16, stages=1))
+    ),
 )
 
-SM_100 = (Row("forward", HALF, 64, AttentionTiles(128, 64), False),)
+SM_100 = (
+    Row("forward", HALF, 64, AttentionTiles(128, 64), False),
+    Row("grad_prefix", HALF, 64, AttentionTiles(32, 64, warps=8), True),
+)
 
 HIP = (
     Row("forward", HALF, 64, AttentionTiles(128, 64), False),

@@ -1,7 +1,8 @@
-"""Kernels of attention over a prefix and a sequence, and of its gradients (mathematics: fastpeft/ops/prefix_attention.py).
+"""Attention over a prefix and a sequence, and its gradients (mathematics: fastpeft/ops/prefix_attention.py).
 
-    _forward      out and L: the prefix's tiles, then the sequence's, in one online softmax. Either may be left out: with
-                  the vendor's out and L in the sequence's place it merges (design B), or adds what a gate lets through
+    _forward      out and L: the prefix's tiles, then the sequence's, in one online softmax. Either may be left out:
+                  with the vendor's out and L in the sequence's place it merges (design B), or adds what a gate lets
+                  through
     _grad_query   δ, and dq by the same two loops, onto the vendor's dq if there is one
     _grad_keys    dk and dv of a tile of keys; of the prefix over batch and heads as well, in partial sums
     _grad_bias    dbias of a tile, summed over what it was broadcast over
@@ -51,7 +52,7 @@ def _heads_inside(like: torch.Tensor) -> torch.Tensor:
 
 def _shared(tensors, scores, dropout: Dropout | None) -> dict:
     """The arguments that every kernel has."""
-    q, k, pk = tensors.q_BHSD, tensors.k_BGTD, tensors.pk_BGPD
+    q, k = tensors.q_BHSD, tensors.k_BGTD
     _, heads, queries, depth = q.shape
     padding = _whole(scores.padding_BT)
     return {

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpeft.kernels import _tiles, lora_linear
+from fastpeft.kernels import _attention_kernels, _attention_tiles, _tiles, lora_linear
 from fastpeft.kernels._common import dot_mode
 from tests import aot
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("half", "split", "tf32x3", "tf32", "ieee")
-LORA_KERNELS = {name.strip("_") for name in vars(lora_linear) if name.startswith("_") and name.endswith("_kernel")}
+KERNELS = {
+    name.strip("_") for module in (lora_linear, _attention_kernels) for name in vars(module)
+    if name.startswith("_") and name.endswith("_kernel")
+}  # fmt: skip
 
 pytestmark = pytest.mark.xdist_group("aot")  # one worker compiles, the other has the rest
 
@@ -49,9 +52,9 @@ def planted(tmp_path_factory):
 
 
 def test_every_kernel_is_compiled_for_nvidia_and_amd(shipped):
-    assert {"shrink_kernel", "sum_partials_kernel"} < LORA_KERNELS
+    assert {"shrink_kernel", "sum_partials_kernel", "forward_kernel"} < KERNELS
     for target in ("sm_90", "gfx942"):
-        assert {each["kernel"].split()[0] for each in shipped if each["target"] == target} == LORA_KERNELS
+        assert {each["kernel"].split()[0] for each in shipped if each["target"] == target} == KERNELS
 
 
 def test_nothing_spills(shipped):
@@ -64,7 +67,8 @@ def test_shared_memory_suffices(shipped):
 
 
 def test_every_matrix_product_runs_on_tensor_cores(shipped):
-    assert {each["kernel"].split()[0] for each in shipped if not each["tensor_core"]} == {"sum_partials_kernel"}
+    sums = {"sum_partials_kernel", "grad_query_kernel"}  # the latter where only δ is wanted
+    assert {each["kernel"].split()[0] for each in shipped if not each["tensor_core"]} == sums
 
 
 def test_the_kernels_that_wait_for_memory_copy_ahead(shipped):
@@ -149,6 +153,16 @@ def test_every_kernel_has_tiles_in_every_mode_and_rank(family):
                 for dropout in (False, True):
                     tiles = _tiles.tiles_for(kernel, rank, mode, dropout, family)
                     assert tiles.rows >= 16 and (tiles.columns or tiles.depth) >= 16
+
+
+@pytest.mark.parametrize("family", ["interpreter", "hip", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "sm_130"])
+def test_every_kernel_of_attention_has_tiles_in_every_mode_and_head_dimension(family):
+    for kernel in _attention_tiles.KERNELS:
+        for mode in ("half", "tf32", "ieee"):
+            for depth in (16, 32, 64, 128, 256):
+                for burdened in (False, True):
+                    tiles = _attention_tiles.attention_tiles(kernel, depth, mode, burdened, family)
+                    assert min(tiles.queries, tiles.keys, tiles.prefix) >= 16
 
 
 def test_devices_without_tiles_of_their_own_have_cuda_s():

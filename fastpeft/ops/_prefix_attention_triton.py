@@ -1,7 +1,8 @@
 """`prefix_attention` on the Triton kernels, by the plan of `dispatch.prefix_attention_plan`.
 
-fused: the kernels do everything (design A). merge: the vendor's flash does the sequence, a kernel merges the prefix into
-its result, and in backward the vendor is given the merged result and L, with which its own formulas are exact (design B).
+fused: the kernels do everything (design A). merge: the vendor's flash does the sequence, a kernel merges the prefix
+into its result, and in backward the vendor is given the merged result and L, with which its own formulas are exact
+(design B).
 """
 
 import torch

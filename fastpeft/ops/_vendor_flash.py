@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def vendor_of(q: Tensor) -> str:
-    """"cpu", "cudnn", "flash" or "efficient", as torch's settings allow."""
+    """ "cpu", "cudnn", "flash" or "efficient", as torch's settings allow."""
     if q.device.type == "cpu":
         return "cpu"
     allowed, depth = torch.backends.cuda, q.shape[3]

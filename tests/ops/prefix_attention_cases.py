@@ -113,7 +113,10 @@ def on(name: str, strategy: str | None = None):
 
 
 def _outcome(function, case: Problem, wanted, dtype) -> dict:
-    leaves = {name: None if t is None else t.detach().to(dtype or t.dtype) for name, t in zip(NAMES, case.tensors, strict=True)}
+    leaves = {
+        name: None if t is None else t.detach().to(dtype or t.dtype)
+        for name, t in zip(NAMES, case.tensors, strict=True)
+    }
     wanted = [name for name in wanted if leaves[name] is not None]
     for name in wanted:
         leaves[name].requires_grad_()
@@ -159,8 +162,8 @@ def outcomes(case: Problem, wanted=NAMES, seed: int = 0) -> tuple[dict, dict, di
 def _heads_of(name: str, tensor: torch.Tensor, by_row: bool) -> list[torch.Tensor]:
     """Every sample and head is a draw. Not `by_row`: it is also a row.
 
-    The error of a row of u, hence of a bias's gradient, is mostly one number, that of its δ; and so it is of every row in
-    fp32. The quotient of two such numbers says nothing. A row that is wrong is found by its peak.
+    The error of a row of u, hence of a bias's gradient, is mostly one number, that of its δ; and so it is of every row
+    in fp32. The quotient of two such numbers says nothing. A row that is wrong is found by its peak.
     """
     heads = tensor.flatten(0, -3) if tensor.ndim > 2 else tensor[None]
     return list(heads if by_row and "bias" not in name else heads.flatten(1))

@@ -21,7 +21,11 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 HALF = torch.float16
 SMALL = {"batch": 2, "heads": 2, "kv_heads": 1}
 # Every branch of every kernel: masks that need tests, biases, and the loops of whole tiles.
-MANY = [("window", "gaps", "alibi", "softcap", "sinks", "dropout"), ("bias", "prefix-bias"), ("own-prefixes", "segments")]
+MANY = [
+    ("window", "gaps", "alibi", "softcap", "sinks", "dropout"),
+    ("bias", "prefix-bias"),
+    ("own-prefixes", "segments"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -63,9 +67,7 @@ LAYOUTS = {
 def test_kernels_with_layout_equal_those_with_contiguous_tensors(layout):
     case = problem(dtype=HALF, queries=21, keys=21, prefix=18, own=True, **SMALL)
     laid = [LAYOUTS[layout](t) for t in case.tensors[:5]]
-    laid_out = case._replace(
-        tensors=Tensors(*laid, None, None, None), dout_BHSD=LAYOUTS[layout](case.dout_BHSD)
-    )
+    laid_out = case._replace(tensors=Tensors(*laid, None, None, None), dout_BHSD=LAYOUTS[layout](case.dout_BHSD))
     plain = laid_out._replace(
         tensors=Tensors(*(t.contiguous() for t in laid), None, None, None), dout_BHSD=laid_out.dout_BHSD.contiguous()
     )
@@ -115,7 +117,13 @@ def test_every_subset_of_gradients(strategy):
 
 
 def test_the_shapes_between_tiles():
-    for queries, keys, prefix, depth in ((1, 1, 1, 1), (1, 40, 3, 8), (16, 16, 16, 16), (17, 33, 32, 33), (5, 3, 100, 64)):
+    for queries, keys, prefix, depth in (
+        (1, 1, 1, 1),
+        (1, 40, 3, 8),
+        (16, 16, 16, 16),
+        (17, 33, 32, 33),
+        (5, 3, 100, 64),
+    ):
         case = problem(dtype=HALF, queries=queries, keys=keys, prefix=prefix, depth=depth, **SMALL)
         with on("triton", "fused"):
             found = op_outcome(case)
