@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -243,8 +244,8 @@ def headline(document: dict) -> str:
 
 
 def table(document: dict) -> str:
-    """For each op its overhead over the floor in %, a line per cell and a column per implementation; then what is
-    missing."""
+    """For each op its overhead over the floor in %, a line per cell and a column per implementation, and what is kept
+    for backward; then what is missing."""
     out = [headline(document)]
     if document["stamp"]["header"]:
         out.append(document["stamp"]["header"])
@@ -253,32 +254,46 @@ def table(document: dict) -> str:
         rows = [row for row in document["results"] if row["op"] == op]
         floor = next((row["label"] for row in rows if row["impl"] == FLOOR), "no floor")
         out.append(f"{op}, forward and backward: overhead in % over the floor ({floor})")
-        out.extend(_aligned(_lines(rows)))
+        out.extend(_aligned(_lines(rows, "floor ms", _milliseconds, _overhead)))
+        out.append(f"{op}: MB kept for backward, without parameters")
+        out.extend(_aligned(_lines(rows, "floor", _kept, _kept)))
     return "\n".join([*out, *_remarks(document)]) + "\n"
 
 
-def _lines(rows: list[dict]) -> list[list[str]]:
-    """One op's table: its heading, then a line per cell."""
+Entry = Callable[[dict], str]  # what a table says of a row that is ok
+
+
+def _lines(rows: list[dict], heading: str, of_floor: Entry, of_others: Entry) -> list[list[str]]:
+    """One op's table: its headings, then a line per cell."""
     names = list(dict.fromkeys(row["impl"] for row in rows if row["impl"] != FLOOR))
     cells: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         key = (*row["shape"].values(), row["dropout"], row["dtype"])
         cells.setdefault(key, {})[row["impl"]] = row
-    lines = [[*rows[0]["shape"], "p", "dtype", "floor ms", *names]]
+    lines = [[*rows[0]["shape"], "p", "dtype", heading, *names]]
     for key, found in cells.items():
-        floor = found.get(FLOOR)
-        floor_ms = f"{floor['median_ms']:.3f}" if floor and floor["status"] == "ok" else "-"
-        lines.append([*map(str, key), floor_ms, *(_entry(found.get(name)) for name in names)])
+        entries = [_said(found.get(name), of_floor if name == FLOOR else of_others) for name in (FLOOR, *names)]
+        lines.append([*map(str, key), *entries])
     return lines
 
 
-def _entry(row: dict | None) -> str:
+def _said(row: dict | None, entry: Entry) -> str:
     if row is None:
         return "·"
-    if row["status"] != "ok":
-        return row["status"]
+    return entry(row) if row["status"] == "ok" else row["status"]
+
+
+def _milliseconds(row: dict) -> str:
+    return f"{row['median_ms']:.3f}"
+
+
+def _overhead(row: dict) -> str:
     overhead = row["overhead_over_floor"]
     return f"{row['median_ms']:.3f} ms" if overhead is None else f"{100 * overhead:.1f}"
+
+
+def _kept(row: dict) -> str:
+    return "-" if row["saved_bytes"] is None else f"{row['saved_bytes'] / 1e6:.1f}"
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:
