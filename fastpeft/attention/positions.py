@@ -8,6 +8,7 @@ import inspect
 
 from torch import nn
 
+from fastpeft.errors import TargetError
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
 
@@ -22,6 +23,13 @@ class Shift(AdapterLayer):
     def shift(self) -> int:
         """How far this call's positions are moved."""
         return sum(self._fastpeft.adapters[name] for name in self.active_adapters())
+
+    def add_adapter(self, name: str, *args, **kwargs) -> None:
+        """What other tuners call, which find a layer of fastpeft here. Raises TargetError."""
+        kind = self._fastpeft.original_class.__name__
+        raise TargetError(
+            f"adapter {name!r}: one of its targets is the {kind} of positions, which a prefix moves; leave it out"
+        )
 
     def parameters_of(self, name: str) -> dict:
         return {}
