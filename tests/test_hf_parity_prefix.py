@@ -44,14 +44,13 @@ def bound_of(family: str) -> float:
     return 1e-5 if family.endswith("t5") else 1e-6
 
 
-def assert_same_life(hf, ours, build, task: str, directory, bound: float = 1e-6, padded_right: bool = True) -> None:
+def assert_same_life(hf, ours, build, task: str, directory, bound: float = 1e-6) -> None:
     """Start, printed line, a step with padding on either side, files, and loading in both directions."""
     assert_same_start(hf, ours)
     assert_same_line(hf, ours)
     randomise(hf, ours)
     inputs = batch(task)
-    if padded_right:
-        assert_same_prefix_step(hf, ours, inputs, bound)
+    assert_same_prefix_step(hf, ours, inputs, bound)
     if task != "SEQ_2_SEQ_LM":
         assert_same_prefix_step(hf, ours, padded_left(inputs), bound)
     assert_same_files(hf, ours, directory)
@@ -101,23 +100,13 @@ def test_a_task_is_as_in_peft(family, task, tmp_path):
         assert_same_features(family, tmp_path)
         return
     hf, ours = prefix_pair(family, task)
-    at_padding = task == "QUESTION_ANS" and family not in ("bert", "roberta")  # see below
-    assert_same_life(hf, ours, lambda: tiny(family, task), task, tmp_path, padded_right=not at_padding)
+    assert_same_life(hf, ours, lambda: tiny(family, task), task, tmp_path)
     saved = load_file(tmp_path / "ours" / WEIGHTS)
     classifier = family in ("bert", "roberta") or (family, task) == ("gpt2", "TOKEN_CLS")
     head = "qa_outputs" if task == "QUESTION_ANS" else "classifier" if classifier else "score"
     assert any(name.startswith(f"base_model.{head}.") for name in saved) and "prompt_embeddings" in saved
     trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
     assert all(name.startswith((f"{head}.modules_to_save.default.", "prompt_encoder.default.")) for name in trained)
-
-
-@pytest.mark.xfail(
-    strict=True, reason="causal models are not told of padding behind their tokens, where answers are sought"
-)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_answers_of_decoders_beside_padding_are_as_in_peft(family):
-    """Their loss and the best answer are taken over all places, padding too, in transformers and in peft."""
-    assert_same_prefix_step(*prefix_pair(family, "QUESTION_ANS"), batch("QUESTION_ANS"))
 
 
 def assert_same_features(family: str, directory) -> None:

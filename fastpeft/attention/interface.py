@@ -120,7 +120,8 @@ def _mask_options(module, query, key, mask, is_causal) -> dict:
             "causal": mask.causal,
             "sliding_window": mask.window,
             "query_start": mask.q_offset - mask.kv_offset,
-            "padding_mask": mask.padding,
+            # What is computed at padding itself is nobody's matter, as a rule.
+            "padding_mask": None if mask.behind and not module.reads_padding() else mask.padding,
             "segment_ids": mask.segments,
         }
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

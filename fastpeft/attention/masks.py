@@ -25,6 +25,7 @@ class Mask:
     padding: Tensor | None
     segments: Tensor | None
     arguments: dict
+    behind: bool = False  # whether all padding stands behind the tokens of a causal model, none of which sees it
 
     ndim: ClassVar[int] = 2  # Falcon asks, and adds its ALiBi onto what has 4
 
@@ -62,16 +63,11 @@ def mask_function(**arguments):
     if padding is not None:
         padding = torch.nn.functional.pad(padding, (0, max(0, keys + kv_offset - padding.shape[-1])))
         padding = padding[:, kv_offset : kv_offset + keys]
-        if not torch.compiler.is_compiling() and _hides_nothing(padding, pattern.causal):
-            padding = None
-    return Mask(pattern.causal, pattern.window, q_offset, kv_offset, padding, pattern.segments, arguments)
-
-
-def _hides_nothing(padding: Tensor, causal: bool) -> bool:
-    """Whether no token can see padding: there is none, or it all stands behind the tokens of a causal model. (What is
-    computed at padding itself is another matter, and nobody's.)"""
-    ends_in_padding = (padding[:, 1:] <= padding[:, :-1]).all() if causal else padding.all()
-    return bool(ends_in_padding)
+    behind = False
+    if padding is not None and not torch.compiler.is_compiling():
+        padding = None if padding.all() else padding
+        behind = padding is not None and pattern.causal and bool((padding[:, 1:] <= padding[:, :-1]).all())
+    return Mask(pattern.causal, pattern.window, q_offset, kv_offset, padding, pattern.segments, arguments, behind)
 
 
 def pattern_of(function: Callable) -> _Pattern | None:

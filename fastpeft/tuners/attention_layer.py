@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastpeft.configs import TaskType
 from fastpeft.errors import PatchError
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.prefix_encoder import PrefixEncoder
@@ -61,6 +62,11 @@ class AdaptedAttention(AdapterLayer):
     def active_length(self) -> int:
         """How many virtual tokens before the sequence a call now has."""
         return sum(each.length for each in self.slices())
+
+    def reads_padding(self) -> bool:
+        """Whether what is computed at padding counts: the place of an answer is sought there too."""
+        configs = self._fastpeft.model.configs
+        return any(configs[name].task_type == TaskType.QUESTION_ANS for name in self.active_adapters())
 
     def prefix_window(self) -> str:
         """What a sliding window does to the prefix."""

@@ -1,5 +1,7 @@
 """The numbers that stand for a mask: they give exactly the matrix that transformers makes of the same mask function."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import masking_utils as theirs
@@ -72,27 +74,28 @@ def test_the_numbers_give_the_matrix(name, padding):
         mask = mask_function(**arguments)
         assert isinstance(mask, Mask)
         queries, keys, q_offset, _ = slices
-        found, expected = matrix_by_numbers(mask, queries, keys), matrix_of(arguments)
-        if padding is not None:  # what a query that is padding sees is nobody's matter
+        expected = matrix_of(arguments)
+        assert torch.equal(matrix_by_numbers(mask, queries, keys), expected), slices
+        if mask.behind:  # no token sees more without it
             at = torch.arange(q_offset, q_offset + queries)
-            real = torch.nn.functional.pad(attention_mask, (0, KEYS))[:, at]
-            found, expected = (t & real[:, None, :, None] for t in (found, expected))
-        assert torch.equal(found, expected), slices
-        assert padding is None or expected.any() or not real.any()
+            tokens = torch.nn.functional.pad(attention_mask, (0, KEYS))[:, None, at, None]
+            found = matrix_by_numbers(dataclasses.replace(mask, padding=None), queries, keys)
+            assert torch.equal(found & tokens, expected & tokens)
 
 
-def test_padding_that_hides_nothing_is_no_mask():
-    """So that training on padded batches runs as fast as without padding."""
-    for function, padding, is_mask in (
-        (KNOWN["causal"], "none", False),
-        (KNOWN["causal"], "right", False),
-        (KNOWN["window-4"], "right", False),
-        (KNOWN["causal"], "left", True),
-        (KNOWN["causal"], "holes", True),
-        (KNOWN["bidirectional"], "none", False),
-        (KNOWN["bidirectional"], "right", True),
+def test_padding_that_hides_nothing_is_known():
+    """So that training on padded batches can run as fast as without padding."""
+    for function, padding, present, behind in (
+        (KNOWN["causal"], "none", False, False),
+        (KNOWN["causal"], "right", True, True),
+        (KNOWN["window-4"], "right", True, True),
+        (KNOWN["causal"], "left", True, False),
+        (KNOWN["causal"], "holes", True, False),
+        (KNOWN["bidirectional"], "none", False, False),
+        (KNOWN["bidirectional"], "right", True, False),
     ):
-        assert (mask_function(**arguments_of(function, PADDING[padding])).padding is not None) == is_mask
+        mask = mask_function(**arguments_of(function, PADDING[padding]))
+        assert (mask.padding is not None, mask.behind) == (present, behind)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2"])
@@ -174,7 +177,7 @@ def test_transformers_own_makers_call_it(family, padding):
     make = theirs.create_sliding_window_causal_mask if family == "mistral" else theirs.create_causal_mask
     found = make(**common, past_key_values=None)
     assert isinstance(found, Mask) and found.causal and found.window == (4 if family == "mistral" else None)
-    assert (found.padding is None) == (padding != "left")
+    assert (found.padding is None, found.behind) == (padding is None, padding == "right")
     if padding is None:
         found = make(**common, past_key_values=None, position_ids=POSITIONS)
         assert isinstance(found, Mask) and torch.equal(found.segments, PACKED)
