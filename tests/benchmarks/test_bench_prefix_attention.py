@@ -80,6 +80,18 @@ def test_the_truth_is_the_autograd_of_the_definition(cell, rows, monkeypatch):
     torch.testing.assert_close(found.eager["out"], eager.detach(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("cell", [GROUPED, ALIBI], ids=["grouped", "alibi"])
+def test_flex_attention_computes_the_same(cell, monkeypatch):
+    """Its forward, without compilation; its gradients need a GPU."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    inputs = inputs_of(Cell(**{**vars(cell), "dtype": "fp32"}), CPU)
+    call, found = peers.build_flex(inputs), PrefixTruth(inputs)
+    for leaf in call.leaves.values():
+        leaf.requires_grad_(False)
+    expected = found.tail["out"] + found.base["out"]
+    torch.testing.assert_close(call.run_forward().double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def planted(change):
     """The plain form in float64 with one fault: `change` gets the gradients, and may return another result."""
 
@@ -217,6 +229,7 @@ def test_the_command_measures_a_named_shape(tmp_path, capsys):
     assert {row["status"] for row in saved["results"]} == {"ok"}
     printed = capsys.readouterr().out
     assert report.CPU_HEADER in printed and printed.endswith(report.table(saved))
+    assert "prefix_attention: MB kept for backward, without parameters" in printed
     assert "not measured: prefix_attention: all cells flex: not compiled on the CPU path" in printed
 
 
