@@ -194,11 +194,12 @@ def op_dropout(problem: AttentionProblem) -> tuple[Tensor | None, float]:
     if not problem.dropout:
         return None, 0.0
     tensors, scores = _tensors({name: getattr(problem, name) for name in GRADIENTS}), _scores(problem)
-    triton = problem.gate is None and prefix_attention_plan(tensors, scores, problem.dropout) is not None
-    path = _path(triton)
-    q, keys = problem.query, problem.key.shape[2]
-    prefix = problem.prefix_key.shape[-2] if problem.gate is None else 0  # a prompt's weights are never dropped
+    triton = prefix_attention_plan(tensors, scores, problem.dropout) is not None
+    path, q, keys = _path(triton), problem.query, problem.key.shape[2]
+    prefix = problem.prefix_key.shape[-2] if problem.gate is None or triton else 0
     keep = path.keep_mask(path.draw_seed(q), problem.dropout, *q.shape[:3], prefix, keys, q.device)
+    if problem.gate is not None:  # a prompt's weights are never dropped
+        keep = keep[..., prefix:]
     return keep, round(problem.dropout * 65536) / 65536 if triton else problem.dropout
 
 

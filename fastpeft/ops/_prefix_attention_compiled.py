@@ -11,7 +11,6 @@ from torch import Tensor
 from fastpeft.dispatch import ATTENTION_STRATEGIES, Plan, prefix_attention_plan
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors
 from fastpeft.ops.gated_prompt_attention import _path as gated_path
-from fastpeft.ops.gated_prompt_attention import plan_of
 from fastpeft.ops.prefix_attention import Call
 from fastpeft.ops.prefix_attention import _path as plain_path
 
@@ -42,12 +41,12 @@ def _forward(
     tensors = Tensors(q, k, v, pk, pv, bias, pbias, sinks)
     call = _call((padding, segments, local, slopes, positions), causal, scale, start, window, pin, softcap, dropout)
     with torch.autocast(q.device.type, enabled=False):
+        call = call._replace(plan=prefix_attention_plan(tensors, call.scores, dropout, patched or None))
+        triton = call.plan is not None
         if gate is None:
-            call = call._replace(plan=prefix_attention_plan(tensors, call.scores, dropout, patched or None))
-            own, (out, lse) = q.new_empty(0), plain_path(call.plan is not None).forward(tensors, call, seed)
+            own, (out, lse) = q.new_empty(0), plain_path(triton).forward(tensors, call, seed)
         else:
-            call = call._replace(plan=plan_of(patched or None))
-            out, own, lse = gated_path(call.plan is not None).forward(tensors, gate, call, seed)
+            out, own, lse = gated_path(triton).forward(tensors, gate, call, seed)
     parts = lse if lse.ndim == 4 else torch.stack((lse, torch.zeros_like(lse)))
     return out, own, parts, torch.tensor([*_numbers_of(call.plan), lse.ndim])
 
@@ -94,7 +93,12 @@ def _backward(
         else:
             path = gated_path(call.plan is not None)
             grads = path.backward(dout, tensors, gate, result, lse, call, seed, needs, need_gate)
-    return [dout.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
+    # An operator's results may not share storage, as the kernels' gradients of keys and values do.
+    return [
+        dout.new_empty(0) if grad is None else grad.clone(memory_format=torch.contiguous_format)
+        if grad.untyped_storage().nbytes() > grad.nbytes else grad.contiguous()
+        for grad in grads
+    ]  # fmt: skip
 
 
 @_backward.register_fake

@@ -13,8 +13,7 @@ At γ = 0, where training begins, dKp and dVp are zero and dγ is not. Saved for
 import torch
 from torch import Tensor
 
-from fastpeft.dispatch import requested_backend
-from fastpeft.errors import BackendError
+from fastpeft.dispatch import prefix_attention_plan
 from fastpeft.ops import _gated_prompt_attention_torch as torch_path
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, check_tensors, make_scores, of_prompt, of_sequence
 from fastpeft.ops.prefix_attention import Call, in_common_dtype, prefix_attention_reference
@@ -33,16 +32,11 @@ def gated_prompt_attention_reference(
 
 
 def _path(triton: bool):
-    assert not triton, "no kernels of this op"
-    return torch_path
+    if not triton:
+        return torch_path
+    from fastpeft.ops import _gated_prompt_attention_triton as triton_path
 
-
-def plan_of(patched_backend: str | None) -> None:
-    """The torch path's. Raises BackendError where "triton" is demanded."""
-    if requested_backend(patched_backend) == "triton":
-        raise BackendError(
-            "the triton backend was demanded but cannot serve this call: gated_prompt_attention has no kernels"
-        )
+    return triton_path
 
 
 class GatedPromptAttentionFunction(torch.autograd.Function):
@@ -107,7 +101,7 @@ def gated_prompt_attention(
 
     Raises:
         ValueError: a shape, device, dtype or number does not fit.
-        BackendError: the triton backend was demanded, and this op has no kernels.
+        BackendError: the triton backend was demanded and cannot serve the call.
     """
     prompt_key, prompt_value = (t[None] if t.ndim == 3 else t for t in (prompt_key, prompt_value))
     tensors = Tensors(query, key, value, prompt_key, prompt_value, bias, None, sinks)
@@ -131,5 +125,5 @@ def gated_prompt_attention(
         from fastpeft.ops._prefix_attention_compiled import compiled_attention
 
         return compiled_attention(gate.reshape(-1), tensors, scores, dropout, patched_backend)
-    call = Call(scores, dropout, plan_of(patched_backend))
+    call = Call(scores, dropout, prefix_attention_plan(tensors, scores, dropout, patched_backend))
     return GatedPromptAttentionFunction.apply(call, gate.reshape(-1), *tensors)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastpeft.attention_oracle import MODIFIERS, attention_outcomes
+from fastpeft.dispatch import backend
 from fastpeft.errors import BackendError
 from fastpeft.ops import gated_prompt_attention, prefix_attention
 from fastpeft.oracle import Bounds
@@ -182,7 +183,30 @@ def test_errors_name_the_argument_and_what_was_expected(changes, message):
         gated_prompt_attention(**(given | changes))
 
 
-def test_a_demand_for_kernels_is_refused_in_words():
-    problem = problem_of()
-    with pytest.raises(BackendError, match="gated_prompt_attention has no kernels"):
+@pytest.mark.interpreter
+@pytest.mark.parametrize("modifiers", [("left", "window"), ("sinks", "dropout"), ("bias", "alibi")], ids=name_of)
+def test_on_the_kernels(modifiers):
+    problem = problem_of(modifiers, batch=1, queries=9)
+    with backend("triton"):
+        got, _, truth = attention_outcomes(problem, problem.present())
+    for name in got:
+        torch.testing.assert_close(got[name].double(), truth[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpreter
+def test_compiled_on_the_kernels():
+    problem = problem_of(batch=1, queries=9)
+    leaves = [getattr(problem, name).requires_grad_() for name in (*FIVE, "gate")]
+    torch._dynamo.reset()
+    with backend("triton"):
+        compiled = torch.compile(gated_prompt_attention, fullgraph=True, backend="aot_eager")
+        outs = gated_prompt_attention(*leaves), compiled(*leaves)
+        first, second = (torch.autograd.grad(out, leaves, problem.dout) for out in outs)
+    assert torch.equal(*outs) and all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+@pytest.mark.interpreter
+def test_a_demand_for_kernels_in_vain_is_refused_in_words():
+    problem = problem_of(dtype=torch.float64)
+    with pytest.raises(BackendError, match="cannot serve this call: torch.float64 is not served"):
         gated_prompt_attention(*(getattr(problem, name) for name in (*FIVE, "gate")), patched_backend="triton")
