@@ -26,7 +26,7 @@ def refused(call, model, error, *words) -> None:
     assert differences(before, snapshot(model)) == []
 
 
-SEVERAL = [5, None, [["a"]], {"a": 1}, ["a", 3], object(), b"a"]  # are neither a name nor a list of names
+SEVERAL = [5, None, [["a"]], {"a": 1}, ["a", 3], Ellipsis, b"a"]  # are neither a name nor a list of names
 
 
 @pytest.mark.parametrize("given", SEVERAL, ids=repr)
