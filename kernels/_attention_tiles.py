@@ -59,6 +59,7 @@ CUDA = (
     Row("grad_query", HALF, 64, AttentionTiles(64, 64), False),
     Row("grad_query", HALF, 128, AttentionTiles(64, 64, warps=8)),
     Row("grad_query", HALF, 256, AttentionTiles(32, 32, 32, warps=8)),
+    Row("grad_prefix", HALF, 32, AttentionTiles(32, 64)),
     *_each(
         COLUMNS,
         (HALF, 64, AttentionTiles(64, 64), False),

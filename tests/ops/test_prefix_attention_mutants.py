@@ -1,0 +1,136 @@
+"""The test of the tests: mistakes planted in the kernels of `prefix_attention`, each of which a problem shows."""
+
+import ast
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpeft.kernels import _attention_kernels, _attention_loops, _attention_scores, prefix_attention
+from fastpeft.ops import _gated_prompt_attention_triton as gated
+from fastpeft.ops import _prefix_attention_triton as path
+from fastpeft.ops._prefix_attention_scores import Tensors
+from fastpeft.ops.gated_prompt_attention import gated_prompt_attention_reference
+from fastpeft.ops.prefix_attention import Call, prefix_attention_reference
+from tests.ops.prefix_attention_cases import NAMES, PLANS, problem, triton_keep
+from tests.ops.prefix_attention_mutants import KERNELS
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
+
+FILES = [Path(m.__file__) for m in (_attention_scores, _attention_loops, _attention_kernels, prefix_attention)]
+MUTANTS = [mutant for mutants in KERNELS.values() for mutant in mutants]
+
+# In fp32 the criterion allows errors of 1e-6 of a tensor's greatest; every mistake makes hundreds of times this.
+TOLERANCE = 1e-4
+SHAPE = {"queries": 18, "keys": 20, "prefix": 17, "depth": 17}
+
+
+@functools.cache
+def problems():
+    """(op, strategy, problem, gate, mask, truth): together they use every feature of every kernel."""
+    made, one = [], {"batch": 1, "heads": 2, "kv_heads": 1}
+    for strategy, modifiers, changes in (
+        ("fused", (), {}),
+        ("fused", ("own-prefixes", "alibi", "softcap", "sinks", "dropout"), {}),
+        ("fused", ("bias", "prefix-bias", "dropout", "left-padding"), {}),
+        ("fused", ("window", "segments", "bidirectional"), {}),
+        ("fused", ("window",), {**one, "queries": 34, "keys": 34, "window": 11}),
+        (
+            "fused",
+            ("window",),
+            {**one, "queries": 33, "keys": 33, "window": 18},
+        ),  # ranges that end behind a tile's first
+        ("merge", ("bidirectional",), {}),
+        ("gated", ("bidirectional",), {}),
+    ):
+        case = problem(*modifiers, **{**SHAPE, **changes})
+        if "bias" in modifiers:  # of each kind of broadcasting
+            bias, pbias = torch.randn(2, 1, 18, 20), torch.randn(1, 4, 18, 17)
+            case = case._replace(tensors=case.tensors._replace(bias_BHST=bias, pbias_BHSP=pbias))
+        gate = torch.tensor([0.5, -1.0, 0.0, 2.0])
+        made.append((strategy, case, gate, _truth(strategy, case, gate)))
+    return made
+
+
+def _truth(strategy, case, gate):
+    keep, p = triton_keep(case, 0)
+    leaves = [t.double().requires_grad_() for t in (gate, *case.tensors) if t is not None]
+    rest = iter(leaves[1:])
+    tensors = Tensors(*(None if t is None else next(rest) for t in case.tensors))
+    if strategy == "gated":
+        out = gated_prompt_attention_reference(tensors, leaves[0], case.scores)
+    else:
+        out = prefix_attention_reference(tensors, case.scores, keep, p)
+    wanted = leaves if strategy == "gated" else leaves[1:]
+    return [out.detach(), *torch.autograd.grad(out, wanted, case.dout_BHSD.double())]
+
+
+def _results(strategy, case, gate):
+    call = Call(case.scores, case.dropout, PLANS["fused" if strategy == "gated" else strategy])
+    needs = Tensors(*(t is not None for t in case.tensors))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        seed = path.draw_seed(gate) if case.dropout else None
+    if strategy == "gated":
+        out, own, lse = gated.forward(case.tensors, gate, call, seed)
+        gradients = gated.backward(case.dout_BHSD, case.tensors, gate, own, lse, call, seed, needs, True)
+    else:
+        out, lse = path.forward(case.tensors, call, seed)
+        gradients = path.backward(case.dout_BHSD, case.tensors, out, lse, call, seed, needs)
+    return [out, *(each for each in gradients if each is not None)]
+
+
+def first_fault(first: int = 0) -> str | None:
+    """What is wrong with the kernels as they are, at the first problem that shows it, beginning with one of them."""
+    for strategy, case, gate, truth in problems()[first:] + problems()[:first]:
+        for number, (got, true) in enumerate(zip(_results(strategy, case, gate), truth, strict=True)):
+            if not (got - true).abs().max() <= TOLERANCE * true.abs().max():
+                return f"{strategy}, result {number} of out and the gradients of {NAMES}"
+    return None
+
+
+def mutated(source: str, function: str, old: str, new: str) -> str | None:
+    """The source with the mistake in that function, None if it has no such function."""
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) == function:
+            body = "".join(lines[node.lineno - 1 : node.end_lineno])
+            assert body.count(old) == 1, f"{function}: {old!r} occurs {body.count(old)} times, not once"
+            return "".join([*lines[: node.lineno - 1], body.replace(old, new), *lines[node.end_lineno :]])
+    return None
+
+
+def test_the_kernels_as_they_are_pass():
+    assert first_fault() is None
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
+def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
+    problems()  # whose masks are made by the kernels as they should be
+    function, _, old, new = mutant
+    planted = 0
+    for file in FILES:  # each imports those before it
+        source = file.read_text()
+        if (changed := mutated(source, function, old, new)) is not None:
+            planted, source = planted + 1, changed
+        for other in FILES:
+            source = source.replace(f"fastpeft.kernels.{other.stem} import", f"fastpeft_mutant_{other.stem} import")
+        copy = tmp_path / f"fastpeft_mutant_{file.stem}.py"
+        copy.write_text(source)
+        spec = importlib.util.spec_from_file_location(copy.stem, copy)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, copy.stem, module)
+        spec.loader.exec_module(module)
+    assert planted == 1, f"{function} is in {planted} files"
+    monkeypatch.setattr(path, "kernels", module)
+    monkeypatch.setattr(gated, "kernels", module)
+    assert first_fault(2 if "bias" in function else 0) is not None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_there_are_a_dozen_mistakes_for_every_kernel(kernel):
+    changes = {mutant[0:1] + mutant[2:] for mutant in KERNELS[kernel]}
+    assert len(changes) == len(KERNELS[kernel]) >= 12
