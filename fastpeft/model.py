@@ -4,11 +4,19 @@ import copy
 import functools
 
 from fastpeft.selection import CarriedCheckpoint
-from fastpeft.tuners.attention_layer import IMPLEMENTATION
+from fastpeft.tuners.attention_layer import IMPLEMENTATION, AdaptedAttention
 
 
 class PatchedModel:
     """Methods that scripts written for peft call, with peft's names and meaning. Each is one function of fastpeft."""
+
+    def __call__(self, *args, **kwargs):
+        """The model's own call. Raises PatchError if it asks for attention weights over virtual tokens."""
+        if kwargs.get("output_attentions"):
+            for module in self.modules():
+                if isinstance(module, AdaptedAttention):
+                    module.refuse_weights(bool(module.active_adapters()))
+        return super().__call__(*args, **kwargs)
 
     @property
     def peft_config(self) -> dict:

@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
-from fastpeft.attention.masks import Mask, mask_function
+from fastpeft.attention.masks import BEFORE, Mask, mask_function
 from fastpeft.attention.prompts import gated_term, prompt_keys_and_values
 from fastpeft.errors import PatchError
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention
@@ -17,8 +17,6 @@ from fastpeft.ops.prefix_attention import prefix_attention
 from fastpeft.tuners.attention_layer import IMPLEMENTATION as NAME
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
-
-BEFORE = "_fastpeft_before"  # of a configuration: the implementation that it named
 
 
 def register() -> None:

@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+BEFORE = "_fastpeft_before"  # of a configuration that names our attention: the implementation that it named
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -53,11 +55,12 @@ def mask_function(**arguments):
     offsets = arguments.get("q_offset", 0), arguments.get("kv_offset", 0)
     pattern = pattern_of(arguments["mask_function"])
     if pattern is None or not all(isinstance(offset, int) for offset in offsets):
-        from transformers.masking_utils import sdpa_mask
+        from transformers.masking_utils import eager_mask, sdpa_mask
 
         # A static cache's offsets are tensors, and generation may hand its mask to the model as an input, where only a
-        # matrix is known.
-        return sdpa_mask(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        # matrix is known: of numbers, where the model's own code expects those.
+        make = eager_mask if getattr(arguments.get("config"), BEFORE, None) == "eager" else sdpa_mask
+        return make(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     q_offset, kv_offset = offsets
     padding, keys = arguments.get("attention_mask"), arguments["kv_length"]
     if padding is not None:

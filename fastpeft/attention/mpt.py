@@ -1,5 +1,7 @@
 """MPT, whose attention computes its scores itself: the same forward over the op, with ALiBi by slopes."""
 
+from torch import Tensor
+
 from fastpeft.attention.interface import attend, plain_mask
 from fastpeft.tuners.attention_layer import AdaptedAttention
 
@@ -17,6 +19,8 @@ class MptAttention(AdaptedAttention):
                 hidden_states, position_bias, past_key_values=past_key_values, attention_mask=mask, **kwargs
             )
         self.refuse_weights(kwargs.get("output_attentions"))
+        if isinstance(attention_mask, Tensor):
+            attention_mask = ~attention_mask  # the model makes booleans of its mask of numbers: True where it hides
         fused = self.Wqkv(hidden_states)
         if self.clip_qkv:
             fused = fused.clamp(min=-self.clip_qkv, max=self.clip_qkv)

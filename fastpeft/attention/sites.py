@@ -23,6 +23,8 @@ OWN_FORWARD = {
     "gpt_neo.GPTNeoSelfAttention": "own_scores",
     "mpt.MptAttention": "mpt",
 }
+# Families that ask the interface, and whose own code wants a matrix for a mask.
+UNSERVED = ("bigbird_pegasus", "nllb_moe")
 CROSS = (
     *("crossattention", "cross_attention", "cross_attn", "encoder_attn", "EncDecAttention"),
     "encoder_decoder_attention",
@@ -52,11 +54,11 @@ def find_sites(model: nn.Module, part: str = "decoder") -> Sites:
         for each, module in stack.named_modules(prefix=path)
         if _is_cross(each, module) == (part == "cross") and (mixin := _mixin(module)) is not None
     ]
-    if not found:
+    if not found or any(_family(module) in UNSERVED for _, module, _ in found):
         classes = sorted({type(m).__name__ for m in stack.modules() if "ttention" in type(m).__name__})
         raise TargetError(
             f"{name} cannot carry a prefix: none of its attention classes ({', '.join(classes) or 'none'}) asks "
-            "transformers' attention interface, and fastpeft has no forward of its own for them"
+            "transformers' attention interface alone, and fastpeft has no forward of its own for them"
         )
     found = _in_order(name, found)
     configs = {id(config): config for config in _configs(stack, found)}
@@ -77,11 +79,20 @@ def _is_cross(path: str, module: nn.Module) -> bool:
     return getattr(module, "is_cross_attention", False) is True or any(part in CROSS for part in path.split("."))
 
 
+def _original(module: nn.Module) -> type:
+    return module._fastpeft.original_class if isinstance(module, AdapterLayer) else type(module)
+
+
+def _family(module: nn.Module) -> str:
+    """The folder of transformers' models that the module's class is from; "" for any other."""
+    package, _, family = _original(module).__module__.rpartition(".")[0].rpartition(".")
+    return family if package == "transformers.models" else ""
+
+
 def _mixin(module: nn.Module) -> type[AdaptedAttention] | None:
     """What makes this module carry a prefix; None if it is no attention that could."""
-    original = module._fastpeft.original_class if isinstance(module, AdapterLayer) else type(module)
-    package, _, family = original.__module__.rpartition(".")[0].rpartition(".")
-    home = OWN_FORWARD.get(f"{family}.{original.__name__}") if package == "transformers.models" else None
+    original = _original(module)
+    home = OWN_FORWARD.get(f"{_family(module)}.{original.__name__}")
     if home is not None:
         return getattr(importlib.import_module(f"fastpeft.attention.{home}"), original.__name__)
     forward = inspect.unwrap(original.forward)

@@ -77,6 +77,13 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
             f"this {type(model).__name__} has {len(sites.attention)} attention modules for {config.num_layers} layers: "
             "layers that share one cannot have a prefix each; use LoRA"
         )
+    for path, module, _ in sites.positions:
+        rows = getattr(module, "num_embeddings", None)
+        if rows is not None and config.num_virtual_tokens >= rows - getattr(module, "offset", 0):
+            raise ConfigError(
+                f"num_virtual_tokens={config.num_virtual_tokens!r}: {path} has {rows} positions for virtual and real "
+                "tokens together; use fewer"
+            )
     parts = [Part("decoder", sites, config.num_attention_heads, config.token_dim, 2 * config.num_layers)]
     for name, wanted in (("encoder", config.encoder_prefix), ("cross", config.cross_prefix)):
         if wanted:
