@@ -32,7 +32,7 @@ class AttentionTiles:
 
 class Row(NamedTuple):
     """The tiles of a kernel up to a head dimension (as rounded up), in the modes of `_common.dot_mode`; for launches
-    that do more for a score than a causal mask (burdened), for those that do not, or for both (None)."""
+    that do more for a score than a causal mask, or load rows under one (burdened), for others, or for both (None)."""
 
     kernel: str
     modes: tuple[str, ...]

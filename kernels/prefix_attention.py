@@ -140,7 +140,8 @@ def _lse_arguments(lse: torch.Tensor) -> dict:
 
 def _tiles(kernel: str, shared: dict, device: torch.device) -> AttentionTiles:
     burdens = ("bias_ptr", "seed_ptr", "slopes_ptr", "softcap", "window")
-    burdened = not shared["PLAIN"] or any(shared[name] is not None for name in burdens)
+    ragged = shared["D"] != shared["BLOCK_D"]  # rows of it are loaded under a mask
+    burdened = not shared["PLAIN"] or ragged or any(shared[name] is not None for name in burdens)
     return attention_tiles(kernel, shared["BLOCK_D"], shared["MODE"], burdened, family_of(device))
 
 
