@@ -99,11 +99,11 @@ def test_a_failing_test_is_told_in_its_own_words(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tests_that_take_too_long_are_stopped_and_still_report(workers, tmp_path):
-    start = time.monotonic()
-    found = checkin.run_tests(made_up_tests(tmp_path, "time.sleep(60)"), tmp_path, 12, workers)
-    assert time.monotonic() - start < 36
+    start, limit = time.monotonic(), 25  # within which, on a busy machine, the test before has run
+    found = checkin.run_tests(made_up_tests(tmp_path, "time.sleep(200)"), tmp_path, limit, workers)
+    assert time.monotonic() - start < 4 * limit
     assert found["timed_out"] and found["passed"] == 1 and found["rc"] != 0
-    assert found["note"] == "Stopped after 12 s: not all of them ran."
+    assert found["note"] == f"Stopped after {limit} s: not all of them ran."
 
 
 def test_tests_are_shared_by_workers(tmp_path):

@@ -38,18 +38,17 @@ def problems():
         ("fused", ("bias", "prefix-bias", "dropout", "left-padding"), {}),
         ("fused", ("window", "segments", "bidirectional"), {}),
         ("fused", ("window",), {**one, "queries": 34, "keys": 34, "window": 11}),
-        (
-            "fused",
-            ("window",),
-            {**one, "queries": 33, "keys": 33, "window": 18},
-        ),  # ranges that end behind a tile's first
+        ("fused", ("window",), {**one, "queries": 33, "keys": 33, "window": 18}),  # ranges end behind a tile's first
         ("merge", ("bidirectional",), {}),
         ("gated", ("bidirectional",), {}),
+        ("fused", ("prefix-bias",), {}),
     ):
         case = problem(*modifiers, **{**SHAPE, **changes})
         if "bias" in modifiers:  # of each kind of broadcasting
             bias, pbias = torch.randn(2, 1, 18, 20), torch.randn(1, 4, 18, 17)
             case = case._replace(tensors=case.tensors._replace(bias_BHST=bias, pbias_BHSP=pbias))
+        elif "prefix-bias" in modifiers:
+            case = case._replace(tensors=case.tensors._replace(pbias_BHSP=torch.randn(2, 1, 18, 17)))
         gate = torch.tensor([0.5, -1.0, 0.0, 2.0])
         made.append((strategy, case, gate, _truth(strategy, case, gate)))
     return made
