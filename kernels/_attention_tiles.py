@@ -74,7 +74,8 @@ CUDA = (
 
 SM_100 = (
     Row("forward", HALF, 64, AttentionTiles(128, 64), False),
-    Row("grad_prefix", HALF, 64, AttentionTiles(32, 64, warps=8), True),
+    Row("forward", HALF, 64, AttentionTiles(64, 64, warps=8), True),
+    Row("grad_prefix", HALF, 64, AttentionTiles(32, 64, warps=8)),
 )
 
 HIP = (
