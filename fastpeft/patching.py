@@ -106,7 +106,8 @@ def patch(
 
     Args:
         model: any transformers model (or torch module), with its weights loaded.
-        config: a `fastpeft.LoraConfig`, the `peft` object of the same name, or the dict of an adapter_config.json.
+        config: a `fastpeft.LoraConfig`, `PrefixTuningConfig` or `AdaptionPromptConfig`, the `peft` object of the same
+            name, or the dict of an adapter_config.json.
         adapter_name: what the adapter is called.
         backend: "auto", "triton" or "torch" for this model; None leaves it to `set_backend` and the environment.
         autocast_adapter_dtype: adapters on a half-precision base are fp32 (HF peft's default); False: the base's dtype.
