@@ -10,6 +10,7 @@ Exit status: 0; 1 if a test failed or an implementation raised or died; 2 for wr
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import signal
@@ -80,10 +81,14 @@ def _read_junit(xml: Path) -> dict:
 
 
 def _start(command: list[str], **streams) -> subprocess.Popen:
-    """In its own process group, so that compilers and other children end with it. A checkout is run from its root."""
+    """In its own process group, so that compilers and other children end with it. A checkout is run from its root.
+
+    A shell's background jobs ignore interrupts, and what they start inherits that; this must heed ours.
+    """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     folder = ROOT if __package__ == "benchmarks" else None
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, preexec_fn=heed, **streams)
 
 
 def _end(process: subprocess.Popen, patience: float = 0.0) -> None:
