@@ -1,6 +1,5 @@
 """The test of the tests: mistakes planted in the kernels of `lora_linear`, each of which the criterion must find."""
 
-import ast
 import importlib.util
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from tests.ops.lora_linear_cases import draws, on
 from tests.ops.lora_linear_mutants import KERNELS
 from tests.ops.test_lora_linear import with_layout
 from tests.ops.test_lora_linear_dropout import independent_mask
+from tests.planting import mutated
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
@@ -50,18 +50,6 @@ def first_fault() -> str | None:
     return None
 
 
-def mutated(path: Path, function: str, old: str, new: str) -> str | None:
-    """The file's source with the mistake in that function (or class), None if it has no such function."""
-    source = path.read_text()
-    lines = source.splitlines(keepends=True)
-    for node in ast.parse(source).body:
-        if getattr(node, "name", None) == function:
-            body = "".join(lines[node.lineno - 1 : node.end_lineno])
-            assert body.count(old) == 1, f"{function}: {old!r} occurs {body.count(old)} times, not once"
-            return "".join([*lines[: node.lineno - 1], body.replace(old, new), *lines[node.end_lineno :]])
-    return None
-
-
 def load(source: str, path: Path, monkeypatch):
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -90,7 +78,7 @@ def test_the_kernels_as_they_are_pass():
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
 def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     function, _, old, new = mutant
-    kernels, common = mutated(KERNEL, function, old, new), mutated(COMMON, function, old, new)
+    kernels, common = mutated(KERNEL.read_text(), function, old, new), mutated(COMMON.read_text(), function, old, new)
     assert (kernels is None) != (common is None), f"{function} is in neither file of kernels, or in both"
     if common is not None:
         module = load(common, tmp_path / "fastpeft_mutant_common.py", monkeypatch)

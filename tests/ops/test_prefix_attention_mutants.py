@@ -1,6 +1,5 @@
 """The test of the tests: mistakes planted in the kernels of `prefix_attention`, each of which a problem shows."""
 
-import ast
 import functools
 import importlib.util
 import sys
@@ -17,6 +16,7 @@ from fastpeft.ops.gated_prompt_attention import gated_prompt_attention_reference
 from fastpeft.ops.prefix_attention import Call, prefix_attention_reference
 from tests.ops.prefix_attention_cases import NAMES, PLANS, problem, triton_keep
 from tests.ops.prefix_attention_mutants import KERNELS
+from tests.planting import mutated
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
@@ -88,17 +88,6 @@ def first_fault(first: int = 0) -> str | None:
         for number, (got, true) in enumerate(zip(_results(strategy, case, gate), truth, strict=True)):
             if not (got - true).abs().max() <= TOLERANCE * true.abs().max():
                 return f"{strategy}, result {number} of out and the gradients of {NAMES}"
-    return None
-
-
-def mutated(source: str, function: str, old: str, new: str) -> str | None:
-    """The source with the mistake in that function, None if it has no such function."""
-    lines = source.splitlines(keepends=True)
-    for node in ast.parse(source).body:
-        if getattr(node, "name", None) == function:
-            body = "".join(lines[node.lineno - 1 : node.end_lineno])
-            assert body.count(old) == 1, f"{function}: {old!r} occurs {body.count(old)} times, not once"
-            return "".join([*lines[: node.lineno - 1], body.replace(old, new), *lines[node.end_lineno :]])
     return None
 
 
