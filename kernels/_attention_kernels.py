@@ -4,7 +4,15 @@ prefix_attention.py."""
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._attention_loops import attend, grad_columns, grad_rows, key_range, prefix_statistics, query_range
+from fastpeft.kernels._attention_loops import (
+    attend,
+    grad_columns,
+    grad_rows,
+    key_range,
+    prefix_statistics,
+    query_range,
+    sum_deltas,
+)
 from fastpeft.kernels._attention_scores import (
     load_lse,
     load_rows,
@@ -123,8 +131,9 @@ def _grad_query_kernel(
 ):  # fmt: skip
     """One program: δ of BLOCK_M queries of one head, and, if there is room for it, their dq.
 
-    δ = Σ dout∘out. With a gate it is that of the ungated prefix, whose result nobody has kept: δ = Σ p∘(dout Vpᵀ), from
-    a first pass over the prefix. `before` [B, H, S, D] is added to dq.
+    δ = Σ dout∘out; or from a first pass over the keys, δ = Σ p∘(dout Vᵀ): in fp32, since u = p∘(dout Vᵀ - δ) of a row
+    that sees one key and little else is then as exact as autograd's, whose two terms have the same rounding errors;
+    and with a gate, where δ is the ungated prefix's, whose result nobody has kept. `before` [B, H, S, D] is added.
     """
     tiles = tl.cdiv(S, BLOCK_M)
     row_start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -140,47 +149,59 @@ def _grad_query_kernel(
     gate = 1.0
     if gate_ptr is not None:
         gate = tl.load(gate_ptr + head).to(tl.float32)
+    q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, rows, S, stride_qs, stride_qd, D, BLOCK_D, True)
     if gate_ptr is None:
+        lse, share = load_lse(lse_ptr, share_ptr, mask_row, rows, S, MODE)
+    if pk_ptr is not None:
+        pk_head = pk_ptr + batch * stride_pkb + head // group * stride_pkh
+        pv_head = pv_ptr + batch * stride_pvb + head // group * stride_pvh
+        prefix_of = (pk_head, stride_pkp, stride_pkd, pv_head, stride_pvp, stride_pvd, P)
+        pbias_head = batch * stride_pbb + head * stride_pbh
+        prefix_masks = (prefix_window, None, None, None, 0, pbias_ptr, pbias_head, stride_pbs, stride_pbp)
+        prefix_dropout = (seed_ptr, mask_row, 0, threshold, keep_scale)
+        prefix_begin = 0
+        if prefix_window is not None:
+            if local_ptr is None:
+                prefix_begin = max(0, P + start + row_start - prefix_window + 1) // BLOCK_P * BLOCK_P
+    if k_ptr is not None:
+        k_head = k_ptr + batch * stride_kb + head // group * stride_kh
+        v_head = v_ptr + batch * stride_vb + head // group * stride_vh
+        keys_of = (k_head, stride_kt, stride_kd, v_head, stride_vt, stride_vd, T)
+        bias_head = batch * stride_bb + head * stride_bh
+        masks = (
+            window, padding_ptr, segments_ptr, positions_ptr, batch * T, bias_ptr, bias_head, stride_bs, stride_bt
+        )  # fmt: skip
+        dropout = (seed_ptr, mask_row, mask_start, threshold, keep_scale)
+        begin, whole, end = key_range(row_start, S, T, start, window, PLAIN, CAUSAL, BLOCK_M, BLOCK_N)
+    if gate_ptr is not None:
+        peak, total, delta = prefix_statistics(
+            q, dout, row_start, prefix_begin, P, queries, prefix_of, prefix_masks, numbers, prefix_dropout,
+            CAUSAL, D, BLOCK_P, BLOCK_D, MODE, UPCAST,
+        )  # fmt: skip
+        lse, share = store_lse(lse_ptr, share_ptr, mask_row, peak, total, rows, S, MODE)
+    elif MODE == "half" or k_ptr is None:
         out = load_rows(out_ptr + batch * stride_ob + head * stride_oh, rows, S, stride_os, stride_od, D, BLOCK_D, True)
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-        tl.store(delta_ptr + mask_row + rows, delta, mask=rows < S)
-    if dq_ptr is not None or gate_ptr is not None:
-        q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, rows, S, stride_qs, stride_qd, D, BLOCK_D, True)
-        if gate_ptr is None:
-            lse, share = load_lse(lse_ptr, share_ptr, mask_row, rows, S, MODE)
+    else:
+        delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+        if pk_ptr is not None:
+            delta = sum_deltas(
+                delta, q, dout, lse, share, row_start, prefix_begin, P, queries, prefix_of, prefix_masks, numbers,
+                prefix_dropout, CAUSAL, True, True, D, BLOCK_P, BLOCK_D, MODE, UPCAST,
+            )  # fmt: skip
+        delta = sum_deltas(
+            delta, q, dout, lse, share, row_start, begin, end, queries, keys_of, masks, numbers, dropout,
+            CAUSAL, False, True, D, BLOCK_N, BLOCK_D, MODE, UPCAST,
+        )  # fmt: skip
+    tl.store(delta_ptr + mask_row + rows, delta, mask=rows < S)
+    if dq_ptr is not None:
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         if pk_ptr is not None:
-            pk_head = pk_ptr + batch * stride_pkb + head // group * stride_pkh
-            pv_head = pv_ptr + batch * stride_pvb + head // group * stride_pvh
-            keys_of = (pk_head, stride_pkp, stride_pkd, pv_head, stride_pvp, stride_pvd, P)
-            pbias_head = batch * stride_pbb + head * stride_pbh
-            masks = (prefix_window, None, None, None, 0, pbias_ptr, pbias_head, stride_pbs, stride_pbp)
-            dropout = (seed_ptr, mask_row, 0, threshold, keep_scale)
-            begin = 0
-            if prefix_window is not None:
-                if local_ptr is None:
-                    begin = max(0, P + start + row_start - prefix_window + 1) // BLOCK_P * BLOCK_P
-            if gate_ptr is not None:
-                peak, total, delta = prefix_statistics(
-                    q, dout, row_start, begin, P, queries, keys_of, masks, numbers, dropout,
-                    CAUSAL, D, BLOCK_P, BLOCK_D, MODE, UPCAST,
-                )  # fmt: skip
-                tl.store(delta_ptr + mask_row + rows, delta, mask=rows < S)
-                lse, share = store_lse(lse_ptr, share_ptr, mask_row, peak, total, rows, S, MODE)
             acc = grad_rows(
-                acc, q, dout, lse, share, delta, row_start, begin, P, queries, keys_of, masks, numbers, dropout, gate,
-                CAUSAL, True, True, D, BLOCK_P, BLOCK_D, MODE, UPCAST,
+                acc, q, dout, lse, share, delta, row_start, prefix_begin, P, queries, prefix_of, prefix_masks, numbers,
+                prefix_dropout, gate, CAUSAL, True, True, D, BLOCK_P, BLOCK_D, MODE, UPCAST,
             )  # fmt: skip
         if k_ptr is not None:
-            k_head = k_ptr + batch * stride_kb + head // group * stride_kh
-            v_head = v_ptr + batch * stride_vb + head // group * stride_vh
-            keys_of = (k_head, stride_kt, stride_kd, v_head, stride_vt, stride_vd, T)
-            bias_head = batch * stride_bb + head * stride_bh
-            masks = (
-                window, padding_ptr, segments_ptr, positions_ptr, batch * T, bias_ptr, bias_head, stride_bs, stride_bt
-            )  # fmt: skip
-            dropout = (seed_ptr, mask_row, mask_start, threshold, keep_scale)
-            begin, whole, end = key_range(row_start, S, T, start, window, PLAIN, CAUSAL, BLOCK_M, BLOCK_N)
             if PLAIN:
                 acc = grad_rows(
                     acc, q, dout, lse, share, delta, row_start, begin, whole, queries, keys_of, masks, numbers, dropout,
@@ -190,13 +211,12 @@ def _grad_query_kernel(
                 acc, q, dout, lse, share, delta, row_start, whole, end, queries, keys_of, masks, numbers, dropout, gate,
                 CAUSAL, False, True, D, BLOCK_N, BLOCK_D, MODE, UPCAST,
             )  # fmt: skip
-        if dq_ptr is not None:
-            acc = acc * scale
-            if before_ptr is not None:
-                before_head = before_ptr + batch * stride_fb + head * stride_fh
-                acc += load_rows(before_head, rows, S, stride_fs, stride_fd, D, BLOCK_D, True).to(tl.float32)
-            dq_head = dq_ptr + (batch * S * H + head) * D
-            store_rows(dq_head, rows, S, tl.cast(H, tl.int64) * D, 1, acc, D, BLOCK_D)
+        acc = acc * scale
+        if before_ptr is not None:
+            before_head = before_ptr + batch * stride_fb + head * stride_fh
+            acc += load_rows(before_head, rows, S, stride_fs, stride_fd, D, BLOCK_D, True).to(tl.float32)
+        dq_head = dq_ptr + (batch * S * H + head) * D
+        store_rows(dq_head, rows, S, tl.cast(H, tl.int64) * D, 1, acc, D, BLOCK_D)
 
 
 @triton.jit

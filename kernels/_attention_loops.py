@@ -120,6 +120,26 @@ def prefix_statistics(
 
 
 @triton.jit
+def sum_deltas(
+    delta, q, dout, lse, share, row_start, first, last, queries, keys_of, masks, numbers, dropout,
+    CAUSAL: tl.constexpr, PREFIX: tl.constexpr, TESTED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """δ + Σ p∘drop(dout Vᵀ) over keys [first, last)."""
+    k_ptr, stride_kt, stride_kd, v_ptr, stride_vt, stride_vd, count = keys_of
+    for column in range(first, last, BLOCK):
+        keys = column + tl.arange(0, BLOCK)
+        k = load_rows(k_ptr, keys, count, stride_kt, stride_kd, D, BLOCK_D, TESTED)
+        v = load_rows(v_ptr, keys, count, stride_vt, stride_vd, D, BLOCK_D, TESTED)
+        _, terms, _ = weights_and_gradient(
+            q, dout, k, v, row_start, column, lse, share, tl.zeros_like(delta), queries, count, masks, numbers, dropout,
+            1.0, CAUSAL, PREFIX, TESTED, False, MODE, UPCAST,
+        )  # fmt: skip
+        delta += tl.sum(terms, 1)
+    return delta
+
+
+@triton.jit
 def grad_rows(
     acc, q, dout, lse, share, delta, row_start, first, last, queries, keys_of, masks, numbers, dropout, gate,
     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, TESTED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,

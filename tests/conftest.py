@@ -46,3 +46,12 @@ def overflow_checks():
 
     with overflow_checks():
         yield
+
+
+@pytest.fixture
+def symmetric_products():
+    """fp32 products in interpreted kernels do not depend on the orientation of a tile."""
+    from tests.interpreter import symmetric_products
+
+    with symmetric_products():
+        yield

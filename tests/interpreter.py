@@ -1,5 +1,5 @@
 """What Triton's interpreter can be made to show that a GPU cannot: integer overflow, writes beside an output, and
-whether a result depends on the order of the programs.
+whether a result depends on the order of the programs; and what a GPU does of itself: symmetric products.
 
 All of it hooks into `triton.runtime.interpreter`, which is private; `test_instruments.py` proves that each hook bites.
 """
@@ -7,6 +7,7 @@ All of it hooks into `triton.runtime.interpreter`, which is private; `test_instr
 import contextlib
 import dataclasses
 
+import numpy as np
 import torch
 
 
@@ -38,6 +39,28 @@ def backwards():
         yield
     finally:
         del builder.set_grid_idx
+
+
+@contextlib.contextmanager
+def symmetric_products():
+    """fp32 products a b and (bᵀ aᵀ)ᵀ are equal bit for bit, as on a GPU, where both add up in the order of the inner
+    dimension. A BLAS takes rows and columns differently; then a score made again in the other orientation differs from
+    the one that the softmax was normalised with, an error of the interpreter's and not of a kernel's."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    blas = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, acc, *options):
+        if a.data.dtype != np.float32:
+            return blas(self, a, b, acc, *options)
+        rows, columns = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data.T)
+        return TensorHandle(np.einsum("mk,nk->mn", rows, columns) + acc.data, acc.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_dot = blas
 
 
 class GuardedTorch:

@@ -25,6 +25,16 @@ def _count(out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _product_both_ways(a_ptr, b_ptr, out_ptr):
+    m, k = tl.arange(0, 16), tl.arange(0, 32)
+    a = tl.load(a_ptr + m[:, None] * 32 + k[None, :])
+    b = tl.load(b_ptr + k[:, None] * 16 + m[None, :])
+    place = out_ptr + m[:, None] * 16 + m[None, :]
+    tl.store(place, tl.dot(a, b, input_precision="ieee"))
+    tl.store(place + 256, tl.trans(tl.dot(tl.trans(b), tl.trans(a), input_precision="ieee")))
+
+
+@triton.jit
 def _last_program(out_ptr):
     tl.store(out_ptr, tl.program_id(0))
 
@@ -82,6 +92,17 @@ def test_programs_run_backwards():
     with interpreter.backwards():
         _last_program[(3,)](out)
     assert out.item() == 0
+
+
+def test_products_do_not_depend_on_the_orientation():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(16, 32, generator=generator), torch.randn(32, 16, generator=generator)
+    out = torch.zeros(2, 16, 16)
+
+    with interpreter.symmetric_products():
+        _product_both_ways[(1,)](a, b, out)
+    assert torch.allclose(out[0], a @ b, atol=1e-5)
+    assert torch.equal(out[0], out[1])
 
 
 def test_uninitialised_memory_is_nan(poison):

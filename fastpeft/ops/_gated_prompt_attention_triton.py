@@ -34,7 +34,8 @@ def backward(dout, tensors, gate, own, lse, call, seed, needs, need_gate: bool):
             natural = kernels.natural_lse(lse)
             dq, dk, dv = vendor.backward(dout, q, k, v, own, natural, scores.causal, scores.scale)
         if needs.sinks_H:
-            delta, _ = kernels.grad_query(dout, own, lse, tensors, scores, wanted=False)
+            alone = {"prefix": False, "sequence": False}  # δ from own
+            delta, _ = kernels.grad_query(dout, own, lse, tensors, scores, wanted=False, **alone)
     elif any((*needs[:3], needs.bias_BHST, needs.sinks_H)):
         delta, dq = kernels.grad_query(dout, own, lse, tensors, scores, dropout, wanted=needs.q_BHSD, prefix=False)
         given = (dout, lse, delta, tensors, scores, dropout)

@@ -180,7 +180,8 @@ def differences(cases, wanted=NAMES):
     ]
 
 
-# A sink's gradient is one number, whose error beside eager's is a matter of luck; the gain shows what is wrong.
+# The gradients of two sinks are two numbers, whose error beside eager's is a matter of luck; the gain shows what is
+# wrong, and `test_gradients_of_sinks` judges many.
 FEW = Bounds(rms=10, peak=10, row=10)
 
 

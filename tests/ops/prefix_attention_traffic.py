@@ -69,6 +69,14 @@ def grad_query(shape: Shape, rows: int, columns: int):
     return loads, {"dq_ptr": row, "delta_ptr": _rows(shape) * FP32}
 
 
+def grad_query_in_fp32(shape: Shape, rows: int, columns: int):
+    """δ from a first pass over the keys, not from out; of the softmax two numbers are kept."""
+    loads, stores = grad_query(shape, rows, columns)
+    del loads["out_ptr"]
+    twice = {name: 2 * loads[name] for name in ("k_ptr", "v_ptr", "pk_ptr", "pv_ptr")}
+    return loads | twice | {"share_ptr": loads["lse_ptr"]}, stores
+
+
 def grad_keys(shape: Shape, rows: int, columns: int):
     """Each key once; q, dout, L and δ once for each tile of keys that the queries see."""
     row = shape.depth * shape.data

@@ -12,9 +12,19 @@ from fastpeft.ops._prefix_attention_scores import Tensors
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention_reference
 from fastpeft.ops.prefix_attention import Call
 from fastpeft.oracle import Bounds, compare
-from tests.ops.prefix_attention_cases import MODIFIERS, NAMES, PLANS, TOGETHER, assert_right, on, problem, triton_keep
+from tests.ops.prefix_attention_cases import (
+    MODIFIERS,
+    NAMES,
+    PLANS,
+    TOGETHER,
+    assert_right,
+    on,
+    outcomes,
+    problem,
+    triton_keep,
+)
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison", "symmetric_products")]
 HALF, SINGLE = torch.float16, torch.float32
 SMALL = {"batch": 2, "heads": 2, "kv_heads": 1}
 
@@ -32,18 +42,25 @@ def test_kernels_with_modifiers_together(modifiers):
         assert_right([problem(*modifiers, dtype=HALF, **SMALL)])
 
 
-@pytest.mark.parametrize("modifier", ["plain", "softcap"])
-def test_kernels_in_fp32(modifier):
+@pytest.mark.parametrize("modifiers", [(), *TOGETHER], ids=lambda modifiers: "+".join(modifiers) or "plain")
+def test_kernels_in_fp32(modifiers):
+    # Where few keys are seen the greatest error of u is one row's, a heavy-tailed number in eager as in ours.
+    few = {"window", "gaps", "bias"} <= set(modifiers)
+    draws, bounds = (16, Bounds(peak=2.5)) if few else (4, Bounds())
     with on("triton", "fused"):
-        assert_right([problem(*{modifier} - {"plain"}, seed=seed, **SMALL) for seed in range(8)])
+        assert_right([problem(*modifiers, seed=seed, **SMALL) for seed in range(draws)], bounds=bounds)
 
 
-@pytest.mark.parametrize("modifiers", [("alibi", "sinks", "window"), ("bias", "prefix-bias", "gaps", "dropout")])
-def test_kernels_in_fp32_with_modifiers(modifiers):
-    # A single draw, and rows of which one key has most: there u is a difference of nearly equal sums, which eager makes
-    # of the same products, flash attention with its δ = Σ dout∘out does not.
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_gradients_of_sinks(dtype):
+    """One number a head, so those of every modifier are judged as one draw."""
+    sizes = {"batch": 1, "heads": 16, "kv_heads": 4, "queries": 19, "prefix": 18, "dtype": dtype}
+    names = [name for name in MODIFIERS if name not in ("sinks", "own-prefixes")]
+    cases = [problem("sinks", name, seed=seed, **sizes) for seed, name in enumerate(names)]
     with on("triton", "fused"):
-        assert_right([problem(*modifiers, **SMALL)], bounds=Bounds(rms=1.5, peak=4, row=2))
+        drawn = [outcomes(case, ("sinks",), seed) for seed, case in enumerate(cases)]
+    gradients = ([torch.cat([draw[i]["dsinks"] for draw in drawn])] for i in range(3))
+    assert not compare("dsinks", *gradients).faults()
 
 
 @pytest.mark.parametrize("modifiers", [(), ("bidirectional",), ("bidirectional", "cached", "own-prefixes"), ("sinks",)])

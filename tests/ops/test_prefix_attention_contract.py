@@ -17,7 +17,7 @@ from tests.interpreter import GuardedTorch, backwards
 from tests.ops.prefix_attention_cases import NAMES, PLANS, assert_right, on, op_outcome, problem
 from tests.traffic import count_traffic
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison", "symmetric_products")]
 HALF = torch.float16
 SMALL = {"batch": 2, "heads": 2, "kv_heads": 1}
 # Every branch of every kernel: masks that need tests, biases, and the loops of whole tiles.
@@ -28,18 +28,22 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_a_row_that_sees_nothing_is_zero_and_gives_nothing(dtype):
+# The rows before see one to four keys. There u is a difference of nearly equal sums. In fp32 the kernels make it of the
+# same products as autograd does; in half precision δ = Σ dout∘out comes from a rounded result, as in every flash.
+BLIND = {torch.float32: Bounds(), HALF: Bounds(rms=1.25, row=6)}
+
+
+@pytest.mark.parametrize(("dtype", "bounds"), BLIND.items())
+def test_a_row_that_sees_nothing_is_zero_and_gives_nothing(dtype, bounds):
     padding = torch.ones(2, 37, dtype=torch.bool)
     padding[0, 20:] = False
-    case = problem("window", "bias", dtype=dtype, padding=padding, **SMALL)
-    case = case._replace(scores=case.scores._replace(window=5))  # the sample's last real key, 19, leaves row 24's
-    blind = slice(24, None)
+    cases = [problem("window", "bias", seed=seed, dtype=dtype, padding=padding, **SMALL) for seed in range(8)]
+    # Of the first sample the last real key, 19, leaves the window of row 24.
+    cases = [case._replace(scores=case.scores._replace(window=5)) for case in cases]
+    blind, case = slice(24, None), cases[0]
     with on("triton", "fused"):
         found = op_outcome(case)
-        # The rows before see one to four keys. There u is a difference of nearly equal sums, which eager makes of the
-        # same products and flash attention, with its δ = Σ dout∘out, does not.
-        assert_right([case], bounds=Bounds(rms=2, peak=6, row=8))
+        assert_right(cases, bounds=bounds)
     assert not found["out"][0, :, blind].any() and not found["dquery"][0, :, blind].any()
     assert not found["dkey"][0, :, 20:].any() and not found["dvalue"][0, :, 20:].any()
     assert all(each.isfinite().all() for each in found.values())

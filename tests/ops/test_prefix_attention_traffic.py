@@ -5,6 +5,7 @@ import torch
 
 from fastpeft.kernels import prefix_attention as kernels
 from fastpeft.kernels._attention_tiles import AttentionTiles
+from fastpeft.ops._prefix_attention_scores import Tensors
 from tests.ops import prefix_attention_traffic as expected
 from tests.ops.prefix_attention_cases import on, op_outcome, problem
 from tests.ops.prefix_attention_traffic import Shape
@@ -56,6 +57,17 @@ def test_gradients(shape, monkeypatch):
     with count_traffic() as traffic:
         kernels.grad_keys(dout, lse, delta, tensors, scores, prefix=False, tiles=TILES)
     assert traffic.of("_grad_keys_kernel") == expected.grad_keys(shape, ROWS, COLUMNS)
+
+
+@shapes
+def test_gradient_of_the_queries_in_fp32_reads_the_keys_twice(shape):
+    case = _case(shape)
+    tensors, dout = Tensors(*(None if t is None else t.float() for t in case.tensors)), case.dout_BHSD.float()
+    out, lse = kernels.forward(tensors, case.scores)
+    with count_traffic() as traffic:
+        kernels.grad_query(dout, out, lse, tensors, case.scores, tiles=TILES)
+    shape = shape._replace(data=4)
+    assert traffic.of("_grad_query_kernel") == expected.grad_query_in_fp32(shape, ROWS, COLUMNS)
 
 
 @pytest.mark.parametrize(("processors", "runs"), [(1, 1), (8, 4), (1000, 12)])
