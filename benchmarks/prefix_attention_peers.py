@@ -151,7 +151,7 @@ def build_fastpeft(inputs: Inputs, *, backend: str = "auto", strategy: str | Non
     from fastpeft.errors import BackendError
     from fastpeft.ops.prefix_attention import prefix_attention
 
-    if strategy == "merge" and (reason := _merge_refusal(inputs)):
+    if strategy and (reason := _refusal(strategy, inputs)):
         raise Missing(reason)
     leaves = inputs.leaves()
 
@@ -164,13 +164,13 @@ def build_fastpeft(inputs: Inputs, *, backend: str = "auto", strategy: str | Non
     return call_of(forward, leaves, inputs, context=context)
 
 
-def _merge_refusal(inputs: Inputs) -> str | None:
-    """Why the vendor's flash cannot do the sequence's part, in dispatch's words."""
-    from fastpeft.dispatch import merge_refusal
+def _refusal(strategy: str, inputs: Inputs) -> str | None:
+    """Why the strategy cannot serve a cell, in dispatch's words."""
+    from fastpeft.dispatch import strategy_refusal
     from fastpeft.ops._prefix_attention_scores import Scores, Tensors
 
     tensors = Tensors(inputs.q, inputs.k, inputs.v, inputs.pk[None], inputs.pv[None], None, None, None)
-    return merge_refusal(tensors, Scores(True, 1.0, 0, slopes_H=inputs.slopes), 0.0)
+    return strategy_refusal(strategy, tensors, Scores(True, 1.0, 0, slopes_H=inputs.slopes), 0.0)
 
 
 def _plain(inputs: Inputs) -> bool:
@@ -216,6 +216,12 @@ IMPLEMENTATIONS = (
         "the vendor's flash over the sequence, a kernel merges the prefix (design B)",
         backend="triton",
         strategy="merge",
+    ),
+    _ours(
+        "fastpeft:concat",
+        "the vendor's flash over concatenated keys, joined again in backward (design C)",
+        backend="triton",
+        strategy="concat",
     ),
     _ours("fastpeft:torch", "fastpeft, torch backend", backend="torch"),
 )

@@ -40,8 +40,10 @@ class Plan(NamedTuple):
     the operands are copied next to each other. fused: one Triton product carries both. Where rounding or dropout rule
     one out, the nearest stands in: forward, an fp32 term is always added last; backward, a masked one is prewritten.
 
-    Of `prefix_attention`. fused: the kernels attend to prefix and sequence. merge: the vendor's flash to the sequence,
-    and a kernel merges the prefix into its result.
+    Of `prefix_attention`, where backward goes as forward. fused: the kernels attend to prefix and sequence. merge: the
+    vendor's flash to the sequence, and a kernel merges the prefix into its result. concat: the vendor's flash to both,
+    copied next to each other; never chosen, only forced, as long as no GPU has measured it. `gated_prompt_attention`
+    has a softmax for each and so does not know concat.
     """
 
     forward: str
@@ -57,7 +59,8 @@ LORA_STRATEGIES = ("prewrite", "addmm", "augment", "fused")
 ATTENTION_FUSED = Plan("fused", "fused", "the interpreter has no vendor's flash worth keeping")
 ATTENTION_SHORT = Plan("fused", "fused", "predicted: few queries, so launches count more than the rate of products")
 ATTENTION_MERGE = Plan("merge", "merge", "predicted: the vendor's flash is the faster one on long sequences")
-ATTENTION_STRATEGIES = ("fused", "merge")
+ATTENTION_STRATEGIES = ("fused", "merge", "concat")
+GATED_STRATEGIES = ("fused", "merge")
 MERGE_FROM = 256  # queries
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_plan", default=None)
 
@@ -159,9 +162,8 @@ def choose_backend(
     return Choice("torch", reason)
 
 
-def merge_refusal(tensors, scores, dropout: float) -> str | None:
-    """Why the vendor's flash cannot do the sequence's part of a call of `prefix_attention`, or None."""
-    q, k = tensors.q_BHSD, tensors.k_BGTD
+def _modifiers_refusal(tensors, scores, dropout: float) -> str | None:
+    """What of a call of `prefix_attention` no vendor's flash serves: a modifier, or the head dimension; or None."""
     modifiers = {
         "a bias": tensors.bias_BHST,
         "ALiBi": scores.slopes_H,
@@ -174,22 +176,57 @@ def merge_refusal(tensors, scores, dropout: float) -> str | None:
     for name, value in modifiers.items():
         if value is not None:
             return f"{name} is the kernels' own"
-    if scores.causal and (q.shape[2] != k.shape[2] or scores.start != 0):
+    depth = tensors.q_BHSD.shape[3]
+    return f"head dimension {depth} is no multiple of 8" if depth % 8 else None
+
+
+def merge_refusal(tensors, scores, dropout: float) -> str | None:
+    """Why the vendor's flash cannot do the sequence's part of a call of `prefix_attention`, or None."""
+    queries, keys = tensors.q_BHSD.shape[2], tensors.k_BGTD.shape[2]
+    if reason := _modifiers_refusal(tensors, scores, dropout):
+        return reason
+    if scores.causal and (queries != keys or scores.start != 0):
         return "the vendor's causal mask is for queries that begin where the keys do"
-    if k.shape[2] == 0 or q.shape[3] % 8:
-        return "no keys" if k.shape[2] == 0 else f"head dimension {q.shape[3]} is no multiple of 8"
+    return "no keys" if keys == 0 else None
+
+
+def concat_refusal(tensors, scores, dropout: float) -> str | None:
+    """Why the vendor's flash cannot do a call of `prefix_attention` over concatenated keys, or None."""
+    queries, keys = tensors.q_BHSD.shape[2], tensors.k_BGTD.shape[2]
+    if reason := _modifiers_refusal(tensors, scores, dropout):
+        return reason
+    for name, value in (("a prefix bias", tensors.pbias_BHSP), ("a sink", tensors.sinks_H)):
+        if value is not None:
+            return f"{name} is the kernels' own"
+    if scores.causal and not 0 <= scores.start == keys - queries:
+        return "the vendor's causal mask is for queries that are the last of the keys"
+    if scores.causal and torch.version.hip is not None:
+        return "ROCm's flash is not known to have a causal mask that ends at the bottom right"
     return None
 
 
-def prefix_attention_plan(tensors, scores, dropout: float, patched: str | None = None) -> Plan | None:
-    """The strategy for one call of `prefix_attention` on the Triton backend; None is the torch path.
+def strategy_refusal(strategy: str, tensors, scores, dropout: float) -> str | None:
+    """Why this one of ATTENTION_STRATEGIES cannot serve a call of `prefix_attention`, or None."""
+    refusals = {"merge": merge_refusal, "concat": concat_refusal}
+    return refusals[strategy](tensors, scores, dropout) if strategy in refusals else None
 
-    No row is measured yet, and each says so. Raises BackendError where "triton" is demanded in vain.
+
+def prefix_attention_plan(
+    tensors, scores, dropout: float, patched: str | None = None, *, gated: bool = False
+) -> Plan | None:
+    """The strategy for one call of `prefix_attention`, or if `gated` of `gated_prompt_attention`, on the Triton
+    backend; None is the torch path.
+
+    No row is measured yet, and each says so. Raises BackendError where "triton" is demanded in vain, or a strategy by
+    `override_plan`.
     """
     q = tensors.q_BHSD
     if choose_backend(q, q.dtype, q.shape[3], patched, "head dimension").backend == "torch" or q.numel() == 0:
         return None
-    if (plan := _plan.get()) is not None and plan.forward in ATTENTION_STRATEGIES:
+    plan = _plan.get()
+    if plan is not None and plan.forward in (GATED_STRATEGIES if gated else ATTENTION_STRATEGIES):
+        if reason := strategy_refusal(plan.forward, tensors, scores, dropout):
+            raise BackendError(f"the strategy {plan.forward!r} was demanded but cannot serve this call: {reason}")
         return plan
     if not q.is_cuda:
         return ATTENTION_FUSED
@@ -211,7 +248,8 @@ def lora_linear_plan(x: torch.Tensor) -> Plan:
 
 @contextlib.contextmanager
 def override_plan(plan: Plan):
-    """Force one strategy within the block, for benchmarks and tests, on the ops that know it."""
+    """Force one strategy within the block, for benchmarks and tests, on the ops that know it; an attention op that
+    knows it and cannot serve a call by it raises BackendError with the reason."""
     token = _plan.set(plan)
     try:
         yield

@@ -66,6 +66,7 @@ def test_the_whole_course_on_the_cpu(tmp_path, capfd):
         "fastpeft:fused",
         "flex",
         "fastpeft:merge",
+        "fastpeft:concat",
     }
     table = (out / "table.txt").read_text()
     assert printed.startswith(report.CPU_HEADER) and printed.endswith(table) and report.CPU_HEADER in table

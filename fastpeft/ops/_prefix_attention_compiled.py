@@ -41,7 +41,8 @@ def _forward(
     tensors = Tensors(q, k, v, pk, pv, bias, pbias, sinks)
     call = _call((padding, segments, local, slopes, positions), causal, scale, start, window, pin, softcap, dropout)
     with torch.autocast(q.device.type, enabled=False):
-        call = call._replace(plan=prefix_attention_plan(tensors, call.scores, dropout, patched or None))
+        plan = prefix_attention_plan(tensors, call.scores, dropout, patched or None, gated=gate is not None)
+        call = call._replace(plan=plan)
         triton = call.plan is not None
         if gate is None:
             own, (out, lse) = q.new_empty(0), plain_path(triton).forward(tensors, call, seed)

@@ -1,14 +1,15 @@
-"""`prefix_attention` on the Triton kernels, by the plan of `dispatch.prefix_attention_plan`.
+"""`prefix_attention` on the Triton kernels or the vendor's, by the plan of `dispatch.prefix_attention_plan`.
 
 fused: the kernels do everything (design A). merge: the vendor's flash does the sequence, a kernel merges the prefix
 into its result, and in backward the vendor is given the merged result and L, with which its own formulas are exact
-(design B).
+(design B). concat: no kernel of ours, see `_prefix_attention_concat` (design C).
 """
 
 import torch
 
 from fastpeft.kernels import prefix_attention as kernels
 from fastpeft.kernels._common import Dropout
+from fastpeft.ops import _prefix_attention_concat as concat
 from fastpeft.ops import _vendor_flash as vendor
 from fastpeft.ops._lora_linear_triton import draw_seed as draw_seed
 from fastpeft.ops._lora_linear_triton import keep_mask as rows_of_mask
@@ -27,6 +28,8 @@ def keep_mask(seed, p: float, batch: int, heads: int, queries: int, prefix: int,
 
 def forward(tensors, call, seed):
     """(out (B, H, S, D) over (B, S, H, D) storage, L (B, H, S) in fp32, or what the kernels keep of fp32 data)."""
+    if call.plan.forward == "concat":
+        return concat.forward(tensors, call.scores)
     if call.plan.forward == "merge":
         q, k, v, *_ = tensors
         own = vendor.forward(q, k, v, call.scores.causal, call.scores.scale)
@@ -36,6 +39,8 @@ def forward(tensors, call, seed):
 
 def backward(dout, tensors, out, lse, call, seed, needs):
     """The gradients of `Tensors`, None where not needed."""
+    if call.plan.forward == "concat":
+        return concat.backward(dout, tensors, out, lse, call.scores, needs)
     dropout, scores, merged = _dropout(seed, call.dropout), call.scores, call.plan.forward == "merge"
     q, k, v, *_ = tensors
     before = dk = dv = dpk = dpv = dbias = dpbias = dsinks = None

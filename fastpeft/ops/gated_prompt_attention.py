@@ -125,5 +125,5 @@ def gated_prompt_attention(
         from fastpeft.ops._prefix_attention_compiled import compiled_attention
 
         return compiled_attention(gate.reshape(-1), tensors, scores, dropout, patched_backend)
-    call = Call(scores, dropout, prefix_attention_plan(tensors, scores, dropout, patched_backend))
+    call = Call(scores, dropout, prefix_attention_plan(tensors, scores, dropout, patched_backend, gated=True))
     return GatedPromptAttentionFunction.apply(call, gate.reshape(-1), *tensors)

@@ -14,6 +14,7 @@ from benchmarks.baselines import Implementation
 from benchmarks.bench_prefix_attention import BENCH, Cell, inputs_of
 from benchmarks.harness import Call, measure_memory
 from benchmarks.prefix_attention_truth import LEAVES, PrefixTruth
+from fastpeft.dispatch import ATTENTION_STRATEGIES
 
 CPU = torch.device("cpu")
 GROUPED = Cell("tiny", 2, 4, 2, 40, 7, 16, "bf16")
@@ -192,15 +193,17 @@ def test_the_ledger_of_llamas_attention():
 
 
 def test_strategies_of_the_kernels_are_not_timed_without_a_gpu(measured):
-    document = measured(named(report.FLOOR, "fastpeft:fused"))
-    assert document["plan"]["without"]["prefix_attention"] == {"fastpeft:fused": "its kernels need a GPU"}
+    names = [f"fastpeft:{strategy}" for strategy in ATTENTION_STRATEGIES]
+    document = measured(named(report.FLOOR, *names))
+    assert document["plan"]["without"]["prefix_attention"] == dict.fromkeys(names, "its kernels need a GPU")
 
 
-def test_merge_is_missing_where_the_vendor_cannot():
+@pytest.mark.parametrize("strategy", ["merge", "concat"])
+def test_a_strategy_is_missing_where_the_vendor_cannot(strategy):
     from benchmarks.baselines import Missing
 
     with pytest.raises(Missing, match="ALiBi is the kernels' own"):
-        named("fastpeft:merge")[0].build(inputs_of(ALIBI, CPU))
+        named(f"fastpeft:{strategy}")[0].build(inputs_of(ALIBI, CPU))
 
 
 @pytest.mark.parametrize(

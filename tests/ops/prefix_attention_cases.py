@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastpeft.dispatch import Plan, backend, override_plan
+from fastpeft.dispatch import ATTENTION_STRATEGIES, Plan, backend, override_plan
 from fastpeft.kernels._common import dropout_threshold
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, make_scores
 from fastpeft.ops.prefix_attention import apply_prefix_attention, prefix_attention_reference
@@ -15,7 +15,7 @@ from fastpeft.oracle import Bounds, compare
 # Two whole tiles of the interpreter's 16 and a tail, of queries, keys and virtual keys; D is no power of two.
 QUERIES, PREFIX, DEPTH = 37, 35, 20
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value", "bias", "prefix_bias", "sinks")
-PLANS = {name: Plan(name, name, "forced by a test") for name in ("fused", "merge")}
+PLANS = {name: Plan(name, name, "forced by a test") for name in ATTENTION_STRATEGIES}
 
 
 class Problem(NamedTuple):
@@ -159,7 +159,7 @@ def outcomes(case: Problem, wanted=NAMES, seed: int = 0) -> tuple[dict, dict, di
     return got, _outcome(reference, case, wanted, None), _outcome(reference, case, wanted, torch.float64)
 
 
-def _heads_of(name: str, tensor: torch.Tensor, by_row: bool) -> list[torch.Tensor]:
+def heads_of(name: str, tensor: torch.Tensor, by_row: bool) -> list[torch.Tensor]:
     """Every sample and head is a draw. Not `by_row`: it is also a row.
 
     The error of a row of u, hence of a bias's gradient, is mostly one number, that of its δ; and so it is of every row
@@ -175,7 +175,7 @@ def differences(cases, wanted=NAMES):
     draws = [outcomes(case, wanted, seed) for seed, case in enumerate(cases)]
     by_row = cases[0].tensors.q_BHSD.dtype != torch.float32
     return [
-        compare(name, *([head for draw in draws for head in _heads_of(name, draw[i][name], by_row)] for i in range(3)))
+        compare(name, *([head for draw in draws for head in heads_of(name, draw[i][name], by_row)] for i in range(3)))
         for name in draws[0][0]
     ]
 

@@ -67,15 +67,17 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("strategy", dispatch.ATTENTION_STRATEGIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernels_with_layout_equal_those_with_contiguous_tensors(layout):
-    case = problem(dtype=HALF, queries=21, keys=21, prefix=18, own=True, **SMALL)
+def test_kernels_with_layout_equal_those_with_contiguous_tensors(layout, strategy):
+    depth = 20 if strategy == "fused" else 24
+    case = problem(dtype=HALF, queries=21, keys=21, prefix=18, depth=depth, own=True, **SMALL)
     laid = [LAYOUTS[layout](t) for t in case.tensors[:5]]
     laid_out = case._replace(tensors=Tensors(*laid, None, None, None), dout_BHSD=LAYOUTS[layout](case.dout_BHSD))
     plain = laid_out._replace(
         tensors=Tensors(*(t.contiguous() for t in laid), None, None, None), dout_BHSD=laid_out.dout_BHSD.contiguous()
     )
-    with on("triton", "fused"):
+    with on("triton", strategy):
         got, expected = op_outcome(laid_out), op_outcome(plain)
     for name in got:
         assert torch.equal(got[name], expected[name]), name
@@ -99,10 +101,10 @@ def test_kernels_stay_inside_and_do_not_depend_on_program_order(modifiers, monke
     assert traffic.atomics == 0
 
 
-@pytest.mark.parametrize("strategy", ["fused", "merge"])
+@pytest.mark.parametrize("strategy", dispatch.ATTENTION_STRATEGIES)
 def test_every_subset_of_gradients(strategy):
-    names = NAMES[:5] if strategy == "merge" else NAMES
-    modifiers = () if strategy == "merge" else ("bias", "prefix-bias", "sinks")
+    names = NAMES if strategy == "fused" else NAMES[:5]
+    modifiers = ("bias", "prefix-bias", "sinks") if strategy == "fused" else ()
     case = problem(*modifiers, dtype=HALF, queries=5, prefix=3, depth=16, batch=1, heads=2, kv_heads=1)
     call = Call(case.scores, 0.0, PLANS[strategy])
     out, lse = path.forward(case.tensors, call, None)
