@@ -104,7 +104,7 @@ def gated_prompt_attention(
         BackendError: the triton backend was demanded and cannot serve the call.
     """
     prompt_key, prompt_value = (t[None] if t.ndim == 3 else t for t in (prompt_key, prompt_value))
-    tensors = Tensors(query, key, value, prompt_key, prompt_value, bias, None, sinks)
+    tensors = in_common_dtype(Tensors(query, key, value, prompt_key, prompt_value, bias, None, sinks))
     check_tensors("gated_prompt_attention", tensors)
     heads = query.shape[1]
     if tuple(gate.shape) not in ((), (1,), (heads,)) or not gate.is_floating_point():
@@ -120,7 +120,7 @@ def gated_prompt_attention(
     )  # fmt: skip
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"gated_prompt_attention: dropout is {dropout}; a probability in [0, 1) is needed")
-    tensors, dropout = in_common_dtype(tensors), dropout if training else 0.0
+    dropout = dropout if training else 0.0
     if torch.compiler.is_compiling():
         from fastpeft.ops._prefix_attention_compiled import compiled_attention
 

@@ -143,7 +143,8 @@ def prefix_attention(
     Args:
         query: (B, H, S, D), any strides; fp32, fp16 or bf16 (fp64 on the torch backend). D up to 256.
         key, value: (B, Hkv, T, D), H a multiple of Hkv; query's dtype.
-        prefix_key, prefix_value: (Hkv, P, D), shared by the batch, or (B, Hkv, P, D); query's dtype.
+        prefix_key, prefix_value: (Hkv, P, D), shared by the batch, or (B, Hkv, P, D); query's dtype. Under autocast
+            all five may have any floating-point dtype.
         causal: query i sees key j if j <= query_start + i; of the prefix it sees all.
         scale: of the scores; D ** -0.5 by default.
         padding_mask: (B, T) bool, True where there is a token. The prefix is never padded.
@@ -169,7 +170,7 @@ def prefix_attention(
         BackendError: the triton backend was demanded and cannot serve the call.
     """
     prefix_key, prefix_value = (t[None] if t.ndim == 3 else t for t in (prefix_key, prefix_value))
-    tensors = Tensors(query, key, value, prefix_key, prefix_value, bias, prefix_bias, sinks)
+    tensors = in_common_dtype(Tensors(query, key, value, prefix_key, prefix_value, bias, prefix_bias, sinks))
     check_tensors("prefix_attention", tensors)
     if prefix_window not in ("slide", "pin"):
         raise ValueError(f"prefix_attention: prefix_window is {prefix_window!r}; 'slide' or 'pin' is needed")
@@ -199,4 +200,4 @@ def in_common_dtype(tensors: Tensors) -> Tensors:
     if not torch.is_autocast_enabled(device_type) or tensors.q_BHSD.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return Tensors(*(t.to(dtype) for t in tensors[:5]), *tensors[5:])
+    return Tensors(*(t.to(dtype) if t.is_floating_point() else t for t in tensors[:5]), *tensors[5:])

@@ -96,6 +96,22 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_tensors(narro
     assert all(torch.equal(one, two) for one, two in zip(inside, outside, strict=True))
 
 
+@pytest.mark.parametrize("op", ["prefix", "gated"])
+def test_autocast_takes_a_prefix_of_another_dtype(op):
+    """As a matrix product does: trained in fp32, met by a projection's half precision."""
+    given, _ = arguments()
+    mixed = {name: t.to(torch.bfloat16) if name in ("query", "key", "value") else t for name, t in given.items()}
+
+    def run(arguments):
+        five = [arguments[name] for name in FIVE]
+        return prefix_attention(*five) if op == "prefix" else gated_prompt_attention(*five, torch.ones(1))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(mixed), run(given))
+    with pytest.raises(ValueError, match="virtual keys is torch.float32, query torch.bfloat16"):
+        run(mixed)
+
+
 def test_autocast_leaves_fp64_alone():
     given, _ = arguments(dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
