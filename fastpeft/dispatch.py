@@ -42,8 +42,9 @@ class Plan(NamedTuple):
 
     Of `prefix_attention`, where backward goes as forward. fused: the kernels attend to prefix and sequence. merge: the
     vendor's flash to the sequence, and a kernel merges the prefix into its result. concat: the vendor's flash to both,
-    copied next to each other; never chosen, only forced, as long as no GPU has measured it. `gated_prompt_attention`
-    has a softmax for each and so does not know concat.
+    copied next to each other; never chosen, only forced, as long as no GPU has measured it. decode, forward only: one
+    query a sample, the keys split among programs. `gated_prompt_attention` has a softmax for each and so knows neither
+    concat nor decode.
     """
 
     forward: str
@@ -59,7 +60,8 @@ LORA_STRATEGIES = ("prewrite", "addmm", "augment", "fused")
 ATTENTION_FUSED = Plan("fused", "fused", "the interpreter has no vendor's flash worth keeping")
 ATTENTION_SHORT = Plan("fused", "fused", "predicted: few queries, so launches count more than the rate of products")
 ATTENTION_MERGE = Plan("merge", "merge", "predicted: the vendor's flash is the faster one on long sequences")
-ATTENTION_STRATEGIES = ("fused", "merge", "concat")
+ATTENTION_DECODE = Plan("decode", "fused", "predicted: one query a sample is too few rows to fill a GPU")
+ATTENTION_STRATEGIES = ("fused", "merge", "concat")  # which can be forced; decode is for one query alone
 GATED_STRATEGIES = ("fused", "merge")
 MERGE_FROM = 256  # queries
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_plan", default=None)
@@ -228,6 +230,8 @@ def prefix_attention_plan(
         if reason := strategy_refusal(plan.forward, tensors, scores, dropout):
             raise BackendError(f"the strategy {plan.forward!r} was demanded but cannot serve this call: {reason}")
         return plan
+    if q.shape[2] == 1 and not dropout and not gated:
+        return ATTENTION_DECODE
     if not q.is_cuda:
         return ATTENTION_FUSED
     if reason := merge_refusal(tensors, scores, dropout):

@@ -14,9 +14,9 @@ from fastpeft.kernels._attention_loops import (
     sum_deltas,
 )
 from fastpeft.kernels._attention_scores import (
+    add_sink,
     load_lse,
     load_rows,
-    power,
     query_rows,
     store_lse,
     store_rows,
@@ -101,13 +101,7 @@ def _forward_kernel(
             CAUSAL, False, True, D, BLOCK_N, BLOCK_D, MODE, UPCAST,
         )  # fmt: skip
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * unit(MODE)
-        higher = tl.maximum(peak, sink)
-        base = tl.where(higher == -float("inf"), 0.0, higher)
-        fade = power(peak - base, MODE)
-        total = total * fade + power(sink - base, MODE)
-        acc = acc * fade[:, None]
-        peak = higher
+        peak, total, acc = add_sink(peak, total, acc, tl.load(sinks_ptr + head), MODE)
     acc = acc * (keep_scale / tl.where(total > 0, total, 1.0))[:, None]
     if gate_ptr is not None:
         acc = first + tl.load(gate_ptr + head).to(tl.float32) * acc

@@ -10,7 +10,7 @@ What a tile needs is passed in four tuples:
     queries   (rows, at, local, own, S): row numbers, key positions, positions for the prefix's window, segments
     keys_of   (k, stride_kt, stride_kd, v, stride_vt, stride_vd, count)
     masks     (window, padding, segments, positions, row of these three, bias, its head's place, stride_bs, stride_bt)
-    numbers   (scale, softcap, ALiBi's slopes, this head's)
+    numbers   (scale, softcap, ALiBi's slopes, this head's or, [rows, 1], each row's)
 
 A mask or number that is None costs nothing. A tile has the queries along its rows, or, with KEYS_FIRST, the keys.
 """
@@ -130,7 +130,7 @@ def score_tile(
             positions = (keys - count).to(tl.float32)
         else:
             positions = tl.load(positions_ptr + key_row + keys, mask=keys < count, other=0.0)
-        scores += _along_keys(positions * (slope * unit(MODE)), KEYS_FIRST)
+        scores += _along_keys(positions, KEYS_FIRST) * (slope * unit(MODE))
     rows_2, keys_2 = _along_queries(rows, KEYS_FIRST), _along_keys(keys, KEYS_FIRST)
     if bias_ptr is not None:
         place = bias_ptr + bias_head + rows_2.to(tl.int64) * stride_bs + keys_2.to(tl.int64) * stride_bt
@@ -201,6 +201,16 @@ def weights_and_gradient(
         return dropped, u, u * slope_of_cap
     else:
         return dropped, u, u
+
+
+@triton.jit
+def add_sink(peak, total, acc, sink, MODE: tl.constexpr):
+    """The state of a softmax to which a score, natural, is added that gives nothing."""
+    sink = sink.to(tl.float32) * unit(MODE)
+    higher = tl.maximum(peak, sink)
+    base = tl.where(higher == -float("inf"), 0.0, higher)
+    fade = power(peak - base, MODE)
+    return higher, total * fade + power(sink - base, MODE), acc * fade[:, None]
 
 
 @triton.jit

@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 HALF, SINGLE = ("half",), ("tf32", "ieee")
 COLUMNS = ("grad_keys", "grad_prefix", "grad_bias")
-KERNELS = ("forward", "grad_query", *COLUMNS)
+KERNELS = ("forward", "decode", "grad_query", *COLUMNS)
 
 
 def _each(kernels: tuple[str, ...], *rows) -> tuple[Row, ...]:
@@ -60,6 +60,8 @@ CUDA = (
     Row("grad_query", HALF, 128, AttentionTiles(64, 64, warps=8)),
     Row("grad_query", HALF, 256, AttentionTiles(32, 32, 32, warps=8)),
     Row("grad_prefix", HALF, 32, AttentionTiles(32, 64)),
+    Row("decode", HALF, 128, AttentionTiles(64, 64)),
+    Row("decode", HALF, 256, AttentionTiles(32, 32, 32)),
     *_each(
         COLUMNS,
         (HALF, 64, AttentionTiles(64, 64), False),
@@ -83,6 +85,7 @@ HIP = (
     Row("forward", HALF, 64, AttentionTiles(64, 32, 32, stages=1), True),
     Row("forward", HALF, 128, AttentionTiles(64, 32, 32, stages=1), False),
     Row("grad_query", HALF, 64, AttentionTiles(64, 64), False),
+    Row("decode", HALF, 128, AttentionTiles(32, 32, 32, stages=1)),
     *_each(("forward", "grad_query"), (HALF, 128, AttentionTiles(32, 32, 32, stages=1))),
     *_each(
         COLUMNS,

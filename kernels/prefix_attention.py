@@ -27,13 +27,14 @@ from fastpeft.kernels._tiles import family_of
 from fastpeft.kernels.lora_linear import sum_partials
 
 
-def _strides(name: str, letters: str, tensor: torch.Tensor | None) -> dict:
-    """{"stride_qb": ...} of a tensor's dimensions; zeros where there is none."""
-    strides = (0,) * len(letters) if tensor is None else tensor.stride()
-    return {f"stride_{name}{letter}": stride for letter, stride in zip(letters, strides, strict=True)}
+def strides(name: str, letters: str, tensor: torch.Tensor | None) -> dict:
+    """{"stride_qb": ...} of a tensor's dimensions, without those whose letter is a space; zeros where there is none."""
+    found = (0,) * len(letters) if tensor is None else tensor.stride()
+    named = zip(letters, found, strict=True)
+    return {f"stride_{name}{letter}": stride for letter, stride in named if letter != " "}
 
 
-def _broadcast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def broadcast(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor with stride 0 along its first two dimensions where they are 1."""
     if tensor is None:
         return None
@@ -44,13 +45,13 @@ def _whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _heads_inside(like: torch.Tensor) -> torch.Tensor:
+def heads_inside(like: torch.Tensor) -> torch.Tensor:
     """A new [B, H, S, D] of the same type, stored as [B, S, H, D]."""
     batch, heads, rows, depth = like.shape
     return torch.empty(batch, rows, heads, depth, dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def _shared(tensors, scores, dropout: Dropout | None) -> dict:
+def shared_arguments(tensors, scores, dropout: Dropout | None) -> dict:
     """The arguments that every kernel has."""
     q, k = tensors.q_BHSD, tensors.k_BGTD
     _, heads, queries, depth = q.shape
@@ -63,7 +64,7 @@ def _shared(tensors, scores, dropout: Dropout | None) -> dict:
         "segments_ptr": _whole(scores.segments_BT),
         "local_ptr": _whole(scores.local_BT),
         "seed_ptr": None if dropout is None else dropout.seed,
-        **_strides("q", "bhsd", q),
+        **strides("q", "bhsd", q),
         "scale": scores.scale,
         "softcap": scores.softcap,
         "start": scores.start,
@@ -81,7 +82,7 @@ def _shared(tensors, scores, dropout: Dropout | None) -> dict:
     }
 
 
-def _windows(tensors, scores) -> tuple[int | None, int | None]:
+def windows(tensors, scores) -> tuple[int | None, int | None]:
     """The window over the sequence and over the prefix; one that no two positions leave is cut to fit 32 bits."""
     if scores.window is None:
         return None, None
@@ -98,22 +99,22 @@ def mask_start(prefix: int) -> int:
 def _rows_arguments(tensors, scores, dropout, prefix: bool, sequence: bool) -> dict:
     """What `_forward` and `_grad_query` have in common; without `prefix` or `sequence` that loop is left out."""
     _, k, v, pk, pv, bias, pbias, _ = tensors
-    window, prefix_window = _windows(tensors, scores)
+    window, prefix_window = windows(tensors, scores)
     tested = window is not None or scores.padding_BT is not None or scores.segments_BT is not None
     return {
-        **_shared(tensors, scores, dropout),
+        **shared_arguments(tensors, scores, dropout),
         "k_ptr": k if sequence else None,
         "v_ptr": v if sequence else None,
         "pk_ptr": pk if prefix else None,
         "pv_ptr": pv if prefix else None,
         "bias_ptr": bias,
         "pbias_ptr": pbias,
-        **_strides("k", "bhtd", k),
-        **_strides("v", "bhtd", v),
-        **_strides("pk", "bhpd", _broadcast(pk)),
-        **_strides("pv", "bhpd", _broadcast(pv)),
-        **_strides("b", "bhst", _broadcast(bias)),
-        **_strides("pb", "bhsp", _broadcast(pbias)),
+        **strides("k", "bhtd", k),
+        **strides("v", "bhtd", v),
+        **strides("pk", "bhpd", broadcast(pk)),
+        **strides("pv", "bhpd", broadcast(pv)),
+        **strides("b", "bhst", broadcast(bias)),
+        **strides("pb", "bhsp", broadcast(pbias)),
         "window": window,
         "prefix_window": prefix_window,
         "P": pk.shape[2],
@@ -122,7 +123,7 @@ def _rows_arguments(tensors, scores, dropout, prefix: bool, sequence: bool) -> d
     }
 
 
-def _statistics(q: torch.Tensor) -> torch.Tensor:
+def statistics(q: torch.Tensor) -> torch.Tensor:
     """Room for what is kept of each row's softmax: L, natural, [B, H, S] in fp32; for fp32 data [2, B, H, S], the peak
     and the share (see _attention_scores.py)."""
     several = (2,) if q.dtype == torch.float32 else ()
@@ -134,7 +135,7 @@ def natural_lse(statistics: torch.Tensor) -> torch.Tensor:
     return statistics if statistics.ndim == 3 else statistics[0] - statistics[1].log()
 
 
-def _lse_arguments(lse: torch.Tensor) -> dict:
+def lse_arguments(lse: torch.Tensor) -> dict:
     return {"lse_ptr": lse, "share_ptr": None} if lse.ndim == 3 else {"lse_ptr": lse[0], "share_ptr": lse[1]}
 
 
@@ -145,7 +146,7 @@ def _tiles(kernel: str, shared: dict, device: torch.device) -> AttentionTiles:
     return attention_tiles(kernel, shared["BLOCK_D"], shared["MODE"], burdened, family_of(device))
 
 
-def _launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, arguments: dict) -> None:
+def launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, arguments: dict) -> None:
     if 0 not in grid:
         with on_device_of(tensor):
             kernel[grid](**arguments)
@@ -171,23 +172,23 @@ def forward(
     batch, heads, queries, _ = q.shape
     shared = _rows_arguments(tensors, scores, dropout, prefix, sequence)
     tiles = tiles or _tiles("forward", shared, q.device)
-    out = _heads_inside(q)
-    lse = _statistics(q)
+    out = heads_inside(q)
+    lse = statistics(q)
     before, before_lse = first or (None, None)
     arguments = {
         **shared,
         "out_ptr": out,
-        **_lse_arguments(lse),
+        **lse_arguments(lse),
         "first_ptr": before,
         "first_lse_ptr": before_lse,
         "gate_ptr": gate,
         "sinks_ptr": tensors.sinks_H if sequence or gate is None else None,
-        **_strides("f", "bhsd", before),
-        **_strides("l", "bhs", before_lse),
+        **strides("f", "bhsd", before),
+        **strides("l", "bhs", before_lse),
         **tiles.blocks(shared["P"]),
         **tiles.options,
     }
-    _launch(_forward_kernel, (triton.cdiv(queries, tiles.queries) * batch * heads,), q, arguments)
+    launch(_forward_kernel, (triton.cdiv(queries, tiles.queries) * batch * heads,), q, arguments)
     return out, lse
 
 
@@ -210,7 +211,7 @@ def grad_query(
     lse: what `forward` returned beside out.
     """
     shared = _rows_arguments(tensors, scores, dropout, prefix, sequence)
-    shared |= {"out_ptr": out, "gate_ptr": None, **_strides("o", "bhsd", out)}
+    shared |= {"out_ptr": out, "gate_ptr": None, **strides("o", "bhsd", out)}
     return _launch_grad_query(dout, lse, shared, wanted, before, tiles)
 
 
@@ -229,8 +230,8 @@ def grad_gated_query(
     δ is the ungated prefix's: its sum over batch and queries is the gate's gradient.
     """
     shared = _rows_arguments(tensors, scores, None, True, False)
-    shared |= {"out_ptr": None, "gate_ptr": gate, **_strides("o", "bhsd", None)}
-    lse = _statistics(tensors.q_BHSD)
+    shared |= {"out_ptr": None, "gate_ptr": gate, **strides("o", "bhsd", None)}
+    lse = statistics(tensors.q_BHSD)
     return lse, *_launch_grad_query(dout, lse, shared, wanted, before, tiles)
 
 
@@ -239,30 +240,30 @@ def _launch_grad_query(dout, lse, shared: dict, wanted: bool, before, tiles):
     batch, heads, queries, _ = q.shape
     tiles = tiles or _tiles("grad_query", shared, q.device)
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    dq = _heads_inside(q) if wanted else None
+    dq = heads_inside(q) if wanted else None
     arguments = {
         **shared,
-        **_lse_arguments(lse),
+        **lse_arguments(lse),
         "dout_ptr": dout,
         "delta_ptr": delta,
         "before_ptr": before,
         "dq_ptr": dq,
-        **_strides("g", "bhsd", dout),
-        **_strides("f", "bhsd", before),
+        **strides("g", "bhsd", dout),
+        **strides("f", "bhsd", before),
         **tiles.blocks(shared["P"]),
         **tiles.options,
     }
-    _launch(_grad_query_kernel, (triton.cdiv(queries, tiles.queries) * batch * heads,), q, arguments)
+    launch(_grad_query_kernel, (triton.cdiv(queries, tiles.queries) * batch * heads,), q, arguments)
     return delta, dq
 
 
 def _columns_arguments(dout, lse, delta, tensors, scores, dropout, prefix: bool) -> dict:
     """What `_grad_keys` and `_grad_bias` have in common: one of the two kinds of keys."""
     _, k, v, pk, pv, bias, pbias, _ = tensors
-    shared = _shared(tensors, scores, dropout)
-    window, prefix_window = _windows(tensors, scores)
+    shared = shared_arguments(tensors, scores, dropout)
+    window, prefix_window = windows(tensors, scores)
     if prefix:
-        k, v, bias, window = _broadcast(pk), _broadcast(pv), pbias, prefix_window
+        k, v, bias, window = broadcast(pk), broadcast(pv), pbias, prefix_window
         shared |= dict.fromkeys(("positions_ptr", "padding_ptr", "segments_ptr"))
         shared["local_ptr"] = shared["local_ptr"] if window is not None else None
     return {
@@ -270,13 +271,13 @@ def _columns_arguments(dout, lse, delta, tensors, scores, dropout, prefix: bool)
         "k_ptr": k,
         "v_ptr": v,
         "dout_ptr": dout,
-        **_lse_arguments(lse),
+        **lse_arguments(lse),
         "delta_ptr": delta,
         "bias_ptr": bias,
-        **_strides("k", "bhtd", k),
-        **_strides("v", "bhtd", v),
-        **_strides("g", "bhsd", dout),
-        **_strides("b", "bhst", _broadcast(bias)),
+        **strides("k", "bhtd", k),
+        **strides("v", "bhtd", v),
+        **strides("g", "bhsd", dout),
+        **strides("b", "bhst", broadcast(bias)),
         "window": window,
         "count": k.shape[2],
         "mask_start": 0 if prefix else mask_start(pk.shape[2]),
@@ -314,7 +315,7 @@ def grad_keys(
         **blocks,
         **tiles.options,
     }
-    _launch(_grad_keys_kernel, (programs, runs), q, arguments)
+    launch(_grad_keys_kernel, (programs, runs), q, arguments)
     if runs == 1:
         return dk[0], dv[0]
     dk, dv = sum_partials(gradients.transpose(0, 1).contiguous(), k.dtype)
@@ -340,5 +341,5 @@ def grad_bias(
         **tiles.options,
     }
     programs = triton.cdiv(shared["S"], tiles.queries) * triton.cdiv(shared["count"], tiles.keys) * biases * heads
-    _launch(_grad_bias_kernel, (programs,), q, arguments)
+    launch(_grad_bias_kernel, (programs,), q, arguments)
     return out

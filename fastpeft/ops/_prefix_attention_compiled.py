@@ -14,6 +14,7 @@ from fastpeft.ops.gated_prompt_attention import _path as gated_path
 from fastpeft.ops.prefix_attention import Call
 from fastpeft.ops.prefix_attention import _path as plain_path
 
+STRATEGIES = (*ATTENTION_STRATEGIES, "decode")
 VECTORS = ("padding_BT", "segments_BT", "local_BT", "slopes_H", "positions_BT")
 
 
@@ -66,11 +67,11 @@ def _(gate, q, k, v, pk, pv, bias, pbias, sinks, padding, segments, local, slope
 
 
 def _numbers_of(plan: Plan | None) -> tuple[int, int]:
-    return (-1, -1) if plan is None else tuple(ATTENTION_STRATEGIES.index(name) for name in plan[:2])
+    return (-1, -1) if plan is None else tuple(STRATEGIES.index(name) for name in plan[:2])
 
 
 def _plan_of(numbers: list[int]) -> Plan | None:
-    return None if numbers[0] < 0 else Plan(*(ATTENTION_STRATEGIES[n] for n in numbers), "as in the compiled forward")
+    return None if numbers[0] < 0 else Plan(*(STRATEGIES[n] for n in numbers), "as in the compiled forward")
 
 
 @torch.library.custom_op("fastpeft::attention_backward", mutates_args=())

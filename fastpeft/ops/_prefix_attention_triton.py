@@ -2,11 +2,13 @@
 
 fused: the kernels do everything (design A). merge: the vendor's flash does the sequence, a kernel merges the prefix
 into its result, and in backward the vendor is given the merged result and L, with which its own formulas are exact
-(design B). concat: no kernel of ours, see `_prefix_attention_concat` (design C).
+(design B). concat: no kernel of ours, see `_prefix_attention_concat` (design C). decode: kernels for one query a
+sample; its gradients are those of fused.
 """
 
 import torch
 
+from fastpeft.kernels import _prefix_attention_decode as decode
 from fastpeft.kernels import prefix_attention as kernels
 from fastpeft.kernels._common import Dropout
 from fastpeft.ops import _prefix_attention_concat as concat
@@ -30,6 +32,8 @@ def forward(tensors, call, seed):
     """(out (B, H, S, D) over (B, S, H, D) storage, L (B, H, S) in fp32, or what the kernels keep of fp32 data)."""
     if call.plan.forward == "concat":
         return concat.forward(tensors, call.scores)
+    if call.plan.forward == "decode":
+        return decode.forward(tensors, call.scores)
     if call.plan.forward == "merge":
         q, k, v, *_ = tensors
         own = vendor.forward(q, k, v, call.scores.causal, call.scores.scale)

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from fastpeft.kernels import _prefix_attention_decode as decode
 from fastpeft.kernels import prefix_attention as kernels
 from fastpeft.kernels._common import Dropout
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors
@@ -78,12 +79,24 @@ def launch_all(dtype: torch.dtype, depth: int, feature: str, prefix: int, merge:
         kernels.grad_keys(dout, lse, delta, tensors, scores, prefix=True, gate=gate)
 
 
+def launch_decode(dtype: torch.dtype, depth: int, feature: str, prefix: int) -> None:
+    """A step of generation."""
+    changes, biased, sunk, _ = FEATURES[feature]
+    bias, pbias = (_meta(1, HEADS, 1, n, dtype=dtype) if biased else None for n in (LENGTH, prefix))
+    k, pk = _heads(KV_HEADS, LENGTH, depth, dtype), _meta(1, KV_HEADS, prefix, depth, dtype=dtype)
+    sinks = _meta(HEADS) if sunk else None
+    tensors = Tensors(_heads(HEADS, 1, depth, dtype), k, k, pk, pk, bias, pbias, sinks)
+    decode.forward(tensors, Scores(**{"causal": True, "scale": depth**-0.5, "start": LENGTH - 1} | changes))
+
+
 def _case(dtypes, depth, feature="plain", prefix=30, bounded=True):
     def run():
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = dtypes == "fp32-tf32"
         try:
             launch_all(DTYPES[dtypes], depth, feature, prefix, merge=feature == "plain")
+            if feature != "dropout":
+                launch_decode(DTYPES[dtypes], depth, feature, prefix)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 

@@ -28,6 +28,7 @@ FORWARD = [
     ("_forward_kernel", "gate of the first head", "tl.load(gate_ptr + head)", "tl.load(gate_ptr)"),
     ("_forward_kernel", "ALiBi's first slope", "tl.load(slopes_ptr + head)", "tl.load(slopes_ptr)"),
     ("_forward_kernel", "tiles of whole keys left out", "if PLAIN:", "if False:"),
+    ("add_sink", "result not faded", "acc * fade[:, None]", "acc"),
     ("attend", "sum not faded", "total * fade +", "total +"),
     ("attend", "result not faded", "acc * fade[:, None]", "acc"),
     ("attend", "mask inverted", "tl.where(keep, weights, 0.0)", "tl.where(keep, 0.0, weights)"),
@@ -63,6 +64,8 @@ GRAD_QUERY = [
     ("_grad_query_kernel", "mask of other columns", "mask_row, mask_start, threshold", "mask_row, 0, threshold"),
     ("_grad_query_kernel", "tiles of whole keys left out", "if PLAIN:", "if False:"),
     ("_grad_query_kernel", "gate of the first head", "tl.load(gate_ptr + head)", "tl.load(gate_ptr)"),
+    ("sum_deltas", "δ of the last tile", "delta += tl.sum", "delta = tl.sum"),
+    ("sum_deltas", "δ of what was dropped", "_, terms, _ =", "terms, _, _ ="),
     ("grad_rows", "sum forgotten", "k, acc, MODE", "k, acc * 0, MODE"),
     ("grad_rows", "V for K", "dot(u.to(k.dtype), k,", "dot(u.to(k.dtype), v,"),
     ("prefix_statistics", "δ not faded", "delta = delta * fade +", "delta = delta +"),
@@ -126,4 +129,30 @@ GRAD_BIAS = [
     ("_grad_bias_kernel", "tiles left out", "row_start >= end", "row_start >= end - BLOCK_M"),
 ]
 
-KERNELS = {"forward": FORWARD, "grad_query": GRAD_QUERY, "grad_keys": GRAD_KEYS, "grad_bias": GRAD_BIAS}
+DECODE = [
+    ("_rows_of", "sample of a row", "owner * samples + rows // group", "owner * samples + rows // group * 0"),
+    ("_rows_of", "head of a row", "kv_head * group + rows % group", "kv_head * group + rows * 0"),
+    ("_attend_for", "position of the query", "at = start + rows * 0", "at = start + rows"),
+    ("_attend_for", "window of the first sample", "local_ptr + sample * T", "local_ptr + sample * 0"),
+    ("_attend_for", "segment of the first sample", "segments_ptr + sample * T", "segments_ptr + sample * 0"),
+    ("_attend_for", "ALiBi's first slope", "slopes_ptr + head", "slopes_ptr + head * 0"),
+    ("_attend_for", "bias of the first sample", "sample * stride_bb", "sample * 0"),
+    ("_attend_for", "bias of the first head", "head * stride_bh", "head * 0"),
+    ("_attend_for", "state of another split", "split * strides_part", "split * 0"),
+    ("_decode_kernel", "kv head of the prefix", "kv_head * stride_pkh", "kv_head * 0"),
+    ("_decode_kernel", "prefix of the first sample", "owner, tl.int64) * stride_pvb", "owner, tl.int64) * 0"),
+    ("_decode_kernel", "rows of the first block", "block * BLOCK_M", "block * 0"),
+    ("_decode_kernel", "keys of the first split", "first + split * length", "first + split * 0"),
+    ("_decode_kernel", "virtual keys of the first split", "prefix_first + split * prefix_length", "prefix_first"),
+    ("_decode_kernel", "a split over the prefix's", "prefix_splits + split, begin", "split, begin"),
+    ("_decode_kernel", "padding of the first sample", "owner, tl.int64) * T", "owner, tl.int64) * 0"),
+    ("_decode_kernel", "kv head of V", "kv_head * stride_vh", "kv_head * 0"),
+    ("_merge_parts_kernel", "sums not faded", "tl.sum(fade * tl.load(", "tl.sum(tl.load("),
+    ("_merge_parts_kernel", "results not faded", "tl.sum(fade * parts, 0)", "tl.sum(parts, 0)"),
+    ("_merge_parts_kernel", "last split", "(split < splits)", "(split < splits - 1)"),
+    ("_merge_parts_kernel", "one sink for all", "sinks_ptr + row % H", "sinks_ptr + row * 0"),
+]
+
+KERNELS = {
+    "forward": FORWARD, "grad_query": GRAD_QUERY, "grad_keys": GRAD_KEYS, "grad_bias": GRAD_BIAS, "decode": DECODE,
+}  # fmt: skip

@@ -62,6 +62,18 @@ def merged(shape: Shape, rows: int):
     return loads, {"out_ptr": _rows(shape) * row, "lse_ptr": _rows(shape) * FP32}
 
 
+def decode(shape: Shape, rows: int, columns: int, splits: int):
+    """One query a sample: each key and value once; the prefix once for `rows` heads of samples, whoever's they are;
+    each query once for every split. (loads, stores) of the parts, then of the merge."""
+    row, group = shape.depth * shape.data, shape.heads // shape.kv_heads
+    keys = shape.batch * shape.kv_heads * shape.keys * row
+    prefix = shape.kv_heads * ceil(shape.batch * group / rows) * shape.prefix * row
+    states = shape.batch * shape.heads * splits * FP32
+    loads = {"q_ptr": _rows(shape) * row * splits, "k_ptr": keys, "v_ptr": keys, "pk_ptr": prefix, "pv_ptr": prefix}
+    stored = {"part_ptr": states * shape.depth, "peak_ptr": states, "total_ptr": states}
+    return (loads, stored), (stored, {"out_ptr": _rows(shape) * row, "lse_ptr": _rows(shape) * FP32})
+
+
 def grad_query(shape: Shape, rows: int, columns: int):
     loads, _ = forward(shape, rows, columns)
     row = _rows(shape) * shape.depth * shape.data

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpeft.kernels import _attention_kernels, _attention_loops, _attention_scores, prefix_attention
+from fastpeft.dispatch import ATTENTION_DECODE
+from fastpeft.kernels import (
+    _attention_decode,
+    _attention_kernels,
+    _attention_loops,
+    _attention_scores,
+    _prefix_attention_decode,
+    prefix_attention,
+)
 from fastpeft.ops import _gated_prompt_attention_triton as gated
 from fastpeft.ops import _prefix_attention_triton as path
 from fastpeft.ops._prefix_attention_scores import Tensors
@@ -20,7 +28,8 @@ from tests.planting import mutated
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
-FILES = [Path(m.__file__) for m in (_attention_scores, _attention_loops, _attention_kernels, prefix_attention)]
+GENERAL = (_attention_scores, _attention_loops, _attention_kernels, prefix_attention)
+FILES = [Path(module.__file__) for module in (*GENERAL, _attention_decode, _prefix_attention_decode)]
 MUTANTS = [mutant for mutants in KERNELS.values() for mutant in mutants]
 
 # In fp32 the criterion allows errors of 1e-6 of a tensor's greatest; every mistake makes hundreds of times this.
@@ -42,12 +51,15 @@ def problems():
         ("merge", ("bidirectional",), {}),
         ("gated", ("bidirectional",), {}),
         ("fused", ("prefix-bias",), {}),
+        ("decode", ("alibi", "left-padding", "sinks", "cached"), {"queries": 1, "keys": 70, "prefix": 35, "start": 40}),
+        ("decode", ("own-prefixes", "bidirectional", "bias", "prefix-bias"), {"queries": 1, "keys": 33, "batch": 9}),
+        ("decode", ("window", "segments"), {"queries": 1, "keys": 60, "batch": 9, "window": 30}),
     ):
         case = problem(*modifiers, **{**SHAPE, **changes})
-        if "bias" in modifiers:  # of each kind of broadcasting
+        if "bias" in modifiers and strategy == "fused":  # of each kind of broadcasting
             bias, pbias = torch.randn(2, 1, 18, 20), torch.randn(1, 4, 18, 17)
             case = case._replace(tensors=case.tensors._replace(bias_BHST=bias, pbias_BHSP=pbias))
-        elif "prefix-bias" in modifiers:
+        elif "prefix-bias" in modifiers and strategy == "fused":
             case = case._replace(tensors=case.tensors._replace(pbias_BHSP=torch.randn(2, 1, 18, 17)))
         gate = torch.tensor([0.5, -1.0, 0.0, 2.0])
         made.append((strategy, case, gate, _truth(strategy, case, gate)))
@@ -55,6 +67,10 @@ def problems():
 
 
 def _truth(strategy, case, gate):
+    if strategy == "decode":  # its gradients are the other kernels'
+        return [
+            prefix_attention_reference(Tensors(*(t if t is None else t.double() for t in case.tensors)), case.scores)
+        ]
     keep, p = triton_keep(case, 0)
     leaves = [t.double().requires_grad_() for t in (gate, *case.tensors) if t is not None]
     rest = iter(leaves[1:])
@@ -68,6 +84,8 @@ def _truth(strategy, case, gate):
 
 
 def _results(strategy, case, gate):
+    if strategy == "decode":
+        return [path.forward(case.tensors, Call(case.scores, 0.0, ATTENTION_DECODE), None)[0]]
     call = Call(case.scores, case.dropout, PLANS["fused" if strategy == "gated" else strategy])
     needs = Tensors(*(t is not None for t in case.tensors))
     with torch.random.fork_rng():
@@ -91,7 +109,8 @@ def first_fault(first: int = 0) -> str | None:
     return None
 
 
-def test_the_kernels_as_they_are_pass():
+def test_the_kernels_as_they_are_pass(monkeypatch):
+    monkeypatch.setattr(path.decode, "processor_count", lambda tensor: 64)
     assert first_fault() is None
 
 
@@ -99,7 +118,7 @@ def test_the_kernels_as_they_are_pass():
 def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     problems()  # whose masks are made by the kernels as they should be
     function, _, old, new = mutant
-    planted = 0
+    planted, modules = 0, {}
     for file in FILES:  # each imports those before it
         source = file.read_text()
         if (changed := mutated(source, function, old, new)) is not None:
@@ -109,13 +128,15 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
         copy = tmp_path / f"fastpeft_mutant_{file.stem}.py"
         copy.write_text(source)
         spec = importlib.util.spec_from_file_location(copy.stem, copy)
-        module = importlib.util.module_from_spec(spec)
+        modules[file.stem] = module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, copy.stem, module)
         spec.loader.exec_module(module)
     assert planted == 1, f"{function} is in {planted} files"
-    monkeypatch.setattr(path, "kernels", module)
-    monkeypatch.setattr(gated, "kernels", module)
-    assert first_fault(2 if "bias" in function else 0) is not None
+    monkeypatch.setattr(path, "kernels", modules["prefix_attention"])
+    monkeypatch.setattr(gated, "kernels", modules["prefix_attention"])
+    monkeypatch.setattr(path, "decode", modules["_prefix_attention_decode"])
+    monkeypatch.setattr(path.decode, "processor_count", lambda tensor: 64)
+    assert first_fault(9 if mutant in KERNELS["decode"] else 2 if "bias" in function else 0) is not None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
