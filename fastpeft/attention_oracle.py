@@ -166,7 +166,10 @@ def _reference(problem: AttentionProblem, leaves: dict, keep, p: float) -> Tenso
 
 def sdpa(problem: AttentionProblem, leaves: dict) -> Tensor:
     """As HF computes it with SDPA: the two sets of keys next to each other, heads repeated, one additive mask. A sink
-    is a key of zeros with the score of the sink. No softcap, no dropout, no gate."""
+    is a key of zeros with the score of the sink. With a gate: the sequence's part and the gated prompt's, each by SDPA.
+    No dropout; a softcap behind a gate only, and then the sequence's part is the reference's."""
+    if problem.gate is not None:
+        return _gated_sdpa(problem, leaves)
     q, k, v, pk, pv, bias, pbias, sinks = _tensors(leaves)
     scores, wide = _scores(problem), torch.promote_types(q.dtype, torch.float32)
     (batch, heads, queries), keys, prefix = q.shape[:3], k.shape[2], pk.shape[2]
@@ -187,6 +190,33 @@ def sdpa(problem: AttentionProblem, leaves: dict) -> Tensor:
     k, v = (torch.cat(each, 2).repeat_interleave(heads // each[0].shape[1], 1) for each in rows)
     mask = torch.cat(mask, -1).to(q.dtype)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale)
+
+
+def _gated_sdpa(problem: AttentionProblem, leaves: dict) -> Tensor:
+    ungated = dataclasses.replace(problem, gate=None)
+    alone = {**leaves, **{name: leaves[name][..., :0, :] for name in ("prefix_key", "prefix_value")}}
+    by_hand = problem.options.get("softcap") is not None
+    own = _reference(ungated, alone, None, 0.0) if by_hand else sdpa(ungated, alone)
+    q, _, _, pk, pv, *_ = _tensors(leaves)
+    pk, pv = (t.expand(len(q), -1, -1, -1) for t in (pk, pv))
+    scale = problem.options.get("scale")
+    of = torch.nn.functional.scaled_dot_product_attention(q, pk, pv, scale=scale, enable_gqa=True)
+    return (own + leaves["gate"].view(-1, 1, 1) * of).to(own.dtype)
+
+
+def plain_attention(
+    query, key, value, prefix_key, prefix_value, gate=None, *, bias=None, prefix_bias=None, sinks=None, dropout=0.0,
+    training=False, patched_backend=None, by_sdpa=False, **options,
+) -> Tensor:  # fmt: skip
+    """The definition behind the signatures of `prefix_attention` and `gated_prompt_attention`, for autograd, in the
+    tensors' dtype; `by_sdpa`: SDPA where it serves the call. Dropout is refused."""
+    assert not (training and dropout), "there is no mask to share"
+    five = (query, key, value, prefix_key, prefix_value)
+    problem = AttentionProblem(*five, query, bias, prefix_bias, sinks, gate, options={"causal": True, **options})
+    leaves = {name: getattr(problem, name) for name in GRADIENTS}
+    if by_sdpa and (options.get("softcap") is None or gate is not None):
+        return sdpa(problem, leaves)
+    return _reference(problem, leaves, None, 0.0)
 
 
 def op_dropout(problem: AttentionProblem) -> tuple[Tensor | None, float]:

@@ -18,18 +18,30 @@ class Batch(NamedTuple):
     targets: tuple[torch.Tensor, ...]
 
 
-def random_batch(model: nn.Module, task: TaskType, generator: torch.Generator) -> Batch:
-    """One batch of random tokens with random targets."""
+def random_batch(
+    model: nn.Module, task: TaskType, generator: torch.Generator, room: int = 0, padded: bool = False
+) -> Batch:
+    """One batch of random tokens with random targets. room: of how many more positions the model is to have; padded:
+    with a mask, and a causal model's rows padded on the left, each more than the one before."""
     config = model.config
     embedding = model.get_input_embeddings().weight
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LENGTH + 2
-    length = max(1, min(LENGTH, longest - 2))  # RoBERTa's and OPT's positions begin at 2
+    length = max(1, min(LENGTH, longest - 2 - room))  # RoBERTa's and OPT's positions begin at 2
 
     def draw(limit: int, *shape: int) -> torch.Tensor:
         return torch.randint(limit, shape, generator=generator).to(embedding.device)
 
     ids = draw(len(embedding), ROWS, length)
     inputs: dict[str, torch.Tensor | bool] = {"input_ids": ids}
+    if padded:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    if task == TaskType.CAUSAL_LM and padded:
+        started = (
+            torch.arange(length, device=ids.device) >= torch.arange(ROWS, device=ids.device)[:, None] * length // 8
+        )
+        inputs["attention_mask"] = started.long()
+        seen = started[:, :-1]  # where a token is to be foretold from a token
+        return Batch(task, inputs, (ids[:, 1:].masked_fill(~seen, -100),))
     if task == TaskType.CAUSAL_LM:
         return Batch(task, {**inputs, "use_cache": False}, (ids[:, 1:],))
     if task == TaskType.SEQ_2_SEQ_LM:

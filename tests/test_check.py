@@ -1,9 +1,6 @@
-"""`fastpeft check` finds nothing where everything is right, and what is wrong where something is."""
+"""`fastpeft check` of LoRA finds nothing where everything is right, and what is wrong where something is."""
 
-import contextlib
 import copy
-import io
-import json
 import sys
 
 import pytest
@@ -11,27 +8,19 @@ import torch
 from transformers import MixtralForCausalLM
 
 import fastpeft
-from fastpeft import check, check_batches, check_model, cli, dispatch, oracle
-from fastpeft.oracle import Bounds
+from fastpeft import check_batches, check_lora, check_lora_model, check_model, check_rows, cli, dispatch, oracle
 from fastpeft.patching import layers
 from fastpeft.tuners import lora
+from tests import checking
+from tests.checking import run_check, scaled
 from tests.models import tiny
 
 ADAPTERS = [f"{name}.lora_{letter}" for name in ("q_proj", "k_proj", "v_proj", "o_proj") for letter in "AB"]
 ADAPTERS += [f"{name}.lora_{letter}" for name in ("gate_proj", "up_proj", "down_proj") for letter in "AB"]
 
 
-def run_check(*arguments):
-    """(exit status, what was printed)"""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        status = cli.main(["check", *map(str, arguments)])
-    return status, printed.getvalue()
-
-
 def document_of(tmp_path, *arguments):
-    status, printed = run_check(*arguments, "--json", tmp_path / "check.json")
-    return status, printed, json.loads((tmp_path / "check.json").read_text())
+    return checking.document_of(tmp_path, "--method", "lora", *arguments)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -51,17 +40,6 @@ def test_everything_is_right(dtype, dropout, tmp_path):
     assert len(ops) == 4 * 4 and {row["tensor"] for row in ops} == {"y", "dx", "dlora_A", "dlora_B"}
     for row in document["rows"]:
         assert f"{row['ours']:.1e}" in printed and f"{row['difference']['rms']:.2f}" in printed
-
-
-def scaled(function, position, factor=0.99):
-    """The function with one positional argument, its scaling, off by a factor."""
-
-    def wrong(*arguments, **options):
-        changed = list(arguments)
-        changed[position] *= factor
-        return function(*changed, **options)
-
-    return wrong
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -86,40 +64,42 @@ def test_one_per_cent_in_the_model_is_found(dtype, monkeypatch, tmp_path):
 
 def test_another_dropout_mask_is_found(monkeypatch):
     """The plain formula gets the op's own masks; with others, everything differs."""
-    real = check_model.op_dropout
+    real = check_lora_model.op_dropout
 
     def other(problem):
         torch.rand(1)
         return real(problem)
 
-    monkeypatch.setattr(check_model, "op_dropout", other)
-    assert run_check("--dropout", 0.3)[0] == 1
-    assert run_check("--dropout", 0)[0] == 0
+    monkeypatch.setattr(check_lora_model, "op_dropout", other)
+    assert run_check("--method", "lora", "--dropout", 0.3)[0] == 1
+    assert run_check("--method", "lora", "--dropout", 0)[0] == 0
 
 
 def test_the_gain_that_half_precision_takes_from_eager_is_no_fault():
     generator = torch.Generator().manual_seed(0)
     truth = [torch.randn(64, 64, generator=generator, dtype=torch.float64)]
     eager = [(0.99 * truth[0]).bfloat16()]
-    assert check._row("a part", "a tensor", eager, eager, truth, Bounds()).faults == []
+    assert check_rows.row_of("lora", "a part", "a tensor", eager, eager, truth, check_rows.USUAL).faults == []
     ours = [(0.97 * truth[0]).bfloat16()]
-    faults = check._row("a part", "a tensor", ours, eager, truth, Bounds(rms=9, peak=9, row=9)).faults
+    faults = check_rows.row_of(
+        "lora", "a part", "a tensor", ours, eager, truth, check_rows.Noted(rms=9, peak=9, row=9)
+    ).faults
     assert len(faults) == 1 and "gain is 0.97" in faults[0]
 
 
 def test_layers_are_as_before_after_each_way_of_computing():
     model = fastpeft.patch(tiny(), fastpeft.LoraConfig(r=4, target_modules="all-linear"))
     ids = check_model.batches(model, 1, seed=0)[0]
-    eager, masks = check_model.eager(model, ids, 0.5, seed=0)
+    eager, masks = check_lora_model.eager(model, ids, 0.5, seed=0)
     assert len(masks) == len(list(layers(model))) and all(keep is not None for keep, _ in masks)
-    again = check_model.truth(copy.deepcopy(model), ids, masks)
+    again = check_lora_model.truth(copy.deepcopy(model), ids, masks)
     assert all(torch.equal(eager[name], again[name]) for name in eager)
     assert all("forward" not in layer.__dict__ for _, layer in layers(model))
 
 
 def test_the_adapters_share_is_half_the_bases():
     model = fastpeft.patch(tiny(), fastpeft.LoraConfig(r=16, lora_alpha=7, target_modules="all-linear"))
-    check_model.randomize(model, seed=3)
+    check_lora_model.randomize(model, seed=3)
     x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
     layer = model.model.layers[0].self_attn.q_proj
     with fastpeft.disable_adapter(model):
@@ -173,14 +153,15 @@ def test_a_model_that_float64_does_not_serve(monkeypatch, tmp_path, capsys):
 
 def test_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    status, printed = run_check()
+    status, printed = run_check("--method", "lora")
     assert status == 0 and "peft is not installed" in printed
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["--rank", "0"], ["--rank", "257"], ["--rank", "four"], ["--dropout", "1"], ["--dropout", "nan"],
-     ["--dtype", "int8"], ["--backend", "cuda"], ["--method", "prefix"]],
+     ["--dtype", "int8"], ["--backend", "cuda"], ["--method", "ia3"],
+     ["--prefix", "0"], ["--prefix", "1025"]],
 )  # fmt: skip
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -203,23 +184,25 @@ def test_refusals(monkeypatch, tmp_path, capsys):
 @pytest.mark.interpreter
 def test_the_kernels_are_what_is_checked(monkeypatch, tmp_path):
     """With as little work as can be: the interpreter is slow."""
-    monkeypatch.setattr(check, "extent_of", lambda choice, rank: check.Extent(op_rows=17, op_draws=1, model_draws=1))
+    monkeypatch.setattr(
+        check_lora, "extent_of", lambda choice, rank: check_lora.Extent(op_rows=17, op_draws=1, model_draws=1)
+    )
     monkeypatch.setattr(check_batches, "ROWS", 1)
     tiny().save_pretrained(tmp_path / "model")
     _, printed, document = document_of(tmp_path, "--model", tmp_path / "model", "--backend", "triton", "--dropout", 0.2)
-    assert document["backend"]["backend"] == "triton" and "lora_linear on triton (asked for" in printed
+    assert document["backends"]["lora"]["backend"] == "triton" and "lora_linear on triton (asked for" in printed
     assert all(0 < row["ours"] < 5e-6 and abs(row["difference"]["gain"] - 1) < 1e-5 for row in document["rows"])
 
 
 def test_bounds_are_wider_only_where_the_kernels_round_more(monkeypatch):
     triton, torch_choice = dispatch.Choice("triton", ""), dispatch.Choice("torch", "")
-    bf16, usual = torch.bfloat16, Bounds()
-    for interpreted, expected in ((True, check.TRUNCATED), (False, usual)):
-        monkeypatch.setattr(check, "interpreting", lambda value=interpreted: value)
-        assert check.bounds_of("y", triton, bf16, True, usual) == expected
-        assert check.bounds_of("dlora_A", triton, bf16, False, usual) == expected
-        assert check.bounds_of("dlora_A", triton, bf16, True, usual) == usual
-        assert check.bounds_of("y", triton, torch.float16, True, usual) == usual
-        two_parts = usual if interpreted else check.TWO_PARTS
-        assert check.bounds_of("dlora_A", triton, torch.float16, True, usual) == two_parts
-        assert check.bounds_of("dlora_A", torch_choice, bf16, True, usual) == usual
+    bf16, usual = torch.bfloat16, check_rows.USUAL
+    for interpreted, expected in ((True, check_rows.TRUNCATED), (False, usual)):
+        monkeypatch.setattr(check_lora, "interpreting", lambda value=interpreted: value)
+        assert check_lora.bounds_of("y", triton, bf16, True, usual) == expected
+        assert check_lora.bounds_of("dlora_A", triton, bf16, False, usual) == expected
+        assert check_lora.bounds_of("dlora_A", triton, bf16, True, usual) == usual
+        assert check_lora.bounds_of("y", triton, torch.float16, True, usual) == usual
+        two_parts = usual if interpreted else check_rows.TWO_PARTS
+        assert check_lora.bounds_of("dlora_A", triton, torch.float16, True, usual) == two_parts
+        assert check_lora.bounds_of("dlora_A", torch_choice, bf16, True, usual) == usual
