@@ -9,9 +9,10 @@ from fastpeft.kernels._attention_scores import add_sink, power, store_lse
 
 @triton.jit
 def _rows_of(first, samples, owner, kv_head, group, BLOCK: tl.constexpr):
-    """(rows, sample, head) of BLOCK rows: the `samples` of an owner, of each the heads of one kv head's group."""
+    """(rows, sample, head, how many) of BLOCK rows: an owner's `samples`, of each the heads of one kv head's group;
+    owner and kv_head have 64 bits, and so have sample and head."""
     rows = first + tl.arange(0, BLOCK)
-    return rows, (owner * samples + rows // group).to(tl.int64), (kv_head * group + rows % group).to(tl.int64)
+    return rows, owner * samples + rows // group, kv_head * group + rows % group, samples * group
 
 
 @triton.jit
@@ -21,7 +22,7 @@ def _attend_for(
     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     MODE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of some rows, `place` as from `_rows_of` and their number, over keys [begin, end): its state goes to
+    """The softmax of some rows, `place` as from `_rows_of`, over keys [begin, end): its state goes to
     part [splits, B, H, D], peak and total [splits, B, H]."""
     rows, sample, head, count = place
     stride_qb, stride_qh, stride_qd = strides_q
@@ -71,17 +72,17 @@ def _decode_kernel(
 ):  # fmt: skip
     """The first prefix_programs programs attend to a run of the prefix for up to BLOCK_M rows, a row being one head of
     one of the `samples` that share it; each of the others to a run of one sample's keys for the heads of one group."""
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     strides_q, strides_part = (stride_qb, stride_qh, stride_qd), tl.cast(B, tl.int64) * H
     if program < prefix_programs:
         split, rest = program % prefix_splits, program // prefix_splits
         block, kv_head, owner = rest % row_blocks, rest // row_blocks % G, rest // row_blocks // G
-        rows, sample, head = _rows_of(block * BLOCK_M, samples, owner, kv_head, group, BLOCK_M)
-        pk_head = pk_ptr + tl.cast(owner, tl.int64) * stride_pkb + kv_head * stride_pkh
-        pv_head = pv_ptr + tl.cast(owner, tl.int64) * stride_pvb + kv_head * stride_pvh
-        begin = prefix_first + split * prefix_length
+        shared_rows = _rows_of((block * BLOCK_M).to(tl.int32), samples, owner, kv_head, group, BLOCK_M)
+        pk_head = pk_ptr + owner * stride_pkb + kv_head * stride_pkh
+        pv_head = pv_ptr + owner * stride_pvb + kv_head * stride_pvh
+        begin = (prefix_first + split * prefix_length).to(tl.int32)
         _attend_for(
-            (rows, sample, head, samples * group), q_ptr, strides_q, slopes_ptr, None, local_ptr,
+            shared_rows, q_ptr, strides_q, slopes_ptr, None, local_ptr,
             part_ptr, peak_ptr, total_ptr, strides_part, split, begin, min(P, begin + prefix_length),
             (pk_head, stride_pkp, stride_pkd, pv_head, stride_pvp, stride_pvd, P), (prefix_window, None, 0, None),
             (pbias_ptr, stride_pbb, stride_pbh, stride_pbp), scale, softcap, start, H, T,
@@ -91,15 +92,15 @@ def _decode_kernel(
         program -= prefix_programs
         owner, kv_head = program % B, program // B % G
         split = program // B // G
-        rows, sample, head = _rows_of(0, 1, owner, kv_head, group, BLOCK_G)
-        k_head = k_ptr + tl.cast(owner, tl.int64) * stride_kb + kv_head * stride_kh
-        v_head = v_ptr + tl.cast(owner, tl.int64) * stride_vb + kv_head * stride_vh
-        begin = first + split * length
+        own_rows = _rows_of(0, 1, owner, kv_head, group, BLOCK_G)
+        k_head = k_ptr + owner * stride_kb + kv_head * stride_kh
+        v_head = v_ptr + owner * stride_vb + kv_head * stride_vh
+        begin = (first + split * length).to(tl.int32)
         _attend_for(
-            (rows, sample, head, group), q_ptr, strides_q, slopes_ptr, segments_ptr, None,
+            own_rows, q_ptr, strides_q, slopes_ptr, segments_ptr, None,
             part_ptr, peak_ptr, total_ptr, strides_part, prefix_splits + split, begin, min(last, begin + length),
             (k_head, stride_kt, stride_kd, v_head, stride_vt, stride_vd, T),
-            (window, padding_ptr, tl.cast(owner, tl.int64) * T, positions_ptr),
+            (window, padding_ptr, owner * T, positions_ptr),
             (bias_ptr, stride_bb, stride_bh, stride_bt), scale, softcap, start, H, T,
             CAUSAL, False, D, BLOCK_N, BLOCK_D, MODE, UPCAST,
         )  # fmt: skip

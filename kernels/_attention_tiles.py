@@ -60,7 +60,7 @@ CUDA = (
     Row("grad_query", HALF, 128, AttentionTiles(64, 64, warps=8)),
     Row("grad_query", HALF, 256, AttentionTiles(32, 32, 32, warps=8)),
     Row("grad_prefix", HALF, 32, AttentionTiles(32, 64)),
-    Row("decode", HALF, 128, AttentionTiles(64, 64)),
+    Row("decode", HALF, 128, AttentionTiles(64, 64, warps=8)),
     Row("decode", HALF, 256, AttentionTiles(32, 32, 32)),
     *_each(
         COLUMNS,
