@@ -156,6 +156,14 @@ def test_cached_and_short(queries, keys):
         assert_right(problem_of(queries=queries, keys=keys))
 
 
+@pytest.mark.parametrize("modifiers", [m for m in MODIFIERS if "dropout" not in m], ids="+".join)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_step_of_generation(dtype, modifiers):
+    sizes = {"batch": 16, "heads": 32, "groups": 8, "queries": 1, "keys": 777, "depth": 128, "prefix": 100}
+    with on():
+        assert_right(problem_of(*modifiers, dtype=dtype, **sizes), ())
+
+
 def test_thousands_of_virtual_tokens():
     for strategy in ATTENTION_STRATEGIES:
         with on(strategy):
