@@ -84,7 +84,7 @@ def lora_linear(passed: str, *, M: int, K: int, N: int, r: int, itemsize: int, d
 def prefix_attention(
     passed: str, *, B: int, H: int, Hkv: int, S: int, P: int, D: int, itemsize: int, causal: bool = True
 ) -> Work:
-    """q (B, H, S, D) attends to k and v (B, Hkv, S, D), and to a prefix (Hkv, P, D) that the batch shares; P=0: without.
+    """q (B, H, S, D) attends to k, v (B, Hkv, S, D) and to a prefix (Hkv, P, D) that the batch shares; P=0: without.
 
     Forward: q, k, v and the prefix read, out and L written; two products. Backward: q, k, v, the prefix, out, dout and
     L read, dq, dk, dv and the prefix's two gradients written; five products, the scores made again, as flash attention
