@@ -46,13 +46,14 @@ class Truth(Protocol):
 @dataclass(frozen=True)
 class Expected:
     """One output: eager's, and the truth as `tail`, or as `base` + `tail` where the adapter adds to what is there.
-    `floor`: a relative error that is small enough whatever eager's is."""
+    `floor`: a relative error that is small enough whatever eager's is. `gain_error`: how far from 1 a gain may be."""
 
     label: str
     eager: torch.Tensor
     tail: torch.Tensor
     base: torch.Tensor | None = None
     floor: float = 0.0
+    gain_error: float = MAX_GAIN_ERROR
 
 
 def poison(like: list[torch.Tensor]) -> None:
@@ -93,5 +94,5 @@ def judge(verdict: Verdict, name: str, out: torch.Tensor, expected: Expected, ma
     if base is not None:
         verdict.tail_gain[name] = _projection(out - base, tail)
     for what, gains in (("gain", verdict.gain), (f"gain of {part}", verdict.tail_gain)):
-        if name in gains and not abs(gains[name] - 1) <= MAX_GAIN_ERROR:
-            verdict.problems.append(f"{label}: {what} {gains[name]:.4f}, expected 1 ± {MAX_GAIN_ERROR}")
+        if name in gains and not abs(gains[name] - 1) <= expected.gain_error:
+            verdict.problems.append(f"{label}: {what} {gains[name]:.4f}, expected 1 ± {expected.gain_error:.2g}")

@@ -7,7 +7,9 @@ time, so that 8192 tokens fit.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +17,6 @@ from .accuracy import MAX_RMS_RATIO, SEED, Expected, Tensors, Verdict, judge, po
 from .harness import Call
 
 LEAVES = ("query", "key", "value", "prefix_key", "prefix_value")
-LABELS = {"out": "out", **{name: f"d{name}" for name in LEAVES}}
 # fp32 sums in another order differ by tens of percent in their few roundings; this is far from any lower precision.
 FP32_FLOOR = 1e-6
 CHUNK_BYTES = 1 << 29  # of a matrix of weights in float64
@@ -61,86 +62,105 @@ def plain(q, k, v, pk, pv, slopes) -> torch.Tensor:
     return weights @ torch.cat((pv, v))
 
 
+def groups_of(inputs: Inputs) -> Iterator[tuple[int, slice, int]]:
+    """(sample, heads, key head) of every group."""
+    share = inputs.q.shape[1] // inputs.k.shape[1]
+    for b in range(len(inputs.q)):
+        for g in range(inputs.k.shape[1]):
+            yield b, slice(g * share, (g + 1) * share), g
+
+
+def truth_of(inputs: Inputs) -> tuple[Tensors, Tensors]:
+    """(base, tail): of out and query what the sequence and what the prefix contribute; of the others all, as tail."""
+    q, k, pk = inputs.q, inputs.k, inputs.pk
+    like = {"out": q, "query": q, "key": k, "value": k, "prefix_key": pk, "prefix_value": pk}
+    base = {name: torch.zeros(q.shape, dtype=torch.float64, device=q.device) for name in ("out", "query")}
+    tail = {name: torch.zeros(t.shape, dtype=torch.float64, device=q.device) for name, t in like.items()}
+    keys = k.shape[2] + pk.shape[1]
+    rows = max(1, min(q.shape[2], CHUNK_BYTES // (8 * keys * (q.shape[1] // k.shape[1]))))
+    for b, heads, g in groups_of(inputs):
+        for first in range(0, q.shape[2], rows):
+            _add_rows(base, tail, inputs, (b, heads, g), slice(first, min(first + rows, q.shape[2])))
+    return base, tail
+
+
+def _add_rows(base: Tensors, tail: Tensors, inputs: Inputs, group: tuple[int, slice, int], rows: slice) -> None:
+    """What these query rows contribute; they see no key beyond their own."""
+    (b, heads, g), seen = group, slice(0, rows.stop)
+    prefix, scale = inputs.pk.shape[1], 1 / math.sqrt(inputs.q.shape[-1])
+    q, dout = inputs.q[b, heads, rows].double(), inputs.grad[b, heads, rows].double()
+    keys = torch.cat((inputs.pk[g], inputs.k[b, g, seen])).double()
+    values = torch.cat((inputs.pv[g], inputs.v[b, g, seen])).double()
+    slopes = None if inputs.slopes is None else inputs.slopes[heads]
+    weights = torch.softmax(scores(q, keys, prefix, rows.start, slopes), -1)
+    out_of_prefix, out_of_sequence = weights[..., :prefix] @ values[:prefix], weights[..., prefix:] @ values[prefix:]
+    delta = (dout * (out_of_prefix + out_of_sequence)).sum(-1, keepdim=True)
+    slope = weights * (dout @ values.T - delta) * scale  # of the products q·k
+    tail["out"][b, heads, rows] = out_of_prefix
+    base["out"][b, heads, rows] = out_of_sequence
+    tail["query"][b, heads, rows] = slope[..., :prefix] @ keys[:prefix]
+    base["query"][b, heads, rows] = slope[..., prefix:] @ keys[prefix:]
+    dkeys = (slope.transpose(1, 2) @ q).sum(0)
+    dvalues = (weights.transpose(1, 2) @ dout).sum(0)
+    tail["prefix_key"][g] += dkeys[:prefix]
+    tail["prefix_value"][g] += dvalues[:prefix]
+    tail["key"][b, g, seen] += dkeys[prefix:]
+    tail["value"][b, g, seen] += dvalues[prefix:]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor that the batch shares, and which part of it belongs to a group (heads, key head)."""
+
+    tensor: torch.Tensor
+    of: Callable[[slice, int], Any] = lambda heads, g: g
+
+
+def eager_of(inputs: Inputs, shared: dict[str, Shared], attend: Callable[..., torch.Tensor]) -> Tensors:
+    """The result and the gradients of attend(heads, q, k, v, *shared) for each group, in the data's dtype. What the
+    batch shares has its gradients summed in fp32 and rounded once."""
+    tensors = {"out": inputs.q, "query": inputs.q, "key": inputs.k, "value": inputs.v}
+    eager = {name: torch.empty_like(t) for name, t in tensors.items()}
+    wide = torch.promote_types(inputs.q.dtype, torch.float32)
+    sums = {name: torch.zeros(s.tensor.shape, dtype=wide, device=inputs.q.device) for name, s in shared.items()}
+    for b, heads, g in groups_of(inputs):
+        own = [inputs.q[b, heads], inputs.k[b, g], inputs.v[b, g], *(s.tensor[s.of(heads, g)] for s in shared.values())]
+        own = [t.detach().requires_grad_() for t in own]
+        out = attend(heads, *own)
+        grads = torch.autograd.grad(out, own, inputs.grad[b, heads])
+        eager["out"][b, heads], eager["query"][b, heads] = out.detach(), grads[0]
+        eager["key"][b, g], eager["value"][b, g] = grads[1:3]
+        for (name, s), grad in zip(shared.items(), grads[3:], strict=True):
+            sums[name][s.of(heads, g)] += grad
+    return eager | {name: total.to(shared[name].tensor.dtype) for name, total in sums.items()}
+
+
 class PrefixTruth:
     """Truth and eager's results for one cell, both made once."""
 
+    part = "the prefix's part"
+
     def __init__(self, inputs: Inputs):
-        self.inputs = inputs
-        self.tail, self.base, self.eager = {}, {}, {}
-        self._make_truth()
-        self._make_eager()
+        slopes = inputs.slopes
 
-    def _groups(self):
-        """(sample, heads, key head) of every group."""
-        batch, heads, groups = len(self.inputs.q), self.inputs.q.shape[1], self.inputs.k.shape[1]
-        share = heads // groups
-        for b in range(batch):
-            for g in range(groups):
-                yield b, slice(g * share, (g + 1) * share), g
+        def attend(heads, *own):
+            return plain(*own, None if slopes is None else slopes[heads])
 
-    def _make_truth(self) -> None:
-        q, k, pk = self.inputs.q, self.inputs.k, self.inputs.pk
-        self.base = {name: torch.zeros(q.shape, dtype=torch.float64, device=q.device) for name in ("out", "query")}
-        like = {"out": q, "query": q, "key": k, "value": k, "prefix_key": pk, "prefix_value": pk}
-        self.tail = {name: torch.zeros(t.shape, dtype=torch.float64, device=q.device) for name, t in like.items()}
-        keys = k.shape[2] + pk.shape[1]
-        rows = max(1, min(q.shape[2], CHUNK_BYTES // (8 * keys * (q.shape[1] // k.shape[1]))))
-        for b, heads, g in self._groups():
-            for first in range(0, q.shape[2], rows):
-                self._add_rows(b, heads, g, slice(first, min(first + rows, q.shape[2])))
+        self.base, self.tail = truth_of(inputs)
+        self.eager = eager_of(inputs, {"prefix_key": Shared(inputs.pk), "prefix_value": Shared(inputs.pv)}, attend)
 
-    def _add_rows(self, b: int, heads: slice, g: int, rows: slice) -> None:
-        """What these query rows contribute; they see no key beyond their own."""
-        inputs, seen = self.inputs, slice(0, rows.stop)
-        prefix, scale = inputs.pk.shape[1], 1 / math.sqrt(inputs.q.shape[-1])
-        q, dout = inputs.q[b, heads, rows].double(), inputs.grad[b, heads, rows].double()
-        keys = torch.cat((inputs.pk[g], inputs.k[b, g, seen])).double()
-        values = torch.cat((inputs.pv[g], inputs.v[b, g, seen])).double()
-        slopes = None if inputs.slopes is None else inputs.slopes[heads]
-        weights = torch.softmax(scores(q, keys, prefix, rows.start, slopes), -1)
-        out_of_prefix, out_of_sequence = (
-            weights[..., :prefix] @ values[:prefix],
-            weights[..., prefix:] @ values[prefix:],
-        )
-        delta = (dout * (out_of_prefix + out_of_sequence)).sum(-1, keepdim=True)
-        slope = weights * (dout @ values.T - delta) * scale  # of the products q·k
-        self.tail["out"][b, heads, rows] = out_of_prefix
-        self.base["out"][b, heads, rows] = out_of_sequence
-        self.tail["query"][b, heads, rows] = slope[..., :prefix] @ keys[:prefix]
-        self.base["query"][b, heads, rows] = slope[..., prefix:] @ keys[prefix:]
-        dkeys = (slope.transpose(1, 2) @ q).sum(0)
-        dvalues = (weights.transpose(1, 2) @ dout).sum(0)
-        self.tail["prefix_key"][g] += dkeys[:prefix]
-        self.tail["prefix_value"][g] += dvalues[:prefix]
-        self.tail["key"][b, g, seen] += dkeys[prefix:]
-        self.tail["value"][b, g, seen] += dvalues[prefix:]
-
-    def _make_eager(self) -> None:
-        """The prefix's gradients, which each sample has in the data's dtype, are summed in fp32 and rounded once."""
-        inputs = self.inputs
-        tensors = {"out": inputs.q, "query": inputs.q, "key": inputs.k, "value": inputs.v}
-        self.eager = {name: torch.empty_like(t) for name, t in tensors.items()}
-        wide = torch.promote_types(inputs.q.dtype, torch.float32)
-        sums = {name: torch.zeros(inputs.pk.shape, dtype=wide, device=inputs.q.device) for name in LEAVES[3:]}
-        for b, heads, g in self._groups():
-            own = (inputs.q[b, heads], inputs.k[b, g], inputs.v[b, g], inputs.pk[g], inputs.pv[g])
-            own = [t.detach().requires_grad_() for t in own]
-            out = plain(*own, None if inputs.slopes is None else inputs.slopes[heads])
-            grads = torch.autograd.grad(out, own, inputs.grad[b, heads])
-            self.eager["out"][b, heads], self.eager["query"][b, heads] = out.detach(), grads[0]
-            self.eager["key"][b, g], self.eager["value"][b, g] = grads[1:3]
-            sums["prefix_key"][g] += grads[3]
-            sums["prefix_value"][g] += grads[4]
-        self.eager |= {name: total.to(inputs.pk.dtype) for name, total in sums.items()}
+    def expected(self, name: str) -> Expected:
+        eager = self.eager[name]
+        floor = FP32_FLOOR if eager.dtype == torch.float32 else 0.0
+        label = name if name == "out" else f"d{name}"
+        return Expected(label, eager, self.tail[name], self.base.get(name), floor)
 
     def verify(self, call: Call, max_rms_ratio: float = MAX_RMS_RATIO) -> Verdict:
         """The result of `call` and the gradients of its leaves, which must have this cell's values."""
         verdict = Verdict()
-        poison([self.eager["out"], self.eager["out"], self.eager["key"], self.eager["prefix_key"]])
+        poison([self.eager["out"], *self.eager.values()])
         torch.manual_seed(SEED)
         out, grads = call.run()
-        floor = FP32_FLOOR if out.dtype == torch.float32 else 0.0
         for name, got in {"out": out.detach(), **dict(zip(call.leaves, grads, strict=True))}.items():
-            expected = Expected(LABELS[name], self.eager[name], self.tail[name], self.base.get(name), floor)
-            judge(verdict, name, got, expected, max_rms_ratio, "the prefix's part")
+            judge(verdict, name, got, self.expected(name), max_rms_ratio, self.part)
         return verdict
