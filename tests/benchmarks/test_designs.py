@@ -1,0 +1,158 @@
+"""The designs' ledgers against the bytes that the kernels move in the interpreter, and against what cannot be avoided.
+
+In one tile, of one sample, head and processor, nothing is read again: then the bytes are the ledger's, kernel by
+kernel. In several the ledger is a lower bound.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks import designs
+from fastpeft import cost
+from fastpeft.dispatch import Plan, backend, override_plan
+from fastpeft.kernels import lora_linear as lora_kernels
+from fastpeft.kernels import prefix_attention as attention_kernels
+from fastpeft.kernels._tiles import FUSED_TAIL_RANK
+from fastpeft.ops import _lora_linear_triton, gated_prompt_attention, lora_linear, prefix_attention
+from tests.traffic import count_traffic
+
+interpreter = pytest.mark.interpreter
+SUMS = "_sum_partials_kernel"  # partial sums are no part of a ledger
+
+
+@pytest.fixture
+def one_processor(monkeypatch):
+    for module in (lora_kernels, attention_kernels):
+        monkeypatch.setattr(module, "processor_count", lambda tensor: 1)
+
+
+def draw(*shape, dtype=torch.float16):
+    return torch.randn(*shape, dtype=torch.float32).to(dtype).requires_grad_()
+
+
+def counted(traffic) -> Counter:
+    found = Counter()
+    for launch in traffic.launches:
+        if launch.kernel != SUMS:
+            found[launch.kernel] += launch.loads.total() + launch.stores.total()
+    return found
+
+
+def ledger(launches) -> Counter:
+    """Bytes of each kernel of ours; what follows a colon says only which of its launches is meant."""
+    found = Counter()
+    for launch in launches:
+        if launch.kernel.endswith("_kernel") or ": " in launch.kernel:
+            found[launch.kernel.split(":")[0]] += launch.work.bytes
+    return found
+
+
+def run_lora(strategy, M, K, N, r, dropout):
+    """fp32, in which partial sums and results are of one size."""
+    x, weight, a, b = (draw(*shape, dtype=torch.float32) for shape in ((M, K), (N, K), (r, K), (N, r)))
+    weight.requires_grad_(False)
+    with backend("triton"), override_plan(Plan(strategy, strategy, "test")):
+        with count_traffic() as forward:
+            y = lora_linear(x, weight, None, a, b, 0.5, dropout=dropout, training=True)
+        with count_traffic() as backward:
+            torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
+    return counted(forward), counted(backward)
+
+
+def run_attention(op, strategy, B, H, Hkv, S, P, D):
+    q, k, v = draw(B, H, S, D), draw(B, Hkv, S, D), draw(B, Hkv, S, D)
+    prefix = draw(Hkv, P, D), draw(Hkv, P, D)
+    gate = [torch.ones(1, requires_grad=True)] if op is gated_prompt_attention else []
+    with backend("triton"), override_plan(Plan(strategy, strategy, "test")):
+        with count_traffic() as forward:
+            out = op(q, k, v, *prefix, *gate)
+        with count_traffic() as backward:
+            torch.autograd.grad(out, (q, k, v, *prefix, *gate), torch.ones_like(out))
+    return counted(forward), counted(backward)
+
+
+@interpreter
+@pytest.mark.parametrize("strategy", designs.DESIGNS["lora_linear"][1])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("rank", [8, 40, 72])
+def test_lora_linear_in_one_tile_moves_its_ledgers_bytes(strategy, dropout, rank, one_processor):
+    sizes = {"M": 16, "K": 16, "N": 16, "r": rank, "dropout": dropout}
+    expected = designs.lora_linear(strategy, **sizes, itemsize=4)
+    assert run_lora(strategy, **sizes) == tuple(map(ledger, expected))
+
+
+@interpreter
+@pytest.mark.parametrize("strategy", ["fused", "merge"])
+@pytest.mark.parametrize("op", [prefix_attention, gated_prompt_attention])
+def test_attention_in_one_tile_moves_its_ledgers_bytes(op, strategy, one_processor):
+    sizes = {"B": 1, "H": 1, "Hkv": 1, "S": 16, "P": 7, "D": 16}
+    expected = getattr(designs, op.__name__)(strategy, **sizes, itemsize=2)
+    forward, backward = map(ledger, expected)
+    if op is gated_prompt_attention:  # a gate is a number of fp32, and stands in no ledger
+        forward += Counter({"_forward_kernel": 4})
+        backward += Counter({"_grad_query_kernel": 4, "_grad_keys_kernel": 4})
+    assert run_attention(op, strategy, **sizes) == (forward, backward)
+
+
+@interpreter
+@pytest.mark.parametrize("strategy", designs.DESIGNS["lora_linear"][1])
+def test_lora_linear_in_many_tiles_moves_more_but_not_much(strategy):
+    sizes = {"M": 53, "K": 100, "N": 132, "r": 24, "dropout": 0.3}
+    for found, launches in zip(
+        run_lora(strategy, **sizes), designs.lora_linear(strategy, **sizes, itemsize=4), strict=True
+    ):
+        expected = ledger(launches)
+        assert found.keys() == expected.keys()
+        for kernel in found:
+            # Of the fused product, x is read once for each of the tiles of N, and W for each of those of M.
+            assert expected[kernel] <= found[kernel] <= 4 * expected[kernel], kernel
+
+
+@interpreter
+@pytest.mark.parametrize("strategy", ["fused", "merge"])
+@pytest.mark.parametrize("op", [prefix_attention, gated_prompt_attention])
+def test_attention_in_many_tiles_moves_more_but_not_much(op, strategy):
+    sizes = {"B": 2, "H": 4, "Hkv": 2, "S": 53, "P": 20, "D": 16}
+    for found, launches in zip(
+        run_attention(op, strategy, **sizes), getattr(designs, op.__name__)(strategy, **sizes, itemsize=2), strict=True
+    ):
+        expected = ledger(launches)
+        assert found.keys() == expected.keys()
+        for kernel in found:
+            # The keys are read by each tile of queries of each head of a group, the prefix for each sample too.
+            assert expected[kernel] <= found[kernel] <= 4 * expected[kernel], kernel
+
+
+def test_the_ranks_at_which_the_kernels_change_are_the_ledgers():
+    assert designs.ONE_READ_RANK == _lora_linear_triton.ONE_READ_RANK
+    assert {2: FUSED_TAIL_RANK["half"], 4: FUSED_TAIL_RANK["ieee"]} == designs.FUSED_TAIL_RANK
+
+
+LORA = {"M": 8192, "K": 4096, "N": 1024, "itemsize": 2}
+ATTENTION = {"B": 8, "H": 32, "Hkv": 8, "S": 2048, "D": 128, "itemsize": 2}
+PROMPT = {"B": 8, "S": 2048, "hidden": 4096, "itemsize": 2}
+CASES = [
+    *(("lora_linear", LORA | {"r": r, "dropout": p}) for r in (1, 16, 64, 65, 256) for p in (0.0, 0.05)),
+    *((op, ATTENTION | {"P": p, "causal": causal}) for op in ("prefix_attention", "gated_prompt_attention")
+      for p in (1, 30, 2048) for causal in (True, False)),
+    *(("prompt_embedding", PROMPT | {"P": p}) for p in (1, 100)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "sizes"), CASES)
+def test_no_design_does_less_than_cannot_be_avoided(op, sizes):
+    design, strategies = designs.DESIGNS[op]
+    for strategy in strategies:
+        for passed, launches in zip(("fwd", "bwd"), design(strategy, **sizes), strict=True):
+            least, work = getattr(cost, op)(passed, **sizes), designs.total(launches)
+            assert work.flops >= least.flops and work.bytes >= least.bytes, (strategy, passed)
+
+
+@pytest.mark.parametrize(("op", "sizes"), CASES)
+def test_the_frozen_layer_is_the_least_there_is(op, sizes):
+    design, _ = designs.DESIGNS[op]
+    without = {name: 0 if name in ("r", "P") else size for name, size in sizes.items()}
+    for passed, launches in zip(("fwd", "bwd"), design("frozen", **sizes), strict=True):
+        assert designs.total(launches) == getattr(cost, op)(passed, **without)
