@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .accuracy import Tensors
 from .baselines import Implementation, Missing, in_force
 from .harness import Call
 from .prefix_attention_truth import LEAVES, Inputs
@@ -146,10 +147,16 @@ def build_flex(inputs: Inputs) -> Call:
     return call_of(forward, leaves, inputs)
 
 
-def build_fastpeft(inputs: Inputs, *, backend: str = "auto", strategy: str | None = None) -> Call:
+def attend(inputs: Inputs, leaves: Tensors) -> torch.Tensor:
+    from fastpeft.ops.prefix_attention import prefix_attention
+
+    return prefix_attention(*leaves.values(), alibi_slopes=inputs.slopes)
+
+
+def build_fastpeft(inputs: Inputs, *, backend: str = "auto", strategy: str | None = None, attend=attend) -> Call:
+    """Ours: attend(inputs, leaves), an op of ours on them."""
     context = in_force(backend, strategy)
     from fastpeft.errors import BackendError
-    from fastpeft.ops.prefix_attention import prefix_attention
 
     if strategy and (reason := _refusal(strategy, inputs)):
         raise Missing(reason)
@@ -157,7 +164,7 @@ def build_fastpeft(inputs: Inputs, *, backend: str = "auto", strategy: str | Non
 
     def forward():
         try:
-            return prefix_attention(*leaves.values(), alibi_slopes=inputs.slopes)
+            return attend(inputs, leaves)
         except BackendError as error:
             raise Missing(str(error)) from error
 
@@ -177,51 +184,51 @@ def _plain(inputs: Inputs) -> bool:
     return inputs.slopes is None
 
 
-def _ours(name: str, label: str, *, backend: str = "auto", strategy: str | None = None) -> Implementation:
+def ours(name: str, label: str, *, backend: str = "auto", strategy: str | None = None, attend=attend) -> Implementation:
     def build(inputs: Inputs) -> Call:
-        return build_fastpeft(inputs, backend=backend, strategy=strategy)
+        return build_fastpeft(inputs, backend=backend, strategy=strategy, attend=attend)
 
     options = {"needs_gpu": backend == "triton", "peer": False, "rms_bound": FLASH_RMS_RATIO}
     return Implementation(name, label, build, strategy=strategy or backend, **options)
 
 
-def _peer(name: str, label: str, build, *, rms_bound: float = FLASH_PEER_RMS_RATIO, **options) -> Implementation:
+def peer(name: str, label: str, build, *, rms_bound: float = FLASH_PEER_RMS_RATIO, **options) -> Implementation:
     return Implementation(name, label, build, rms_bound=rms_bound, **options)
 
 
 IMPLEMENTATIONS = (
     Implementation(FLOOR, "causal SDPA over the sequence alone", build_floor),
-    _peer("peft", "HF peft: rows expanded into a cache, keys repeated, SDPA with a mask", build_peft, serves=_plain),
-    _peer(
+    peer("peft", "HF peft: rows expanded into a cache, keys repeated, SDPA with a mask", build_peft, serves=_plain),
+    peer(
         "peft-bloom",
         "HF peft on BLOOM: rows expanded into a cache, eager attention",
         build_bloom,
         rms_bound=BLOOM_RMS_RATIO,
         serves=lambda inputs: not _plain(inputs),
     ),
-    _peer(
+    peer(
         "cat-causal", "keys concatenated, SDPA causal to the bottom right (design C)", build_cat_causal, serves=_plain
     ),
-    _peer("square", "keys and queries padded in front to a causal square, SDPA", build_square, serves=_plain),
-    _peer("flex", "FlexAttention under torch.compile, keys concatenated", build_flex, compiled=True),
-    _ours("fastpeft", "fastpeft, its own choice"),
-    _ours(
+    peer("square", "keys and queries padded in front to a causal square, SDPA", build_square, serves=_plain),
+    peer("flex", "FlexAttention under torch.compile, keys concatenated", build_flex, compiled=True),
+    ours("fastpeft", "fastpeft, its own choice"),
+    ours(
         "fastpeft:fused",
         "one Triton flash over prefix and sequence (design A)",
         backend="triton",
         strategy="fused",
     ),
-    _ours(
+    ours(
         "fastpeft:merge",
         "the vendor's flash over the sequence, a kernel merges the prefix (design B)",
         backend="triton",
         strategy="merge",
     ),
-    _ours(
+    ours(
         "fastpeft:concat",
         "the vendor's flash over concatenated keys, joined again in backward (design C)",
         backend="triton",
         strategy="concat",
     ),
-    _ours("fastpeft:torch", "fastpeft, torch backend", backend="torch"),
+    ours("fastpeft:torch", "fastpeft, torch backend", backend="torch"),
 )
