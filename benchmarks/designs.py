@@ -196,10 +196,24 @@ def prompt_embedding(strategy: str, *, B: int, S: int, P: int, hidden: int, item
     ]
 
 
-# op -> its launches, and its strategies beside "frozen"
-DESIGNS: dict[str, tuple[Callable[..., Launches], tuple[str, ...]]] = {
-    "lora_linear": (lora_linear, ("prewrite", "addmm", "augment", "fused")),
-    "prefix_attention": (prefix_attention, ("fused", "merge", "concat")),
-    "gated_prompt_attention": (gated_prompt_attention, ("fused", "merge")),
-    "prompt_embedding": (prompt_embedding, ("fused",)),
+class Design(NamedTuple):
+    """An op's launches by strategy, its strategies beside "frozen", the sizes it takes, and the kind of its floor."""
+
+    launches: Callable[..., Launches]
+    strategies: tuple[str, ...]
+    sizes: tuple[str, ...]
+    forward: str
+    backward: str
+
+
+_ATTENTION_SIZES = ("B", "H", "Hkv", "S", "P", "D")
+DESIGNS = {
+    "lora_linear": Design(
+        lora_linear, ("prewrite", "addmm", "augment", "fused"), ("M", "K", "N", "r"), PRODUCT, PRODUCT
+    ),
+    "prefix_attention": Design(prefix_attention, ("fused", "merge", "concat"), _ATTENTION_SIZES, FLASH, FLASH_BACKWARD),
+    "gated_prompt_attention": Design(
+        gated_prompt_attention, ("fused", "merge"), _ATTENTION_SIZES, FLASH, FLASH_BACKWARD
+    ),
+    "prompt_embedding": Design(prompt_embedding, ("fused",), ("B", "S", "P", "hidden"), PASS, PASS),
 }

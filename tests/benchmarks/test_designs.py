@@ -74,7 +74,7 @@ def run_attention(op, strategy, B, H, Hkv, S, P, D):
 
 
 @interpreter
-@pytest.mark.parametrize("strategy", designs.DESIGNS["lora_linear"][1])
+@pytest.mark.parametrize("strategy", designs.DESIGNS["lora_linear"].strategies)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("rank", [8, 40, 72])
 def test_lora_linear_in_one_tile_moves_its_ledgers_bytes(strategy, dropout, rank, one_processor):
@@ -97,7 +97,7 @@ def test_attention_in_one_tile_moves_its_ledgers_bytes(op, strategy, one_process
 
 
 @interpreter
-@pytest.mark.parametrize("strategy", designs.DESIGNS["lora_linear"][1])
+@pytest.mark.parametrize("strategy", designs.DESIGNS["lora_linear"].strategies)
 def test_lora_linear_in_many_tiles_moves_more_but_not_much(strategy):
     sizes = {"M": 53, "K": 100, "N": 132, "r": 24, "dropout": 0.3}
     for found, launches in zip(
@@ -143,16 +143,15 @@ CASES = [
 
 @pytest.mark.parametrize(("op", "sizes"), CASES)
 def test_no_design_does_less_than_cannot_be_avoided(op, sizes):
-    design, strategies = designs.DESIGNS[op]
-    for strategy in strategies:
-        for passed, launches in zip(("fwd", "bwd"), design(strategy, **sizes), strict=True):
+    design = designs.DESIGNS[op]
+    for strategy in design.strategies:
+        for passed, launches in zip(("fwd", "bwd"), design.launches(strategy, **sizes), strict=True):
             least, work = getattr(cost, op)(passed, **sizes), designs.total(launches)
             assert work.flops >= least.flops and work.bytes >= least.bytes, (strategy, passed)
 
 
 @pytest.mark.parametrize(("op", "sizes"), CASES)
 def test_the_frozen_layer_is_the_least_there_is(op, sizes):
-    design, _ = designs.DESIGNS[op]
     without = {name: 0 if name in ("r", "P") else size for name, size in sizes.items()}
-    for passed, launches in zip(("fwd", "bwd"), design("frozen", **sizes), strict=True):
+    for passed, launches in zip(("fwd", "bwd"), designs.DESIGNS[op].launches("frozen", **sizes), strict=True):
         assert designs.total(launches) == getattr(cost, op)(passed, **without)
