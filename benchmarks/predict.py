@@ -81,8 +81,8 @@ def _times(op: str, cell, passed: str, machine: Machine) -> dict[str, float]:
 def predictions(
     bench, cells: Iterable, passed: str = "fwd+bwd", machines: Iterable[str] = tuple(MACHINES)
 ) -> list[dict]:
-    """One entry for each machine, cell and implementation: {"prediction": True, "machine", "peak_tflops", "peak_gbps", "op",
-    "cell", "dtype", "dropout", "pass", "impl", "predicted_ms", "predicted_floor_ms", "predicted_overhead"}.
+    """One entry for each machine, cell and implementation: {"prediction": True, "machine", "peak_tflops", "peak_gbps",
+    "op", "cell", "dtype", "dropout", "pass", "impl", "predicted_ms", "predicted_floor_ms", "predicted_overhead"}.
 
     The peaks are those of the data sheet. `predicted_overhead`: a fraction over the floor's prediction, or None
     where the floor has nothing to do. Raises FastpeftError for an op, a pass or a type that nothing is known of.
