@@ -7,7 +7,7 @@ behind `fastpeft bench prefix`.
 import argparse
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -112,9 +112,8 @@ def tiers(tiny: bool) -> list[list[Cell]]:
 BENCH = Bench(OP, Cell, inputs_of, PrefixTruth, IMPLEMENTATIONS, tiers, compiled_cells=2)
 
 
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """NAME of SHAPES or TINY_SHAPES, or B,H,Hkv,S,P,D."""
-    known = SHAPES | TINY_SHAPES
+def shape_of(text: str, known: Mapping[str, Sequence[int]]) -> tuple[str, Sequence[int]]:
+    """A name of `known`, or B,H,Hkv,S,P,D."""
     if text in known:
         return text, known[text]
     if not text[:1].isdigit():
@@ -125,26 +124,38 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     return "given", sizes
 
 
+def _shape(text: str) -> tuple[str, Sequence[int]]:
+    return shape_of(text, SHAPES | TINY_SHAPES)
+
+
 def _prefix(text: str) -> int:
     return whole_numbers(text, "P")[0]
 
 
+def add_sizes(parser: argparse.ArgumentParser, shape: Callable, named: Mapping[str, Sequence[int]]) -> None:
+    """--shape, --prefix and what all benches have."""
+    parser.add_argument("--shape", type=shape, action="append", metavar=f"NAME|{SIZES}", help=", ".join(named))
+    parser.add_argument("--prefix", type=_prefix, action="append", metavar="P", help="in place of the shapes' own")
+    command.add_options(parser)
+
+
+def sizes_of(arguments: argparse.Namespace, known: Mapping[str, Sequence[int]]) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, sizes) of every cell asked for: the shapes given, or of those `known`, with every prefix given."""
+    shapes = arguments.shape or list(known.items())[: 1 if arguments.quick else None]
+    return [
+        (name, (*sizes[:4], prefix, sizes[5])) for name, sizes in shapes for prefix in arguments.prefix or (sizes[4],)
+    ]
+
+
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="bench prefix", description="Time attention over a prefix against its peers.")
-    out.add_argument("--shape", type=_shape, action="append", metavar=f"NAME|{SIZES}", help=", ".join(SHAPES))
-    out.add_argument("--prefix", type=_prefix, action="append", metavar="P", help="in place of the shapes' own")
-    command.add_options(out)
+    add_sizes(out, _shape, SHAPES)
     return out
 
 
 def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    shapes = TINY_SHAPES if arguments.device == "cpu" else SHAPES
-    shapes = arguments.shape or list(shapes.items())[: 1 if arguments.quick else None]
-    return [
-        _cell(name, (*sizes[:4], prefix, sizes[5]), arguments.dtype)
-        for name, sizes in shapes
-        for prefix in arguments.prefix or (sizes[4],)
-    ]
+    shapes = sizes_of(arguments, TINY_SHAPES if arguments.device == "cpu" else SHAPES)
+    return [_cell(name, sizes, arguments.dtype) for name, sizes in shapes]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
