@@ -10,11 +10,11 @@ from benchmarks import bench_prefix_attention as bench
 from benchmarks import prefix_attention_peers as peers
 from benchmarks import prefix_attention_truth as truth
 from benchmarks import report
-from benchmarks.baselines import Implementation
 from benchmarks.bench_prefix_attention import BENCH, Cell, inputs_of
 from benchmarks.harness import Call, measure_memory
 from benchmarks.prefix_attention_truth import LEAVES, PrefixTruth
 from fastpeft.dispatch import ATTENTION_STRATEGIES
+from tests.benchmarks.planted import on, planted
 
 CPU = torch.device("cpu")
 GROUPED = Cell("tiny", 2, 4, 2, 40, 7, 16, "bf16")
@@ -93,42 +93,24 @@ def test_flex_attention_computes_the_same(cell, monkeypatch):
     torch.testing.assert_close(call.run_forward().double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def planted(change):
-    """The plain form in float64 with one fault: `change` gets the gradients, and may return another result."""
-
-    class Planted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *tensors):
-            ctx.save_for_backward(*tensors)
-            out = definition(*(t.double() for t in tensors), None)
-            return change("out", out).to(tensors[0].dtype)
-
-        @staticmethod
-        def backward(ctx, grad):
-            with torch.enable_grad():
-                leaves = [t.detach().double().requires_grad_() for t in ctx.saved_tensors]
-                grads = torch.autograd.grad(definition(*leaves, None), leaves, grad.double())
-            return tuple(change(name, g).to(grad.dtype) for name, g in zip(LEAVES, grads, strict=True))
-
-    def build(inputs):
-        leaves = inputs.leaves()
-        return Call(lambda: Planted.apply(*leaves.values()), leaves, inputs.grad)
-
-    return Implementation("planted", "planted", build, peer=False, rms_bound=peers.FLASH_RMS_RATIO)
-
-
-def on(wanted, do):
-    return planted(lambda name, t: do(t) if name == wanted else t)
+def faulty(change):
+    return planted(lambda *tensors: definition(*tensors, None), LEAVES, change)
 
 
 FAULTS = {
-    "nothing": (planted(lambda name, t: t), None),
-    "scale of dprefix_key": (on("prefix_key", lambda t: t * 1.01), "dprefix_key: gain 1.0"),
-    "dprefix_value is zero": (on("prefix_value", torch.zeros_like), "dprefix_value: zero everywhere"),
-    "dprefix of one sample": (on("prefix_key", lambda t: t / 2), "dprefix_key: gain 0.5"),
-    "NaN in one place": (on("key", lambda t: t.clone().index_fill_(2, torch.tensor([5]), float("nan"))), "dkey: not f"),
-    "last row unwritten": (on("query", lambda t: t.clone().index_fill_(2, torch.tensor([39]), 0.0)), "dquery: rms"),
-    "shape": (on("out", lambda t: t[:, :, :-1]), "out: (2, 4, 39, 16)"),
+    "nothing": (faulty(lambda name, t: t), None),
+    "scale of dprefix_key": (faulty(on("prefix_key", lambda t: t * 1.01)), "dprefix_key: gain 1.0"),
+    "dprefix_value is zero": (faulty(on("prefix_value", torch.zeros_like)), "dprefix_value: zero everywhere"),
+    "dprefix of one sample": (faulty(on("prefix_key", lambda t: t / 2)), "dprefix_key: gain 0.5"),
+    "NaN in one place": (
+        faulty(on("key", lambda t: t.clone().index_fill_(2, torch.tensor([5]), float("nan")))),
+        "dkey: not f",
+    ),
+    "last row unwritten": (
+        faulty(on("query", lambda t: t.clone().index_fill_(2, torch.tensor([39]), 0.0))),
+        "dquery: rms",
+    ),
+    "shape": (faulty(on("out", lambda t: t[:, :, :-1])), "out: (2, 4, 39, 16)"),
 }
 
 
