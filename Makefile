@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 
 # One thread in each of the two workers: more only compete, the models are tiny.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --benchmark-disable $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
