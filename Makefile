@@ -5,13 +5,14 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test lint demo aot
+.PHONY: help test lint demo aot tables
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make demo    train and compare adapters on a small model"
 	@echo "make aot     compile every shipped kernel configuration for every target"
+	@echo "make tables  README's performance tables from benchmarks/results"
 	@echo "PYTHON=python3.12 makes .venv with another interpreter; remove .venv to change it later."
 
 # pip is the last thing that venv installs, so a .venv without it was interrupted and is made again.
@@ -34,3 +35,6 @@ demo: $(INSTALLED)
 
 aot: $(INSTALLED)
 	$(BIN)/python tests/aot.py --all
+
+tables: $(INSTALLED)
+	$(BIN)/python -m benchmarks.tables

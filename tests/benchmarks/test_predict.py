@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from benchmarks import bench_lora_linear, bench_prefix_attention, predict, report
+from benchmarks import bench_gated_prompt_attention, bench_lora_linear, bench_prefix_attention, predict, report
 from benchmarks.designs import DESIGNS, KINDS
 from benchmarks.predict import MARK, SHARES, predictions, text
 from fastpeft.cost import MACHINES, PASSES
 from fastpeft.errors import FastpeftError
 
-LORA, PREFIX = bench_lora_linear.BENCH, bench_prefix_attention.BENCH
+LORA, PREFIX, GATED = bench_lora_linear.BENCH, bench_prefix_attention.BENCH, bench_gated_prompt_attention.BENCH
 
 
 def lora_cell(name="q/o", r=16, dropout=0.0, dtype="bf16"):
@@ -62,6 +62,15 @@ def test_forward_and_backward_are_both_passes():
     assert both == pytest.approx({key: forward[key] + backward[key] for key in both})
 
 
+@pytest.mark.parametrize("bench", [LORA, PREFIX, GATED], ids=lambda bench: bench.op)
+def test_every_cell_of_a_bench_has_a_prediction(bench):
+    for tiny in (False, True):
+        cells = [cell for tier in bench.tiers(tiny) for cell in tier]
+        found = predictions(bench, cells, machines=["h100"])
+        assert {entry["cell"] for entry in found} == {cell.id for cell in cells}
+        assert text(found).count("H100 SXM") == 1 + len({cell.id for cell in cells})
+
+
 def test_what_the_vendor_cannot_do_is_not_predicted_of_it():
     found = predictions(PREFIX, [prefix_cell(alibi=True)], machines=["h100"])
     assert [entry["impl"] for entry in found] == ["fastpeft:fused", "least"]
@@ -69,7 +78,7 @@ def test_what_the_vendor_cannot_do_is_not_predicted_of_it():
 
 def test_every_kind_of_kernel_has_a_share_and_every_op_a_design():
     assert set(SHARES) == set(KINDS) and all(0 < share < 1 for share in SHARES.values())
-    assert {LORA.op, PREFIX.op} <= set(DESIGNS)
+    assert {LORA.op, PREFIX.op, GATED.op} <= set(DESIGNS)
 
 
 def test_every_line_of_text_is_marked_and_the_assumptions_are_stated():
