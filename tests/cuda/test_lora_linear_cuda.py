@@ -34,12 +34,6 @@ def assert_right(problem, dtypes, wanted=("x", "bias", "lora_A", "lora_B")):
     assert not faults, "\n".join(faults)
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """fp32 products are fp32 products, in the kernels as in eager."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "alone"])
 @pytest.mark.parametrize("dtypes", DTYPES)

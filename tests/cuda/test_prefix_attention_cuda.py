@@ -1,97 +1,35 @@
 """`prefix_attention`'s compiled kernels on a GPU, by every strategy: the criterion of `fastpeft.oracle` at larger, odd
 sizes and in bf16, and what only a GPU can show: determinism under real parallelism, 64-bit offsets, CUDA graphs."""
 
-import contextlib
-import math
-
 import pytest
 import torch
 
-from fastpeft.attention_oracle import attention_outcomes, random_attention_problem
-from fastpeft.dispatch import ATTENTION_STRATEGIES, Plan, backend, override_plan
+from fastpeft.attention_oracle import attention_outcomes
+from fastpeft.dispatch import ATTENTION_STRATEGIES, backend
 from fastpeft.ops import prefix_attention
-from fastpeft.oracle import Bounds, compare
+from tests.cuda.attention import (
+    BOUNDS,
+    DEVICE,
+    DTYPES,
+    MODIFIERS,
+    SINGLE,
+    SINGLE_VENDOR,
+    VENDOR,
+    VENDORS,
+    assert_repeatable,
+    assert_replays,
+    assert_right,
+    leaves_of,
+    on,
+    problem_of,
+    results_of,
+)
 
 pytestmark = pytest.mark.cuda
 
-DEVICE = "cuda"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = {"batch": 4, "heads": 8, "groups": 4, "queries": 331, "depth": 64, "prefix": 30}
 # (head dimension, virtual tokens): every number of them at 128, one at each other dimension.
 GRID = [(128, 1), (128, 30), (128, 100), (128, 200), (64, 30), (96, 100), (256, 200), (80, 1)]
-MODIFIERS = [  # which the kernels alone serve
-    ("left",),
-    ("holes", "packed"),
-    ("window",),
-    ("pin", "left"),
-    ("alibi",),
-    ("alibi", "left", "window"),
-    ("softcap", "window"),
-    ("bias", "prefix-bias"),
-    ("bias-by-sample",),
-    ("sinks", "window"),
-    ("bidirectional", "right"),
-    ("by-sample", "scale"),
-    ("dropout",),
-    ("dropout", "softcap", "left", "sinks"),
-]
-VENDORS = {  # name: torch's switches under which `_vendor_flash` picks it
-    "its own choice": {},
-    "flash": {"enable_cudnn_sdp": False},
-    "efficient": {"enable_cudnn_sdp": False, "enable_flash_sdp": False},
-}
 LARGE_BATCH, LARGE_QUERIES, LARGE_HEADS, LARGE_DEPTH = 5, 16_384, 208, 128  # 2**31 elements and some
-
-VENDOR = Bounds(rms=1.25, row=3)  # flash attention's, as on CPUs; a merged result is rounded once more
-SINGLE = Bounds(rms=1.25, peak=4, row=math.inf)  # one draw; the error of a row is that of one or two numbers
-SINGLE_VENDOR = Bounds(rms=8, peak=16, row=math.inf, gain=1e-5)  # whose backward has the error of L, as on CPUs
-BOUNDS = {"fused": Bounds(), "merge": VENDOR, "concat": VENDOR}
-FEW = Bounds(rms=10, peak=10, row=10)  # and so is the gradient of a sink
-
-
-@contextlib.contextmanager
-def on(strategy: str | None = None):
-    """The Triton backend, by this strategy or its own choice."""
-    plan = Plan(strategy, strategy, "forced by a test")
-    with backend("triton"), override_plan(plan) if strategy else contextlib.nullcontext():
-        yield
-
-
-def problem_of(*modifiers, dtype="bf16", **sizes):
-    return random_attention_problem(modifiers, dtype=DTYPES[dtype], device=DEVICE, **SIZES | sizes)
-
-
-def assert_right(problem, wanted=None, bounds: Bounds | None = None):
-    """Every sample and head is a draw: the error of a row is mostly one number, that of its δ. So is that of a bias's
-    gradient even then, where a head counts as one row."""
-    bounds = bounds or (SINGLE if problem.query.dtype == torch.float32 else Bounds())
-    outcomes = attention_outcomes(problem, problem.present() if wanted is None else wanted)
-
-    def draws(name, tensor):
-        heads = tensor.flatten(0, -3) if tensor.ndim > 2 else tensor[None]
-        return list(heads.flatten(1) if "bias" in name else heads)
-
-    found = [compare(name, *(draws(name, outcome[name]) for outcome in outcomes)) for name in outcomes[0]]
-    faults = [fault for each in found for fault in each.faults(FEW if each.name == "dsinks" else bounds)]
-    assert not faults, "\n".join([*faults, *map(str, found)])
-
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """fp32 products are fp32 products, in the kernels as in eager."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
-@pytest.fixture
-def vendor(request):
-    """torch's own choice between vendors, narrowed."""
-    allowed = torch.backends.cuda
-    before = {name: getattr(allowed, name.replace("enable_", "") + "_enabled")() for name in request.param}
-    for name, value in request.param.items():
-        getattr(allowed, name)(value)
-    yield
-    for name, value in before.items():
-        getattr(allowed, name)(value)
 
 
 @pytest.mark.parametrize("strategy", ATTENTION_STRATEGIES)
@@ -189,11 +127,6 @@ def test_strided_as_a_models_projections_are():
             assert torch.equal(expected, prefix_attention(fused, *heads_last, *five[3:]))
 
 
-def leaves_of(problem):
-    names = ("query", "key", "value", "prefix_key", "prefix_value")
-    return [getattr(problem, name).detach().requires_grad_() for name in names]
-
-
 # Dropout is the kernels' own: nothing is merged then.
 @pytest.mark.parametrize(("strategy", "dropout"), [*((name, 0.0) for name in ATTENTION_STRATEGIES), ("fused", 0.3)])
 def test_twenty_repeats_are_equal_bit_for_bit(strategy, dropout):
@@ -202,19 +135,9 @@ def test_twenty_repeats_are_equal_bit_for_bit(strategy, dropout):
 
     def run():
         torch.manual_seed(3)
-        out = prefix_attention(*leaves, dropout=dropout, training=True)
-        return out, *torch.autograd.grad(out, leaves, problem.dout)
+        return results_of(prefix_attention, leaves, problem.dout, dropout=dropout, training=True)
 
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(strategy != "fused")  # the vendor's backward is not so by itself
-    try:
-        with on(strategy):
-            first = run()
-            for _ in range(20):
-                for name, one, other in zip(("out", *"qkv", "pk", "pv"), first, run(), strict=True):
-                    assert torch.equal(one, other), name
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
+    assert_repeatable(run, strategy)
 
 
 def test_on_the_gpu_triton_is_what_auto_means():
@@ -252,23 +175,8 @@ def test_cuda_graphs(strategy):
     problem = problem_of(queries=512, depth=128)
     leaves = leaves_of(problem)
 
-    def step():
-        out = prefix_attention(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, problem.dout)
-
     with on(strategy):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
-        graph.replay()
-        for replayed, expected in zip(results, step(), strict=True):
-            torch.testing.assert_close(replayed, expected, rtol=1e-2, atol=1e-2)
+        assert_replays(lambda: results_of(prefix_attention, leaves, problem.dout))
 
 
 def test_the_generator_of_the_device_decides_on_dropout():
