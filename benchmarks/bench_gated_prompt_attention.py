@@ -26,7 +26,8 @@ OP = "gated_prompt_attention"
 SHAPES = {f"llama-{s}": (*LLAMA, s, 10, 128) for s in (2048, 512, 8192)}
 SHAPES |= {f"mha-{s}": (*MHA, s, 10, 128) for s in (2048, 512, 8192)}  # with a gate for each head, as in the paper
 TINY_SHAPES = {"tiny": (2, 4, 2, 96, 10, 32), "tiny-mha": (2, 4, 4, 64, 10, 32)}
-MEAN_OF_PROMPT, MEAN_OF_GRADIENT = 1.0, 0.05
+MEAN_OF_PROMPT = 1.0
+SUM_OF_GRADIENT = 8.0  # in standard deviations of a sum of as many numbers without a mean
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def inputs_of(cell: Cell, device: torch.device) -> GatedInputs:
     sizes = (getattr(cell, name) for name in SIZES.split(","))
     inputs = prefix.inputs_of(prefix.Cell(cell.name, *sizes, cell.dtype), device)
     inputs.pv.add_(MEAN_OF_PROMPT)
-    inputs.grad.add_(MEAN_OF_GRADIENT)
+    inputs.grad.add_(SUM_OF_GRADIENT / inputs.grad.numel() ** 0.5)
     gate = torch.linspace(0.25, 0.75, cell.gates) if cell.gates > 1 else torch.tensor([0.4])
     return GatedInputs(**vars(inputs), gate=gate.to(device, DTYPES[cell.dtype]))
 
