@@ -88,7 +88,7 @@ def tiers(tiny: bool) -> list[list[Cell]]:
     return [cells] if tiny else [cells[:3], cells[3:4], cells[4:]]
 
 
-BENCH = Bench(OP, Cell, inputs_of, GatedTruth, IMPLEMENTATIONS, tiers, compiled_cells=2)
+BENCH = Bench(OP, Cell, inputs_of, GatedTruth, IMPLEMENTATIONS, tiers, compiled_cells=1)
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:
