@@ -2,7 +2,8 @@
 
 Two questions. `choose_backend`: Triton or torch, by the precedence context manager > `patch(backend=)` > `set_backend`
 > FASTPEFT_BACKEND > "auto". `lora_linear_plan`, `prefix_attention_plan`: how the Triton path divides the work with the
-vendor's matrix product or flash attention; every plan says whether a GPU measured it.
+vendor's matrix product or flash attention, by the precedence `override_plan` > the user's table of measured choices >
+one that ships > the predicted rules here. Every plan says which of them it is from.
 """
 
 import contextlib
@@ -14,7 +15,11 @@ from typing import NamedTuple
 
 import torch
 
+from fastpeft import tables
 from fastpeft.errors import BackendError
+from fastpeft.plans import ATTENTION_STRATEGIES as ATTENTION_STRATEGIES
+from fastpeft.plans import GATED_STRATEGIES, LORA_STRATEGIES
+from fastpeft.plans import Plan as Plan
 
 BACKENDS = ("auto", "triton", "torch")
 MAX_RANK = 256
@@ -31,38 +36,15 @@ class Choice(NamedTuple):
     reason: str
 
 
-class Plan(NamedTuple):
-    """How a kernel meets the vendor's; of `lora_linear`, the rank-r terms and the base products x Wᵀ (forward) and dY W
-    (backward).
-
-    prewrite: a kernel writes the rank-r term, the vendor's product accumulates onto it (beta = 1). addmm: the vendor's
-    product first, the rank-r term added to it. augment: one vendor's product [x|S]·[W|B]ᵀ or [dY|T]·[W;A], for which
-    the operands are copied next to each other. fused: one Triton product carries both. Where rounding or dropout rule
-    one out, the nearest stands in: forward, an fp32 term is always added last; backward, a masked one is prewritten.
-
-    Of `prefix_attention`, where backward goes as forward. fused: the kernels attend to prefix and sequence. merge: the
-    vendor's flash to the sequence, and a kernel merges the prefix into its result. concat: the vendor's flash to both,
-    copied next to each other; never chosen, only forced, as long as no GPU has measured it. decode, forward only: one
-    query a sample, the keys split among programs. `gated_prompt_attention` has a softmax for each and so knows neither
-    concat nor decode.
-    """
-
-    forward: str
-    backward: str
-    source: str
-
-
 PREWRITE = Plan("prewrite", "prewrite", "predicted: the vendor's product is the faster one on wide matrices")
 SHORT = Plan("addmm", "prewrite", "predicted: few rows, so launches count more than passes")
 FUSED = Plan("fused", "fused", "the interpreter has no vendor product worth keeping")
-LORA_STRATEGIES = ("prewrite", "addmm", "augment", "fused")
+SHORT_UP_TO = 64  # rows
 
 ATTENTION_FUSED = Plan("fused", "fused", "the interpreter has no vendor's flash worth keeping")
 ATTENTION_SHORT = Plan("fused", "fused", "predicted: few queries, so launches count more than the rate of products")
 ATTENTION_MERGE = Plan("merge", "merge", "predicted: the vendor's flash is the faster one on long sequences")
 ATTENTION_DECODE = Plan("decode", "fused", "predicted: one query a sample is too few rows to fill a GPU")
-ATTENTION_STRATEGIES = ("fused", "merge", "concat")  # which can be forced; decode is for one query alone
-GATED_STRATEGIES = ("fused", "merge")
 MERGE_FROM = 256  # queries
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_plan", default=None)
 
@@ -207,9 +189,16 @@ def concat_refusal(tensors, scores, dropout: float) -> str | None:
     return None
 
 
+def _decode_refusal(tensors, scores, dropout: float) -> str | None:
+    """Why the kernels for one query a sample cannot do a call of `prefix_attention`, or None."""
+    if tensors.q_BHSD.shape[2] != 1:
+        return "decode is for one query a sample"
+    return "decode has no dropout" if dropout else None
+
+
 def strategy_refusal(strategy: str, tensors, scores, dropout: float) -> str | None:
-    """Why this one of ATTENTION_STRATEGIES cannot serve a call of `prefix_attention`, or None."""
-    refusals = {"merge": merge_refusal, "concat": concat_refusal}
+    """Why this one of ATTENTION_STRATEGIES, or "decode", cannot serve a call of `prefix_attention`, or None."""
+    refusals = {"merge": merge_refusal, "concat": concat_refusal, "decode": _decode_refusal}
     return refusals[strategy](tensors, scores, dropout) if strategy in refusals else None
 
 
@@ -219,17 +208,28 @@ def prefix_attention_plan(
     """The strategy for one call of `prefix_attention`, or if `gated` of `gated_prompt_attention`, on the Triton
     backend; None is the torch path.
 
-    No row is measured yet, and each says so. Raises BackendError where "triton" is demanded in vain, or a strategy by
-    `override_plan`.
+    Tables are of `prefix_attention`: the gated op goes by the rules. Raises BackendError where "triton" is demanded in
+    vain, or a strategy by `override_plan`.
     """
     q = tensors.q_BHSD
     if choose_backend(q, q.dtype, q.shape[3], patched, "head dimension").backend == "torch" or q.numel() == 0:
         return None
+    measured = tables.measured(q.device) if q.device.type == "cuda" else {}  # first of all: tiles come with it
     plan = _plan.get()
     if plan is not None and plan.forward in (GATED_STRATEGIES if gated else ATTENTION_STRATEGIES):
         if reason := strategy_refusal(plan.forward, tensors, scores, dropout):
             raise BackendError(f"the strategy {plan.forward!r} was demanded but cannot serve this call: {reason}")
         return plan
+    if measured and not gated:
+        found = measured.get(tables.prefix_bucket(tensors, scores, dropout))
+        if found is not None and strategy_refusal(found.forward, tensors, scores, dropout) is None:
+            return found
+    return predicted_attention_plan(tensors, scores, dropout, gated=gated)
+
+
+def predicted_attention_plan(tensors, scores, dropout: float, *, gated: bool = False) -> Plan:
+    """By the rules, for a call on the Triton backend that no table knows."""
+    q = tensors.q_BHSD
     if q.shape[2] == 1 and not dropout and not gated:
         return ATTENTION_DECODE
     if not q.is_cuda:
@@ -241,13 +241,28 @@ def prefix_attention_plan(
     return ATTENTION_SHORT if q.shape[2] < MERGE_FROM else ATTENTION_MERGE
 
 
-def lora_linear_plan(x: torch.Tensor) -> Plan:
-    """The strategy for x [M, K] on the Triton backend. No row is measured yet, and each says so."""
+def lora_linear_plan(rows: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, dropout: float) -> Plan:
+    """The strategy for x [M, K] (or dY [M, N]: `rows`) whose base product is in `dtype`, A [R, K] and B [N, R], on the
+    Triton backend."""
+    return lora_linear_plan_for(rows.device, dtype, a.dtype, (len(rows), a.shape[1], len(b), len(a)), dropout)
+
+
+def lora_linear_plan_for(
+    device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, sizes: tuple[int, ...], dropout: float
+) -> Plan:
+    """The strategy for sizes (M, K, N, R)."""
+    measured = tables.measured(device) if device.type == "cuda" else {}
     if (plan := _plan.get()) is not None and plan.forward in LORA_STRATEGIES:
         return plan
-    if not x.is_cuda:
+    found = measured.get(tables.lora_bucket(dtype, adapter_dtype, *sizes, dropout)) if measured else None
+    return found or predicted_lora_plan(device, sizes[0])
+
+
+def predicted_lora_plan(device: torch.device, rows: int) -> Plan:
+    """By the rules, for a call that no table knows."""
+    if device.type != "cuda":
         return FUSED
-    return SHORT if len(x) <= 64 else PREWRITE
+    return SHORT if rows <= SHORT_UP_TO else PREWRITE
 
 
 @contextlib.contextmanager

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastpeft import tables
 from fastpeft.attention.positions import Shift
-from fastpeft.dispatch import choose_backend, lora_linear_plan
+from fastpeft.dispatch import choose_backend, lora_linear_plan_for
 from fastpeft.errors import BackendError
 from fastpeft.patching import layers, state_of
+from fastpeft.table_file import PrefixBucket
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.lora import LoraLinear
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 
+ROWS = 4096
 HEAD_DIMENSIONS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
@@ -69,11 +72,22 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
         return LayerReport(path, kind, names, "lora_linear", "none", str(error))
     reason = choice.reason
     if choice.backend == "triton":
-        plan = lora_linear_plan(torch.empty(4096, 0, device=weight.device))
-        reason += f"; {plan.forward} forward, {plan.backward} backward, {plan.source}"
+        reason += _strategies(layer, weight)
     if not layer.plain_base():
         reason += "; the base product is its own class's"
     return LayerReport(path, kind, names, "lora_linear", choice.backend, reason)
+
+
+def _strategies(layer: LoraLinear, weight: torch.Tensor) -> str:
+    """Which a step of training over ROWS tokens gets, adapter by adapter, and from where that is known."""
+    plans = []
+    for name, settings in layer._fastpeft.adapters.items():
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        dtype = torch.promote_types(a.dtype, weight.dtype)
+        sizes = (ROWS, a.shape[1], len(b), settings.r)
+        plans.append(lora_linear_plan_for(weight.device, weight.dtype, dtype, sizes, settings.dropout))
+    found = dict.fromkeys(f"; {p.forward} forward, {p.backward} backward at {ROWS} rows, {p.source}" for p in plans)
+    return "".join(found)
 
 
 def _attention_report(path: str, kind: str, names: tuple[str, ...], layer: AdaptedAttention) -> LayerReport:
@@ -86,4 +100,13 @@ def _attention_report(path: str, kind: str, names: tuple[str, ...], layer: Adapt
         choice = choose_backend(weight, weight.dtype, depth, layer._fastpeft.model.backend, "head dimension")
     except BackendError as error:
         return LayerReport(path, kind, names, op, "none", str(error))
-    return LayerReport(path, kind, names, op, choice.backend, choice.reason)
+    reason = choice.reason
+    if choice.backend == "triton" and op == "prefix_attention":
+        reason += f"; strategies by a call's lengths and masks: {_sources(weight.device)}"
+    return LayerReport(path, kind, names, op, choice.backend, reason)
+
+
+def _sources(device: torch.device) -> str:
+    plans = tables.measured(device) if device.type == "cuda" else {}
+    sources = dict.fromkeys(plan.source for bucket, plan in plans.items() if isinstance(bucket, PrefixBucket))
+    return "; ".join([*sources, "else predicted"]) if sources else "predicted"

@@ -16,7 +16,7 @@ from fastpeft.kernels import prefix_attention as general
 from fastpeft.kernels._attention_decode import _decode_kernel, _merge_parts_kernel
 from fastpeft.kernels._attention_tiles import AttentionTiles, attention_tiles
 from fastpeft.kernels._common import processor_count, rank_block, split_evenly
-from fastpeft.kernels._tiles import family_of
+from fastpeft.kernels._tiles import table_of
 
 PREFIX_SPLITS, SPLITS = 16, 48  # at most: together what `_merge_parts` holds
 
@@ -53,7 +53,7 @@ def forward(tensors, scores, *, tiles: AttentionTiles | None = None) -> tuple[to
     (batch, heads, _, depth), groups, keys, prefix = q.shape, *k.shape[1:3], pk.shape[2]
     shared = general.shared_arguments(tensors, scores, None)
     window, prefix_window = general.windows(tensors, scores)
-    tiles = tiles or attention_tiles("decode", shared["BLOCK_D"], shared["MODE"], True, family_of(q.device))
+    tiles = tiles or attention_tiles("decode", shared["BLOCK_D"], shared["MODE"], True, table_of(q.device))
     samples, group = batch // len(pk), shared["group"]
     blocks = tiles.blocks(prefix)
     blocks["BLOCK_M"] = min(tiles.queries, rank_block(samples * group))

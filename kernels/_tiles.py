@@ -1,7 +1,8 @@
 """Which tiles a kernel runs with, as data: per device family a list of rows, of which the first that fits is taken.
 
-Every row is predicted: chosen from what the compiler reports (registers, spills, shared memory, copies in flight; see
-`make aot`) and from the bytes that each tile makes a kernel move, and measured on no GPU yet.
+Every row here is predicted: chosen from what the compiler reports (registers, spills, shared memory, copies in flight;
+see `make aot`) and from the bytes that each tile makes a kernel move, and measured on no GPU yet. What `fastpeft tune`
+measures on a device stands in front of these rows, as a family of the device's own (`register`, `adopt`).
 
 The rules behind the numbers. Shared memory: CUDA's rows fit the 99 KiB of the smallest card from sm_80 on, those of
 sm_90 and sm_100 its 227 KiB, HIP's 64 KiB. Operands that are read again by every program (A by `shrink`, T by
@@ -39,13 +40,14 @@ class Tiles:
 
 class Row(NamedTuple):
     """The tiles of a kernel up to a rank, in the modes of `_common.dot_mode`. dropout: for launches with a mask, or
-    with another burden on the registers, for those without, or None for both."""
+    with another burden on the registers, for those without, or None for both. above: the rank is more than this."""
 
     kernel: str
     modes: tuple[str, ...]
     rank: int
     tiles: Tiles
     dropout: bool | None = None
+    above: int = 0
 
 
 ANY = 1 << 30
@@ -152,6 +154,41 @@ INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL) for kernel in KERNELS)
 
 FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_90": LARGE, "sm_100": (*SM_100, *LARGE)}
 
+# What `fastpeft tune` tries beside the predicted tiles, at two blocks of ranks: what the compile gate compiles
+# (tests/ops/aot_tiles.py) stands here, and a table may ask for nothing else.
+_CANDIDATES = (
+    Row("shrink", HALF, 16, Tiles(64, depth=64, warps=4, stages=4)),
+    Row("shrink", HALF, 16, Tiles(128, depth=64)),
+    Row("shrink", SPLIT, 16, Tiles(64, depth=64, warps=4, stages=4)),
+    Row("shrink", SPLIT, 16, Tiles(128, depth=32, stages=4)),
+    Row("expand", HALF, 16, Tiles(128, 128, ranks=32)),
+    Row("expand", HALF, 16, Tiles(32, 256, ranks=32)),
+    Row("expand", SPLIT, 16, Tiles(32, 128, warps=4)),
+    Row("grad_b_and_t", HALF, 16, Tiles(64, 256)),
+    Row("grad_b_and_t", HALF, 16, Tiles(16, 512)),
+    Row("grad_b_and_t", SPLIT, 16, Tiles(16, 256)),
+    Row("grad_columns", HALF, 16, Tiles(64, 128)),
+    Row("grad_columns", HALF, 16, Tiles(32, 64, warps=4)),
+    Row("grad_columns", SPLIT, 16, Tiles(32, 64, warps=4)),
+    Row("shrink", HALF, 64, Tiles(64, depth=64), above=32),
+    Row("shrink", SPLIT, 64, Tiles(64, depth=32, warps=4, stages=4), above=32),
+    Row("expand", HALF, 64, Tiles(128, 128, ranks=32), above=32),
+    Row("grad_b_and_t", HALF, 64, Tiles(32, 128), above=32),
+    Row("grad_b_and_t", SPLIT, 64, Tiles(16, 128, stages=4), above=32),
+    Row("grad_columns", HALF, 64, Tiles(64, 64, warps=4), above=32),
+    Row("grad_columns", SPLIT, 64, Tiles(16, 64, warps=4), above=32),
+)
+_LARGE_CANDIDATES = (
+    Row("tail", HALF, 16, Tiles(128, 128, depth=64, ranks=32)),
+    Row("tail", HALF, 16, Tiles(128, 256, depth=64, ranks=32, stages=4), dropout=False),
+)
+CANDIDATES = {
+    "sm_80": _CANDIDATES,
+    "sm_90": (*_CANDIDATES, *_LARGE_CANDIDATES),
+    "sm_100": (*_CANDIDATES, *_LARGE_CANDIDATES),
+}
+RANK_BLOCKS = (16, 32, 64, 128, 256)
+
 # Up to this rank the pass over x that makes dA holds the rank-r term of dX as well; beyond, registers do not suffice
 # for both and the term has a kernel of its own, which reads nothing of x.
 FUSED_TAIL_RANK = {"half": 64, "split": 32, "tf32x3": 32, "tf32": 32, "ieee": 32}
@@ -167,10 +204,54 @@ def family_of(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+_own: dict[torch.device, str] = {}
+
+
+def table_of(device: torch.device) -> str:
+    """The family whose rows serve the device: its own measured one, or `family_of` it. The interpreter has none."""
+    return _own.get(device) or family_of(device)
+
+
+def adopt(device: torch.device, name: str | None) -> None:
+    """From now on the device's launches take the tiles of the family `name`; None: those of `family_of` again."""
+    if name is None:
+        _own.pop(device, None)
+    elif family_of(device) != "interpreter":
+        _own[device] = name
+
+
+def register(name: str, family: str, rows: list[Row]) -> None:
+    """Makes `name` a family: these rows, and behind them those of `family`."""
+    FAMILIES[name] = (*rows, *FAMILIES.get(family, CUDA))
+    tiles_for.cache_clear()
+
+
 @functools.cache
 def tiles_for(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> Tiles:
     """The tiles of `kernel`; a family without a list of its own, known or not, has CUDA's."""
     for row in FAMILIES.get(family, CUDA):
-        if row.kernel == kernel and mode in row.modes and rank <= row.rank and row.dropout in (None, dropout):
+        if _serves(row, kernel, rank, mode, dropout):
             return row.tiles
     raise LookupError(f"no tiles for {kernel} in mode {mode} on {family}")
+
+
+def candidates(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> tuple[Tiles, ...]:
+    """What tuning tries for `kernel` at a rank block, the predicted tiles first. The compile gate has seen all of them;
+    a family that it does not compile for is offered its predicted ones alone."""
+    others = (row.tiles for row in CANDIDATES.get(family, ()) if _serves(row, kernel, rank, mode, dropout))
+    return tuple(dict.fromkeys((tiles_for(kernel, rank, mode, dropout, family), *others)))
+
+
+def _serves(row: Row, kernel: str, rank: int, mode: str, dropout: bool) -> bool:
+    fits = row.kernel == kernel and mode in row.modes and row.above < rank <= row.rank
+    return fits and row.dropout in (None, dropout)
+
+
+def measured_row(kernel: str, rank: int, mode: str, dropout: bool, numbers: dict[str, int], family: str) -> Row | None:
+    """The row of tiles that were measured at a rank block, or None if they are no candidates there."""
+    if kernel not in KERNELS or rank not in RANK_BLOCKS:
+        return None
+    tiles = Tiles(**numbers)
+    if tiles not in candidates(kernel, rank, mode, dropout, family):
+        return None
+    return Row(kernel, (mode,), rank, tiles, dropout, above=rank // 2 if rank > 16 else 0)

@@ -34,7 +34,7 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
-from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, family_of, tiles_for
+from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -247,7 +247,7 @@ def _modes(rank: int, data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> di
 
 
 def _tiles(kernel: str, rank: int, modes: dict, dropout: Dropout | None, data: torch.Tensor) -> Tiles:
-    return tiles_for(kernel, rank, modes["MODE"], dropout is not None, family_of(data.device))
+    return tiles_for(kernel, rank, modes["MODE"], dropout is not None, table_of(data.device))
 
 
 def _mask_arguments(dropout: Dropout | None) -> tuple:
@@ -305,7 +305,7 @@ def tail(
     (rows, rank), columns = p.shape, q.shape[0]
     modes = _modes(rank, dtype, q.dtype)
     burden = dropout is not None or out_dtype not in (None, dtype)
-    tiles = tiles or tiles_for("tail" if base else "expand", rank, modes["MODE"], burden, family_of(p.device))
+    tiles = tiles or tiles_for("tail" if base else "expand", rank, modes["MODE"], burden, table_of(p.device))
     x, w = base or (None, None)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     out = torch.empty(rows, columns, dtype=out_dtype or dtype, device=p.device)

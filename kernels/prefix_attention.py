@@ -23,7 +23,7 @@ from fastpeft.kernels._attention_kernels import (
 )
 from fastpeft.kernels._attention_tiles import AttentionTiles, attention_tiles
 from fastpeft.kernels._common import UPCAST, Dropout, dot_mode, on_device_of, processor_count, rank_block, split_evenly
-from fastpeft.kernels._tiles import family_of
+from fastpeft.kernels._tiles import table_of
 from fastpeft.kernels.lora_linear import sum_partials
 
 
@@ -143,7 +143,7 @@ def _tiles(kernel: str, shared: dict, device: torch.device) -> AttentionTiles:
     burdens = ("bias_ptr", "seed_ptr", "slopes_ptr", "softcap", "window")
     ragged = shared["D"] != shared["BLOCK_D"]  # rows of it are loaded under a mask
     burdened = not shared["PLAIN"] or ragged or any(shared[name] is not None for name in burdens)
-    return attention_tiles(kernel, shared["BLOCK_D"], shared["MODE"], burdened, family_of(device))
+    return attention_tiles(kernel, shared["BLOCK_D"], shared["MODE"], burdened, table_of(device))
 
 
 def launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, arguments: dict) -> None:

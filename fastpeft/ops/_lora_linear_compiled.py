@@ -26,7 +26,7 @@ def _forward(
     seed: Tensor | None, scaling: float, dropout: float, dtype: str, patched: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, S, backend): the last is 1 where Triton ran, for backward to use the same."""
-    call = decide(x, getattr(torch, dtype), a, scaling, dropout, patched or None)
+    call = decide(x, getattr(torch, dtype), a, b, scaling, dropout, patched or None)
     y, s = run_forward(x, weight, bias, residual, a, b, seed, call)
     return y, s, torch.tensor([call.plan is not None])
 
@@ -44,7 +44,7 @@ def _backward(
     triton: Tensor, scaling: float, dropout: float, dtype: str, dx_dtype: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dX, dW, dbias, dA, dB), empty where `needs` does not ask."""
-    plan = lora_linear_plan(dy) if triton.item() else None
+    plan = lora_linear_plan(dy, getattr(torch, dtype), a, b, dropout) if triton.item() else None
     call = Call(scaling, dropout, getattr(torch, dtype), getattr(torch, dx_dtype), plan)
     grads = run_backward(dy, x, weight, a, b, s, seed, call, tuple(needs))
     # A bias gradient leaves the kernels in fp32 and torch in the call's dtype; the operator promises the latter.

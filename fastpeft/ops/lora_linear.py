@@ -124,12 +124,13 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
     return dx, dy.t() @ x if need_w else None, dbias, da, db
 
 
-def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK: torch.Tensor, scaling: float, dropout: float, patched) -> Call:
+def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, dropout: float, patched) -> Call:
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
     no rows are zeros: without elements it is the torch path."""
     triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, len(a_RK), patched).backend == "triton"
     dx_dtype = torch.promote_types(x_MK.dtype, dtype)
-    return Call(scaling, dropout, dtype, dx_dtype, lora_linear_plan(x_MK) if triton else None)
+    plan = lora_linear_plan(x_MK, dtype, a_RK, b_NR, dropout) if triton else None
+    return Call(scaling, dropout, dtype, dx_dtype, plan)
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):
@@ -151,7 +152,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
         y_MN = compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend)
         return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
-    call = decide(x_MK, dtype, tensors[4], float(scaling), dropout, patched_backend)
+    call = decide(x_MK, dtype, *tensors[4:], float(scaling), dropout, patched_backend)
     if autocast:
         with torch.autocast(device_type, enabled=False):
             y_MN = LoraLinearFunction.apply(*tensors, call)
