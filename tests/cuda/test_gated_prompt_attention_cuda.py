@@ -72,7 +72,7 @@ def test_one_virtual_token_has_a_weight_of_one(strategy):
 def test_one_gate_for_all_heads(gate, strategy):
     with on(strategy):
         assert_right(problem_of(gate=gate), bounds=BOUNDS[strategy])
-        assert_right(problem_of(gate=gate, groups=1), bounds=BOUNDS[strategy])
+        assert_right(problem_of(gate=gate, groups=8), bounds=BOUNDS[strategy])
 
 
 @GATES
