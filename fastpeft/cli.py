@@ -1,4 +1,4 @@
-"""The command line: `fastpeft demo`, `check`, `info`, `bench`.
+"""The command line: `fastpeft demo`, `check`, `info`, `tune`, `bench`.
 
 Exit status: 0; 1 if what was checked does not hold; 2 for wrong usage and every refusal, said in one line.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import fastpeft
-from fastpeft import check, demo, info
+from fastpeft import check, demo, info, tune
 from fastpeft.errors import FastpeftError
 
 COMMANDS = {
@@ -19,6 +19,8 @@ COMMANDS = {
     "check": (check, "measure results and gradients against eager torch, HF peft and float64, on this machine"),
     "info": (info, "versions, devices, and which backend serves them and why"),
 }
+
+TUNE = "measure which strategies and tiles are the fastest on this GPU, and write down what the next run will use"
 
 BENCHES = {
     "lora": "fastpeft.benchmarks.bench_lora_linear",
@@ -34,11 +36,19 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=module.__doc__.partition(": ")[2])
         module.add_arguments(command)
         command.set_defaults(run=module.run)
+    tuning = commands.add_parser("tune", help=TUNE, description=tune.__doc__.partition(": ")[2])
+    tune.add_arguments(tuning)
+    tuning.set_defaults(run=run_tune)
     bench = commands.add_parser("bench", help="time an op against its peers: `fastpeft bench {lora,prefix} --help`")
     bench.add_argument("op", choices=tuple(BENCHES))
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
     bench.set_defaults(run=run_bench)
     return out
+
+
+def run_tune(arguments: argparse.Namespace) -> int:
+    options = tune.options_of(arguments)
+    return importlib.import_module("fastpeft.benchmarks.tuning").run(options)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from fastpeft.errors import BackendError
 LIBRARIES = ("triton", "transformers", "peft", "safetensors", "accelerate")
 VARIABLES = {
     "FASTPEFT_BACKEND": "auto (not set)",
+    "FASTPEFT_CACHE": "not set: tables of `fastpeft tune` are in ~/.cache/fastpeft, or $XDG_CACHE_HOME/fastpeft",
     "TRITON_INTERPRET": "not set: Triton compiles, for GPUs",
 }
 

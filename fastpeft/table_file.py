@@ -257,6 +257,17 @@ def merged(old: Table, new: Table) -> Table:
     return Table(**{name: getattr(new, name) for name in STAMP}, entries=(*kept, *new.entries))
 
 
+def existing(path: str, device: str) -> Table | None:
+    """The device's table that is in the file, if there is a file. Raises a FastpeftError if it is something else."""
+    try:
+        found = read(path)
+    except TableError as error:
+        raise TableError(f"{path} is no table of measured choices and is left as it is: {error}") from error
+    if found is not None and found.device != device:
+        raise TableError(f"{path} is a table of {shown(found.device)}, not of {shown(device)}; choose another file")
+    return found
+
+
 def write(path: str, table: Table) -> Table:
     """Puts `table` into the file, which holds the old or the new whole at any time; what an older table there knows
     beside it stays, also if several processes write at once. Returns what was written.
@@ -267,9 +278,7 @@ def write(path: str, table: Table) -> Table:
     directory, name = os.path.split(path)
     make_directory(directory)
     with locked(directory, wait=True):
-        if (old := read(path)) is not None:
-            if old.device != table.device:
-                raise TableError(f"{path} is a table of {shown(old.device)}, not of {shown(table.device)}")
+        if (old := existing(path, table.device)) is not None:
             table = merged(old, table)
         temporary = os.path.join(directory, f".{name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:

@@ -172,10 +172,12 @@ def _valid(table: Table) -> list[Entry]:
 
 def adopt_tiles(device: torch.device, name: str, entries: list[Entry]) -> None:
     """Puts measured tiles in front of the predicted ones of the device's family, under `name`. Those that the compile
-    gate has not seen on this family are left out, with one warning."""
+    gate has not seen on this family are left out, with one warning. The interpreter takes none."""
     from fastpeft.kernels import _attention_tiles, _tiles
 
     family = _tiles.family_of(device)
+    if family == INTERPRETER:
+        return
     rows: dict[type, list] = {TileBucket: [], AttentionTileBucket: []}
     unseen = []
     for entry in entries:

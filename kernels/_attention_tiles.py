@@ -124,10 +124,17 @@ _LARGE_CANDIDATES = (
     Row("forward", HALF, 128, AttentionTiles(128, 128, warps=8), False, 64),
     Row("grad_query", HALF, 128, AttentionTiles(128, 64, warps=8), False, 64),
 )
+_SPILLING_ON_SM_100 = (
+    Row("forward", HALF, 64, AttentionTiles(64, 64, stages=3), False, 32),
+    Row("forward", HALF, 64, AttentionTiles(128, 64, warps=8), False, 32),
+    Row("forward", HALF, 64, AttentionTiles(128, 128, warps=8), False, 32),
+    Row("grad_query", HALF, 128, AttentionTiles(128, 64, warps=8), False, 64),
+)
 CANDIDATES = {
     "sm_80": _CANDIDATES,
     "sm_90": (*_CANDIDATES, *_LARGE_CANDIDATES),
-    "sm_100": (*_CANDIDATES, *_LARGE_CANDIDATES),
+    "sm_100": tuple(row for row in (*_CANDIDATES, *_LARGE_CANDIDATES) if row not in _SPILLING_ON_SM_100),
+    "interpreter": (Row("decode", HALF + SINGLE, 256, AttentionTiles(16, 32, 16, stages=1)),),  # for a rehearsal
 }
 DEPTH_BLOCKS = (16, 32, 64, 128, 256)
 

@@ -182,10 +182,16 @@ _LARGE_CANDIDATES = (
     Row("tail", HALF, 16, Tiles(128, 128, depth=64, ranks=32)),
     Row("tail", HALF, 16, Tiles(128, 256, depth=64, ranks=32, stages=4), dropout=False),
 )
+_SPILLING_ON_SM_100 = (
+    Row("shrink", HALF, 16, Tiles(128, depth=64)),
+    Row("shrink", SPLIT, 64, Tiles(64, depth=32, warps=4, stages=4), above=32),
+    Row("grad_columns", SPLIT, 16, Tiles(32, 64, warps=4)),
+)
 CANDIDATES = {
     "sm_80": _CANDIDATES,
     "sm_90": (*_CANDIDATES, *_LARGE_CANDIDATES),
-    "sm_100": (*_CANDIDATES, *_LARGE_CANDIDATES),
+    "sm_100": tuple(row for row in (*_CANDIDATES, *_LARGE_CANDIDATES) if row not in _SPILLING_ON_SM_100),
+    "interpreter": (Row("shrink", ALL, ANY, Tiles(32, depth=32, warps=4, stages=1)),),  # for a rehearsal
 }
 RANK_BLOCKS = (16, 32, 64, 128, 256)
 
@@ -208,7 +214,7 @@ _own: dict[torch.device, str] = {}
 
 
 def table_of(device: torch.device) -> str:
-    """The family whose rows serve the device: its own measured one, or `family_of` it. The interpreter has none."""
+    """The family whose rows serve the device: its own measured one, or `family_of` it."""
     return _own.get(device) or family_of(device)
 
 
@@ -216,7 +222,7 @@ def adopt(device: torch.device, name: str | None) -> None:
     """From now on the device's launches take the tiles of the family `name`; None: those of `family_of` again."""
     if name is None:
         _own.pop(device, None)
-    elif family_of(device) != "interpreter":
+    else:
         _own[device] = name
 
 

@@ -38,7 +38,7 @@ def test_help_says_what_each_command_is_for(capsys):
     assert "bench" in printed
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "bench"])
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "tune", "bench"])
 def test_every_command_has_a_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

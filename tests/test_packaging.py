@@ -19,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIMS = {"fastpeft/kernels/__init__.py", "fastpeft/benchmarks/__init__.py"}
+MEASURED = "fastpeft/measured/some-gpu.json"
 LEFT_OUT = ("__pycache__", "*.egg-info", "build", "dist", ".*_cache", "demo-output")
 
 
@@ -38,6 +39,8 @@ def copy_of_tree(destination):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy2(path, destination)
+    (destination / MEASURED).parent.mkdir(exist_ok=True)
+    (destination / MEASURED).write_text("{}")  # tables ship as soon as there are some
     return destination
 
 
@@ -55,12 +58,13 @@ def packaged(wheel):
 
 
 def expected_in_wheel():
-    """Every source of the checkout, the two mapped folders under the package, without the checkout's shims and the suites
-    that pytest runs in it."""
+    """Every source of the checkout, the two mapped folders under the package, without the checkout's shims and the
+    suites that pytest runs in it."""
     files = {f"fastpeft/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("kernels/**/*.py")}
     files |= {f"fastpeft/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("benchmarks/*.py")}
     own = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastpeft/**/*.py")} - SHIMS
-    return files | own
+    shipped = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastpeft/measured/*.json")}
+    return files | own | shipped | {MEASURED}
 
 
 @pytest.fixture(scope="module")
