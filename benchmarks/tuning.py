@@ -38,7 +38,7 @@ from .tuning_tasks import (
 LUCK = 0.001
 MARGIN = 0.02  # a variant that is not this much faster is not worth leaving the predicted one
 SPARE_S = 2.0
-FIRST_S = {"cuda": 20.0, "cpu": 1.0}  # expected of the first task: most of it is compilation
+FIRST_S = {"cuda": 10.0, "cpu": 1.0}  # expected of the first task at least: most of it is compilation
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def by_luck(wins: int, rounds: int) -> float:
 @dataclass
 class Course:
     """One run over `tasks`. `entries` and `choices` (entry -> part -> Choice) are what came out, `wrong` names what did
-    not compute what it should, `failed` what could not run, `unreached` the tasks that the budget did not allow."""
+    not compute what it should, `failed` what could not run, `unreached` what the budget did not allow."""
 
     device: torch.device
     tasks: Sequence
@@ -94,7 +94,8 @@ class Course:
     def run(self) -> None:
         """All tasks, in order, as far as the budget goes. Raises DeviceLost."""
         for number, task in enumerate(self.tasks, 1):
-            if not self.allows(self.spent or [FIRST_S[self.device.type]]):
+            # The shortest of the last ones: what they compiled is compiled, and a task that takes longer is given up.
+            if not self.allows([min(self.spent[-3:], default=FIRST_S[self.device.type])]):
                 self.unreached.append(task.id)
                 continue
             start = self.budget.elapsed()
@@ -109,12 +110,10 @@ class Course:
     def _task(self, task, place: str) -> None:
         try:
             prepared = task.prepare(self.device)
+            calls = {name: prepared.call(name, name) for name in prepared.strategies}
         except torch.OutOfMemoryError as error:
             self.failed[task.id] = f"no memory for it: {error}"
             return
-        # The predicted one first: without it there is nothing to compare with.
-        names = sorted(prepared.strategies, key=lambda name: name not in prepared.predicted.values())
-        calls = {name: prepared.call(name, name) for name in names}
         chosen = self._question(place, task.id, prepared.bucket, calls, prepared.problems, prepared.predicted)
         if chosen is None:
             return
@@ -133,7 +132,7 @@ class Course:
         known = {entry.bucket for entry in self.entries}
         for bucket in sorted(asked - known):
             numbers = candidates(bucket, self.device)
-            if len(numbers) == 1 or not self.allows(self.spent or [0.0]):
+            if len(numbers) == 1:
                 continue
             predicted = next(iter(numbers))
             calls = {name: with_tiles(call, self.device, {**adopted, bucket: n}) for name, n in numbers.items()}
@@ -145,12 +144,13 @@ class Course:
                 adopted[bucket] = numbers[found["total"].name]
 
     def _question(self, place, label, bucket, calls, problems, predicted, numbers=None) -> dict[str, Choice] | None:
-        """Check, time and choose among `calls`; the entry is added. None if nothing right could be timed."""
+        """Check, time and choose among `calls`; the entry is added. None if the time was up or nothing was right."""
         ready, host_ms, wrong = {}, {}, {}
         durations: list[float] = []
         for name, call in calls.items():
-            if durations and not self.allows(durations):
-                break
+            if not self.allows(durations):
+                self.unreached.append(label)
+                return None  # the variants that are left might have been faster
             start = self.budget.elapsed()
             try:
                 _, host_ms[name] = warm_up(call, self.device, 2)
@@ -165,8 +165,7 @@ class Course:
                 kind[f"{label}: {name}"] = wrong[name] = found
             else:
                 ready[name] = call
-        missing = set(predicted.values()) - ready.keys() - wrong.keys()  # the time did not suffice for them
-        if not ready or missing:
+        if not ready:
             return None
         samples = interleave(self.timer, ready, host_ms, rounds=self.rounds, seconds=self.seconds)
         chosen = {part: choose(_of_part(samples, part), name) for part, name in predicted.items()}
@@ -311,6 +310,6 @@ def _print(console: Console, course: Course, out: str, lost: str) -> None:
         for name, text in found.items():
             console.line(f"{title}: {name}: {text}")
     if course.unreached:
-        console.line(f"{len(course.unreached)} buckets were not reached in {course.budget.seconds:g} s")
+        console.line(f"{len(course.unreached)} choices were not reached in {course.budget.seconds:g} s")
     if lost:
         print(f"device lost: {lost}", file=sys.stderr)

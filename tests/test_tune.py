@@ -189,6 +189,25 @@ def test_the_course_ends_within_its_time():
     assert len(made.unreached) == 5 and saved == [1, 2, 3, 4], "and the table was written after each"
 
 
+def test_a_task_that_the_time_does_not_suffice_for_is_given_up_whole():
+    """What was not tried might have been faster: nothing is confirmed by its absence."""
+    clock = Clock()
+
+    class Slow(Task):
+        def prepare(self, device):
+            made = super().prepare(device)
+
+            def problems(call, name):
+                clock.now += 20.0
+                return []
+
+            return made._replace(problems=problems)
+
+    made, saved, _ = course(Slow(), seconds=45.0, clock=clock)
+    assert clock.now == 20.0, "the next one would have ended too late"
+    assert made.entries == saved == [] and made.unreached == ["made up"]
+
+
 # Tasks
 
 
