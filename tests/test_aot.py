@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpeft.kernels import _attention_kernels, _attention_tiles, _tiles, lora_linear
+from fastpeft.kernels import _attention_decode, _attention_kernels, _attention_tiles, _tiles, lora_linear
 from fastpeft.kernels._common import dot_mode
 from tests import aot
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("half", "split", "tf32x3", "tf32", "ieee")
 KERNELS = {
-    name.strip("_") for module in (lora_linear, _attention_kernels) for name in vars(module)
+    name.strip("_") for module in (lora_linear, _attention_kernels, _attention_decode) for name in vars(module)
     if name.startswith("_") and name.endswith("_kernel")
 }  # fmt: skip
 
