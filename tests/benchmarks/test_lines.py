@@ -1,5 +1,6 @@
 """JSON lines: every result and every gap of a run, in the documented schema; what is not that is refused by line."""
 
+import functools
 import json
 import math
 
@@ -34,13 +35,18 @@ def result(impl, ms=1.0, over=None, *, spread=0.02, **changes):
     }  # fmt: skip
 
 
+@functools.cache
+def stamp_of_this_cpu():
+    return report.stamp("cpu")
+
+
 def document(*rows, unmeasured=(), gpu=GPU, **stamp):
     """A run's document with these results; `gpu=None`: of this CPU."""
     made = report.new_document({"device": "cuda" if gpu else "cpu"})
     of_gpu = {"device": gpu, "driver": "570.1", "header": ""} if gpu else {}
     ceilings = {"copy_gbps": 1000.0, "matmul_tflops": 800.0}
     known = {"torch": "2.13.0", "triton": "3.9.0", "peft": "0.21.2", "commit": "0123456789abcdef", "dirty": False}
-    made["stamp"] = report.stamp("cpu") | known | of_gpu | {"ceilings": ceilings, "date": DATE} | stamp
+    made["stamp"] = stamp_of_this_cpu() | known | of_gpu | {"ceilings": ceilings, "date": DATE} | stamp
     made["results"], made["unmeasured"] = list(rows), list(unmeasured)
     return made
 
