@@ -191,8 +191,8 @@ def prompt_embedding(strategy: str, *, B: int, S: int, P: int, hidden: int, item
     if strategy == "frozen":
         return [Launch("embedding", PASS, Work(0, 2 * tokens + B * S * TOKEN))], []
     forward = Work(0, 2 * tokens + (B + 1) * learned + B * S * TOKEN)
-    return [Launch("_forward_kernel", PASS, forward)], [
-        Launch("_backward_kernel", PASS, Work(B * P * hidden, (B + 1) * learned))
+    return [Launch("_prepend_kernel", PASS, forward)], [
+        Launch("_grad_prompt_kernel", PASS, Work(B * P * hidden, (B + 1) * learned))
     ]
 
 

@@ -109,7 +109,7 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def triton_refusal(x: torch.Tensor, dtype: torch.dtype, width: int, of: str = "rank") -> str | None:
-    """Why Triton cannot serve this call, or None; `width` is what `LIMITS` limits under the name `of`."""
+    """Why Triton cannot serve this call, or None; `width` is what `LIMITS` limits under the name `of`, 0 if nothing."""
     if reason := triton_unavailable():
         return reason
     if x.is_cuda:
@@ -129,7 +129,7 @@ def triton_refusal(x: torch.Tensor, dtype: torch.dtype, width: int, of: str = "r
 
 
 def choose_backend(
-    x: torch.Tensor, dtype: torch.dtype, width: int, patched: str | None = None, of: str = "rank"
+    x: torch.Tensor, dtype: torch.dtype, width: int = 0, patched: str | None = None, of: str = "rank"
 ) -> Choice:
     """The backend of one call on `x` computing in `dtype`, with the `width` that `triton_refusal` asks for. Raises
     BackendError where "triton" is demanded in vain."""

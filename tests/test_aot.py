@@ -11,14 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpeft.kernels import _attention_decode, _attention_kernels, _attention_tiles, _tiles, lora_linear
+from fastpeft.kernels import (
+    _attention_decode,
+    _attention_kernels,
+    _attention_tiles,
+    _tiles,
+    lora_linear,
+    prompt_embedding,
+)
 from fastpeft.kernels._common import dot_mode
 from tests import aot
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("half", "split", "tf32x3", "tf32", "ieee")
 KERNELS = {
-    name.strip("_") for module in (lora_linear, _attention_kernels, _attention_decode) for name in vars(module)
+    name.strip("_")
+    for module in (lora_linear, _attention_kernels, _attention_decode, prompt_embedding) for name in vars(module)
     if name.startswith("_") and name.endswith("_kernel")
 }  # fmt: skip
 
@@ -68,6 +76,7 @@ def test_shared_memory_suffices(shipped):
 
 def test_every_matrix_product_runs_on_tensor_cores(shipped):
     sums = {"sum_partials_kernel", "merge_parts_kernel", "grad_query_kernel"}  # the last where only δ is wanted
+    sums |= {"prepend_kernel", "grad_prompt_kernel"}
     assert {each["kernel"].split()[0] for each in shipped if not each["tensor_core"]} == sums
 
 

@@ -2,9 +2,16 @@
 
 from fastpeft.ops import _lora_linear_compiled as _lora_linear_compiled  # registers the operators
 from fastpeft.ops import _prefix_attention_compiled as _prefix_attention_compiled
+from fastpeft.ops import _prompt_embedding_compiled as _prompt_embedding_compiled
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention, gated_prompt_attention_reference
 from fastpeft.ops.lora_linear import dropout_mask, lora_linear, lora_linear_reference
 from fastpeft.ops.prefix_attention import prefix_attention, prefix_attention_reference
+from fastpeft.ops.prompt_embedding import (
+    prepend_prompt,
+    prepend_prompt_reference,
+    prompt_embedding,
+    prompt_embedding_reference,
+)
 
 __all__ = [
     "dropout_mask",
@@ -14,4 +21,8 @@ __all__ = [
     "lora_linear_reference",
     "prefix_attention",
     "prefix_attention_reference",
+    "prepend_prompt",
+    "prepend_prompt_reference",
+    "prompt_embedding",
+    "prompt_embedding_reference",
 ]

@@ -15,7 +15,7 @@ from fastpeft.dispatch import Plan, backend, override_plan
 from fastpeft.kernels import lora_linear as lora_kernels
 from fastpeft.kernels import prefix_attention as attention_kernels
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK
-from fastpeft.ops import _lora_linear_triton, gated_prompt_attention, lora_linear, prefix_attention
+from fastpeft.ops import _lora_linear_triton, gated_prompt_attention, lora_linear, prefix_attention, prompt_embedding
 from tests.traffic import count_traffic
 
 interpreter = pytest.mark.interpreter
@@ -73,6 +73,16 @@ def run_attention(op, strategy, B, H, Hkv, S, P, D):
     return counted(forward), counted(backward)
 
 
+def run_prompt(B, S, P, hidden):
+    prompt, table = draw(P, hidden), draw(13, hidden).detach()
+    with backend("triton"):
+        with count_traffic() as forward:
+            out = prompt_embedding(torch.randint(13, (B, S)), table, prompt)
+        with count_traffic() as backward:
+            torch.autograd.grad(out, prompt, torch.ones_like(out))
+    return counted(forward), counted(backward)
+
+
 @interpreter
 @pytest.mark.parametrize("strategy", designs.DESIGNS["lora_linear"].strategies)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -123,6 +133,13 @@ def test_attention_in_many_tiles_moves_more_but_not_much(op, strategy):
         for kernel in found:
             # The keys are read by each tile of queries of each head of a group, the prefix for each sample too.
             assert expected[kernel] <= found[kernel] <= 4 * expected[kernel], kernel
+
+
+@interpreter
+@pytest.mark.parametrize("hidden", [16, 100])
+def test_prompt_embedding_moves_its_ledgers_bytes_in_one_tile_and_in_many(hidden):
+    sizes = {"B": 5, "S": 3, "P": 2, "hidden": hidden}
+    assert run_prompt(**sizes) == tuple(map(ledger, designs.prompt_embedding("fused", **sizes, itemsize=2)))
 
 
 def test_the_ranks_at_which_the_kernels_change_are_the_ledgers():
