@@ -1,207 +1,293 @@
-"""Whole training steps on a CPU (forward, backward, AdamW): ours, HF peft and the frozen model, interleaved.
+"""Whole training steps of a model with random weights: forward, backward, AdamW; frozen, HF peft and ours, interleaved.
 
-    python -m benchmarks.bench_step [--method lora|prefix] [--rounds 12] [--threads 2] [--json FILE] [--profile]
+    fastpeft bench step [--shape llama3-8b] ...    on a GPU the models of geometry.py in bf16, on a CPU small ones
+    python -m benchmarks.bench_step [--method lora|prefix|adapter] [--threads 2] [--rounds 12] [--clock cpu] [--profile]
 
-lora: a Llama of random weights (hidden 512, 4 layers, 8 heads, 2 key-value heads, MLP 1408) with LoRA of rank 16 on
-every linear layer, fp32, batch 4 of 256 tokens. prefix: hidden 256, MLP 704, 30 virtual tokens, batch 2 of 1024 and 1
-of 2048 tokens; the frozen model has no prefix there, and computes the gradient of its input. Before anything is timed,
-both adapters take one step from the same start, without dropout, and must have the same loss and gradients. This times
-the CPU path: it says nothing of kernels. On a machine that others use too, `--threads 1 --clock cpu` counts the seconds
-of the process itself.
+The second line is the comparison on a CPU alone: a Llama of hidden 512 with LoRA of rank 16 on every linear layer,
+batch 4 of 256 tokens; one of hidden 256 with 30 virtual tokens, batch 2 of 1024 and 1 of 2048; fp32, and nothing of
+kernels. On a machine that others use too, `--threads 1 --clock cpu` counts the seconds of the process itself.
+
+The floor is the frozen model: forward, and backward down to its embeddings. No time is shown before loss and gradients
+are right (step_check.py). What the host needs to issue a step is part of it, as in training: nothing covers it.
+
+`tokens_per_s`: batch · seq over the median. `mfu`: `model_flops` (step_models.py) over the median, as a fraction of the
+bf16 product that this run measured on this machine, not of a data sheet; null for fp32. Adapters' operations are not
+counted, so among implementations it says what tokens a second say. `peak_bytes`: the most above what stood before the
+step (weights, adapter, optimizer); `note` has the peak in all.
 """
 
 import argparse
-import copy
-import json
-import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
-CONFIG = dict(
-    vocab_size=1024, hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-    intermediate_size=1408, max_position_embeddings=4096, use_cache=False,
-)  # fmt: skip
-RANK, VIRTUAL_TOKENS = 16, 30
+from . import report
+from .baselines import Missing
+from .harness import (
+    Budget,
+    CpuTimer,
+    ceilings,
+    interleave,
+    measure_memory,
+    timer_for,
+    warm_up,
+)
+from .report import FLOOR
+from .request import Request
+from .runner import require_device, say_line
+from .step_cases import METHODS, Case, cases, cases_of
+from .step_check import Check, dtype_of, release
+from .step_models import LIGER, OURS, PEFT, build_base, model_flops
+from .step_rows import OP, PEERS, Found, row_of, step_of, words
+
+IMPLEMENTATIONS = (FLOOR, PEFT, OURS, LIGER)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-FROZEN, PEFT, OURS = "frozen", "HF peft", "fastpeft"
+__all__ = ["IMPLEMENTATIONS", "OP", "PEERS", "Case", "Steps", "cases", "cases_of", "measure"]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One kind of step; `sizes` replace some of CONFIG's."""
+class Steps:
+    """One pass over cases, as runner.Run makes it over an op's cells: rows go to document["results"], `save` is called
+    before every stage that could end the process, which document["running"] then names. `timer`: in place of the
+    device's own."""
 
-    method: str
-    batch: int
-    tokens: int
-    dropout: float = 0.0
-    sizes: tuple[tuple[str, int], ...] = ()
+    def __init__(
+        self,
+        document: dict,
+        wanted: Sequence[Case],
+        save: Callable[[], None],
+        budget: Budget,
+        say: Callable[[str], None] = say_line,
+        device: torch.device | None = None,
+        watch: Callable[[int, str], None] = lambda done, note: None,
+        timer=None,
+    ):
+        self.document, self.cases, self.save = document, list(wanted), save
+        self.budget, self.say, self.watch = budget, say, watch
+        self.plan = document["plan"]
+        self.device = device or torch.device(self.plan["device"])
+        self.timer = timer
+        self._base: tuple[tuple[str, str], nn.Module] | None = None
+        self._done = 0
 
-    def options(self) -> dict:
-        if self.method == "prefix":
-            return {"num_virtual_tokens": VIRTUAL_TOKENS, "task_type": "CAUSAL_LM"}
-        return {
-            "r": RANK,
-            "lora_alpha": RANK,
-            "target_modules": "all-linear",
-            "lora_dropout": self.dropout,
-            "task_type": "CAUSAL_LM",
-        }
+    def measure(self) -> None:
+        """Every case that has no results yet, in order; what is left out is named in document["unmeasured"]."""
+        measured = self.document["stamp"]["ceilings"]
+        if measured["matmul_tflops"] is None:
+            self._enter("-", None, "ceilings")
+            measured.update(ceilings(self.device, torch.bfloat16, tiny=self.device.type == "cpu"))
+        self.timer = self.timer or timer_for(self.device)
+        for name, reason in self.plan["without"].get(OP, {}).items():
+            self._leave_out("all cells", name, reason)
+        done = {_key(row) for row in self.document["results"] if row["op"] == OP}
+        durations: list[float] = []
+        for number, case in enumerate(self.cases):
+            self._done = number
+            if (*case.shape().values(), case.dropout, case.dtype) in done:
+                continue
+            if case.id in self.plan["skip"]:
+                self._leave_out(case.id, None, self.plan["skip"][case.id])
+                continue
+            if not self.budget.allows(durations):
+                self._leave_out(case.id, None, f"the budget of {self.budget.seconds:.0f} s was spent")
+                continue
+            start = self.budget.elapsed()
+            rows = self._case(case)
+            durations.append(self.budget.elapsed() - start)
+            self.document["results"].extend(rows)
+            self.save()
+            self.say(f"[{self.budget.elapsed():.0f}/{self.budget.seconds:.0f} s] {words(case, rows)}")
+        self._base = None
+        release(self.device)
+        self.document["running"] = None
+        self.save()
+
+    def _enter(self, case: str, name: str | None, stage: str) -> None:
+        self.document["running"] = {"op": OP, "cell": case, "impl": name, "stage": stage}
+        self.save()
+        self.watch(self._done, " ".join(filter(None, (case, name, stage))))
+
+    def _leave_out(self, case: str, name: str | None, reason: str) -> None:
+        entry = {"op": OP, "cell": case, "impl": name, "reason": reason}
+        if entry not in self.document["unmeasured"]:
+            self.document["unmeasured"].append(entry)
+
+    def _taking_part(self) -> list[Found]:
+        without, against = self.plan["without"].get(OP, {}), self.plan.get("against")
+        wanted = [name for name in IMPLEMENTATIONS if name not in without]
+        return [Found(name) for name in wanted if name not in PEERS or against is None or name in against]
+
+    def _case(self, case: Case) -> list[dict]:
+        self._enter(case.id, None, "base")
+        found = self._taking_part()
+        try:
+            base = self._base_of(case)
+        except torch.OutOfMemoryError as error:
+            self._leave_out(case.id, None, f"no memory for the model: {_in_words(error)}")
+            return []
+        self._check(case, base, [each for each in found if each.name != FLOOR])
+        for each in found:
+            if each.status == "ok":
+                self._enter(case.id, each.name, "warm-up")
+                self._attempt(each, self._prepare, each, case, base)
+        self._enter(case.id, None, "timing")
+        ready = {each.name: each.step for each in found if each.status == "ok"}
+        rounds, seconds = tuple(self.plan["rounds"]), self.plan["seconds_per_cell"]
+        samples = {}
+        try:
+            samples = interleave(self.timer, ready, {}, rounds=rounds, seconds=seconds) if ready else {}
+        except torch.OutOfMemoryError as error:
+            for each in found:
+                if each.status == "ok":
+                    each.status, each.note = "failed", f"no memory for steps in turns: {_in_words(error)}"
+        flops = model_flops(base, case)
+        ceiling = self.document["stamp"]["ceilings"]["matmul_tflops"] if case.dtype != "fp32" else None
+        rows = [row_of(case, each, samples, flops, ceiling) for each in found]
+        del ready, found
+        release(self.device)
+        return rows
+
+    def _base_of(self, case: Case) -> nn.Module:
+        """The last case's if it is the same; the old one is gone before a new one is made."""
+        key = case.model, case.dtype
+        if self._base is None or self._base[0] != key:
+            self._base = None
+            release(self.device)
+            self._base = key, build_base(*key, self.device)
+        return self._base[1]
+
+    def _check(self, case: Case, base: nn.Module, found: list[Found]) -> None:
+        """Verdicts for all of them, and of what they were judged by nothing is left."""
+        self._enter(case.id, None, "truth")
+        truth = Found("truth")
+        check = self._attempt(truth, Check, case, base, self.device)
+        for each in found:
+            if check is None:
+                each.status, each.note = truth.status, f"there is nothing to check it by: {truth.note}"
+                continue
+            self._enter(case.id, each.name, "check")
+            each.checked = self._attempt(each, check.verify, each.name)
+            if each.checked and each.checked["problems"]:
+                each.status, each.note = "wrong", "; ".join(each.checked["problems"])[:1000]
+        del check
+        release(self.device)
+
+    def _attempt(self, each: Found, work: Callable, *given):
+        """What `work` returns; or None, and `each` says why."""
+        result = None
+        try:
+            result = work(*given)
+        except Missing as reason:
+            each.status, each.note = "missing", str(reason)
+        except torch.OutOfMemoryError as error:
+            each.status, each.note = "failed", f"out of memory: {_in_words(error)}"
+        except Exception as error:  # a peer or a kernel may raise anything, and the others are still worth measuring
+            traceback.print_exc()
+            each.status, each.note = "failed", _in_words(error)
+        if each.status == "failed":
+            each.step = None
+            release(self.device)
+            require_device(self.device)
+        return result
+
+    def _prepare(self, each: Found, case: Case, base: nn.Module) -> None:
+        """Built, run until compiled, and weighed."""
+        each.step = step_of(each.name, base, case, self.device)
+        each.adapter_dtype = None if each.name == FLOOR else dtype_of(each.step.model)
+        each.first_s, each.host_ms = warm_up(each.step, self.device)
+        each.memory = measure_memory(each.step, self.device)
+        if each.memory.peak is not None:
+            weights = sum(p.nbytes for p in base.parameters())
+            total = weights + each.step.own_bytes() + each.memory.peak
+            each.note = f"{total / 1e9:.2f} GB at the peak, of which the frozen weights {weights / 1e9:.2f}"
 
 
-SMALLER = (("hidden_size", 256), ("intermediate_size", 704))
-CASES = {
-    "lora": (Case("lora", 4, 256), Case("lora", 4, 256, dropout=0.05)),
-    "prefix": (Case("prefix", 2, 1024, sizes=SMALLER), Case("prefix", 1, 2048, sizes=SMALLER)),
-}
-CLASSES = {"lora": "LoraConfig", "prefix": "PrefixTuningConfig"}
+def measure(
+    document: dict,
+    wanted: Sequence[Case],
+    save: Callable[[], None],
+    budget: Budget,
+    say: Callable[[str], None] = say_line,
+    device: torch.device | None = None,
+    watch: Callable[[int, str], None] = lambda done, note: None,
+) -> None:
+    """The rows of these cases into document["results"]; `device` is by default the plan's. See Steps."""
+    Steps(document, wanted, save, budget, say, device, watch).measure()
 
 
-def models(case: Case, dropout: bool = True) -> dict[str, torch.nn.Module]:
-    """The frozen model, HF peft's and ours, with equal base weights and equal adapters."""
-    import peft
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import fastpeft
-
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**{**CONFIG, **dict(case.sizes)})).train()
-    options, name = case.options(), CLASSES[case.method]
-    if not dropout and case.dropout:
-        options["lora_dropout"] = 0.0
-    frozen = copy.deepcopy(base).requires_grad_(False)
-    frozen.enable_input_require_grads()
-    torch.manual_seed(1)
-    theirs = peft.get_peft_model(copy.deepcopy(base), getattr(peft, name)(**options))
-    torch.manual_seed(1)
-    ours = fastpeft.patch(copy.deepcopy(base), getattr(fastpeft, name)(**options))
-    return {FROZEN: frozen, PEFT: theirs, OURS: ours}
+def _key(row: dict) -> tuple:
+    return *row["shape"].values(), row["dropout"], row["dtype"]
 
 
-def check(found: dict[str, torch.nn.Module], ids: torch.Tensor) -> None:
-    """Equal losses and gradients. Raises AssertionError where a figure would be of something else."""
-    grads = {}
-    for name in (PEFT, OURS):
-        loss = found[name](input_ids=ids, labels=ids).loss
-        loss.backward()
-        named = {key.split("model.", 1)[-1]: p.grad for key, p in found[name].named_parameters() if p.requires_grad}
-        grads[name] = [loss, *(named[key] for key in sorted(named, key=lambda key: key.split("layers.")[-1]))]
-        found[name].zero_grad()
-    for ours, theirs in zip(grads[OURS], grads[PEFT], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert any(grad.abs().max() > 0 for grad in grads[OURS][1:])
+def _in_words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def steps_of(found: dict[str, torch.nn.Module], ids: torch.Tensor) -> dict:
-    """A function for each model that takes one whole step."""
-
-    def step_of(model):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-
-        def step() -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-
-        return step
-
-    return {name: step_of(model) for name, model in found.items()}
-
-
-def quartiles(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Of the quotients within a round."""
-    quotients = [a / b for a, b in zip(numerators, denominators, strict=True)]
-    return [round(value, 3) for value in statistics.quantiles(quotients, n=4)]
-
-
-def measure(case: Case, rounds: int, clock=time.perf_counter) -> dict:
-    """Medians of each implementation's milliseconds, and quotients within a round: (lower quartile, median, upper)."""
-    vocabulary = {**CONFIG, **dict(case.sizes)}["vocab_size"]
-    ids = torch.randint(0, vocabulary, (case.batch, case.tokens))
-    check(models(case, dropout=False), ids)
-    steps = steps_of(models(case), ids)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):  # the first warms up
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if turn:
-                times[name].append(1e3 * (clock() - start))
-    return {
-        **asdict(case),
-        "rounds": rounds,
-        "median_ms": {name: round(statistics.median(values), 1) for name, values in times.items()},
-        "speedup_over_peft": quartiles(times[PEFT], times[OURS]),
-        "cost_over_frozen": {name: quartiles(times[name], times[FROZEN]) for name in (PEFT, OURS)},
-    }
-
-
-def profile(case: Case, repeats: int = 5) -> list[tuple[str, dict[str, float], dict[str, float]]]:
-    """(operator, its own milliseconds in a step, calls in a step), by implementation; what ours adds most first."""
+def profile(case: Case, repeats: int = 5) -> list[tuple[str, dict[str, tuple[float, float]]]]:
+    """(operator, (its own milliseconds, its calls) in a step by implementation) on a CPU; what ours adds most first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recorder
 
-    vocabulary = {**CONFIG, **dict(case.sizes)}["vocab_size"]
-    steps = steps_of(models(case), torch.randint(0, vocabulary, (case.batch, case.tokens)))
-    spent: dict[str, dict[str, float]] = {}
-    calls: dict[str, dict[str, float]] = {}
-    for name, step in steps.items():
-        step()
+    device = torch.device("cpu")
+    base = build_base(case.model, case.dtype, device)
+    spent: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in (FLOOR, PEFT, OURS):
+        step = step_of(name, base, case, device)
+        warm_up(step, device)
         with recorder(activities=[ProfilerActivity.CPU]) as recorded:
             for _ in range(repeats):
-                step()
+                step.run()
         for event in recorded.key_averages():
-            spent.setdefault(event.key, {})[name] = event.self_cpu_time_total / 1e3 / repeats
-            calls.setdefault(event.key, {})[name] = event.count / repeats
-    added = sorted(spent, key=lambda key: spent[key].get(FROZEN, 0.0) - spent[key].get(OURS, 0.0))
-    return [(key, spent[key], calls[key]) for key in added]
-
-
-def say(result: dict) -> str:
-    low, middle, high = result["speedup_over_peft"]
-    costs = ", ".join(f"{name} {middle}x" for name, (_, middle, _) in result["cost_over_frozen"].items())
-    dropout = f", dropout {result['dropout']}" if result["method"] == "lora" else ""
-    return (
-        f"{result['method']}, batch {result['batch']} of {result['tokens']} tokens{dropout}: {result['median_ms']} ms; "
-        f"{costs} the frozen step; ours {middle} times HF peft's speed ({low} to {high})"
-    )
+            milliseconds = event.self_cpu_time_total / 1e3 / repeats
+            spent.setdefault(event.key, {})[name] = milliseconds, event.count / repeats
+    nothing = (0.0, 0.0)
+    return sorted(spent.items(), key=lambda item: item[1].get(FLOOR, nothing)[0] - item[1].get(OURS, nothing)[0])
 
 
 def _say_profile(case: Case, lines: int = 25) -> None:
-    print(f"{case.method}, batch {case.batch} of {case.tokens} tokens: ms (calls) in a step")
-    for key, spent, calls in profile(case)[:lines]:
-        shares = [f"{name} {spent.get(name, 0.0):.2f} ({calls.get(name, 0):g})" for name in (FROZEN, PEFT, OURS)]
+    print(f"{case.id}: ms (calls) in a step")
+    for key, spent in profile(case)[:lines]:
+        shares = [f"{name} {milliseconds:.2f} ({calls:g})" for name, (milliseconds, calls) in spent.items()]
         print(f"  {key[:70]}: {', '.join(shares)}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Training steps on the CPU, beside HF peft.")
-    parser.add_argument("--method", choices=list(CASES), default="lora")
+    """The comparison on a CPU. Returns the exit status of report.py; argparse leaves with 2 for wrong usage."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=list(METHODS), default="lora")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the whole document there (report.py)")
     parser.add_argument("--profile", action="store_true", help="instead: which operators a step spends its time in")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
+    wanted = cases(Request(tiny=True), [chosen.method])
     if chosen.profile:
-        for case in CASES[chosen.method]:
+        for case in wanted:
             _say_profile(case)
         return 0
-    results = []
-    for case in CASES[chosen.method]:
-        results.append(measure(case, chosen.rounds, CLOCKS[chosen.clock]))
-        print(say(results[-1]), flush=True)
+    plan = {
+        "device": "cpu",
+        "clock": chosen.clock,
+        "steps": [asdict(case) for case in wanted],
+        "rounds": [chosen.rounds, chosen.rounds],
+        "seconds_per_cell": 0.0,
+        "without": {},
+        "skip": {},
+    }
+    document = report.new_document(plan)
+    document["stamp"] = report.stamp("cpu")
+    print(report.CPU_HEADER, flush=True)
+    timer = CpuTimer(CLOCKS[chosen.clock])
+    Steps(document, cases_of(plan), lambda: None, Budget(float("inf")), timer=timer).measure()
     if chosen.json:
-        document = {"schema": 2, "torch": torch.__version__, "threads": chosen.threads, "clock": chosen.clock}
-        document["results"] = results
-        chosen.json.write_text(json.dumps(document, indent=1))
-    return 0
+        report.save(document, chosen.json)
+    return report.exit_code(document)
 
 
 if __name__ == "__main__":

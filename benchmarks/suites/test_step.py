@@ -1,21 +1,22 @@
-"""Whole training steps of a small Llama under pytest-benchmark: frozen, HF peft's and ours, from equal weights."""
+"""Whole training steps of a small Llama under pytest-benchmark: frozen, HF peft's and ours, on one base."""
 
 import pytest
 import torch
 
-from fastpeft.benchmarks import bench_step
-from fastpeft.benchmarks.bench_step import FROZEN, OURS, PEFT, Case
-from fastpeft.benchmarks.suites.members import DEVICES, time_it
+from fastpeft.benchmarks.bench_step import step_of
+from fastpeft.benchmarks.report import FLOOR
+from fastpeft.benchmarks.step_cases import Case
+from fastpeft.benchmarks.step_check import Check
+from fastpeft.benchmarks.step_models import build_base
+from fastpeft.benchmarks.suites.members import DEVICES, NAMES, time_it
 
-SIZES = (("hidden_size", 128), ("intermediate_size", 352), ("num_hidden_layers", 2))
-CASES = {"lora": Case("lora", 2, 64, sizes=SIZES), "prefix": Case("prefix", 2, 64, sizes=SIZES)}
 
-
-@pytest.mark.parametrize("name", [FROZEN, PEFT, OURS])
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["lora", "prefix"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_step(benchmark, device, method, name):
-    case, ids = CASES[method], torch.arange(2 * 64, device=device).view(2, 64)
-    found = {each: model.to(device) for each, model in bench_step.models(case).items()}
-    bench_step.check(found, ids)
-    time_it(benchmark, bench_step.steps_of(found, ids)[name], torch.device(device), f"{method} step")
+    case, device = Case("tiny", method, 4, 64, "fp32"), torch.device(device)
+    base = build_base(case.model, case.dtype, device)
+    if name != FLOOR:
+        assert Check(case, base, device).verify(name)["problems"] == []
+    time_it(benchmark, step_of(name, base, case, device).run, device, f"{method} step")
