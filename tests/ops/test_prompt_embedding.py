@@ -43,7 +43,7 @@ TRUNCATED = Bounds(rms=2.2, peak=4.0, row=4.0, gain=0.002 + 2**-8)  # as the int
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_torch_path(dtypes, by_sample, embeds):
     with backend("torch"):
-        assert_right([draw(dtypes, seed=seed, by_sample=by_sample, embeds=embeds) for seed in range(24)])
+        assert_right([draw(dtypes, seed=seed, by_sample=by_sample, embeds=embeds) for seed in range(12)])
 
 
 @interpreted
@@ -52,7 +52,7 @@ def test_torch_path(dtypes, by_sample, embeds):
 @KINDS
 @pytest.mark.parametrize("dtypes", EXACT_IN_INTERPRETER)
 def test_kernels(dtypes, by_sample, embeds):
-    sums = 1 if by_sample or embeds else 6  # of which one draw knows little
+    sums = 1 if by_sample or embeds else 4  # of which one draw knows little
     with backend("triton"):
         assert_right([draw(dtypes, seed=seed, by_sample=by_sample, embeds=embeds, tokens=2) for seed in range(sums)])
 
@@ -77,15 +77,14 @@ SHAPES = {
 }
 
 
-@KINDS
-@SOURCES
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes(shape, name, embeds, by_sample):
+def test_shapes(shape, name):
     """In half precision, whose fp32 sums round once: alone in fp32 the order of a sum is seen."""
     sizes = dict(zip(("batch", "tokens", "count", "hidden"), shape, strict=True))
     with backend(name):
-        assert_right([draw("fp16", embeds=embeds, by_sample=by_sample, **sizes)])
+        assert_right([draw("fp16", **sizes)])
+        assert_right([draw("fp16", embeds=True, by_sample=True, **sizes)])
 
 
 @KINDS

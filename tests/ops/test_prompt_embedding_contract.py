@@ -16,6 +16,9 @@ from tests.traffic import count_traffic
 interpreted = pytest.mark.interpreter
 BOTH = [pytest.param("torch"), pytest.param("triton", marks=interpreted)]
 SOURCES = pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
+LEARNING = pytest.mark.parametrize(
+    ("embeds", "learns"), [(False, False), (False, True), (True, True)], ids=["ids", "a table that learns", "embeds"]
+)
 KINDS = pytest.mark.parametrize("by_sample", [False, True], ids=["shared", "by sample"])
 
 
@@ -82,8 +85,7 @@ def test_a_prompt_in_float64_leaves_the_kernels_to_others():
 
 
 @KINDS
-@SOURCES
-@pytest.mark.parametrize("learns", [False, True])
+@LEARNING
 @pytest.mark.parametrize("name", BOTH)
 def test_only_the_ids_of_a_table_that_learns_are_kept(name, learns, embeds, by_sample):
     problem = draw(embeds=embeds, by_sample=by_sample)
@@ -240,8 +242,7 @@ def test_kernels_stay_inside_and_do_not_depend_on_program_order(by_sample, embed
 
 
 @KINDS
-@SOURCES
-@pytest.mark.parametrize("learns", [False, True])
+@LEARNING
 @pytest.mark.parametrize("name", BOTH)
 def test_compiled_as_one_graph(name, learns, embeds, by_sample):
     problem = draw("fp16-fp32", embeds=embeds, by_sample=by_sample, batch=3, tokens=2)
