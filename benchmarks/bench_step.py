@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = {
         "device": "cpu",
         "clock": chosen.clock,
-        "steps": [asdict(case) for case in wanted],
+        "cases": [asdict(case) for case in wanted],
         "rounds": [chosen.rounds, chosen.rounds],
         "seconds_per_cell": 0.0,
         "without": {},

@@ -143,4 +143,4 @@ def _usual(request: Request) -> list[Case]:
 
 def cases_of(plan: dict) -> list[Case]:
     """The cases of a plan, read back."""
-    return [Case(**entry) for entry in plan.get("steps", ())]
+    return [Case(**entry) for entry in plan.get("cases", ())]

@@ -31,6 +31,7 @@ TIMES_AT_SIZE = 5.0  # apart from the measure at the timed size: twice its error
 # Of the measure's relative error, as an error of the gain: roundings have no common direction. Of n numbers, three
 # standard errors, where that is more.
 GAIN_SHARE, GAIN_DEVIATIONS = 0.3, 3.0
+FEW = 64  # numbers, which may all be next to zero: errors relative to what is usual for the kind
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def errors_of(found: Outcome, truth: Outcome) -> Errors:
         names = sorted(found.gradients.keys() ^ truth.gradients.keys())
         raise ValueError(f"a gradient on one side alone: {', '.join(names[:3])}")
     sums: dict[str, list[float]] = {}
+    each: dict[str, tuple] = {}
     errors = Errors()
     for name, exact in truth.gradients.items():
         ours = found.gradients[name]
@@ -112,12 +114,15 @@ def errors_of(found: Outcome, truth: Outcome) -> Errors:
         parts = [(ours - exact).square().sum().item(), exact.square().sum().item(), (ours * exact).sum().item()]
         if not parts[1] > 0:
             raise ValueError(f"gradient of {name}: the truth is zero or not finite")
-        errors.single[name] = _root(parts[0] / parts[1])
-        kind = kind_of(name)
-        sums[kind] = [a + b for a, b in zip(sums.get(kind, (0.0, 0.0, 0.0)), parts, strict=True)]
-        errors.numbers[kind] = errors.numbers.get(kind, 0) + exact.numel()
-    for kind, (error, power, along) in sums.items():
+        kind, numbers = kind_of(name), exact.numel()
+        each[name] = (*parts[:2], kind, numbers)
+        sums[kind] = [a + b for a, b in zip(sums.get(kind, (0.0,) * 5), (*parts, numbers, 1), strict=True)]
+    for kind, (error, power, along, numbers, _) in sums.items():
         errors.pooled[kind], errors.gain[kind] = _root(error / power), along / power
+        errors.numbers[kind] = numbers
+    for name, (error, power, kind, numbers) in each.items():
+        usual = sums[kind][1] / sums[kind][4]
+        errors.single[name] = _root(error / (max(power, usual) if numbers < FEW else power))
     return errors
 
 
@@ -182,11 +187,13 @@ class Check:
         model = adapted(name, self.base, self.case)
         load(self.values, model.module)
         found = outcome(model, self._inputs(self.small))
+        compared = self.at_size is not None and not name == self.measure == PEFT
+        at_size = outcome(model, self._inputs(self.case)) if compared else None
         verdict = Verdict()
         try:
             self._judge(verdict, found, itself=name == self.measure == PEFT)
-            if self.at_size is not None and name != self.measure:
-                self._judge_at_size(verdict, outcome(model, self._inputs(self.case)))
+            if at_size is not None:
+                self._judge_at_size(verdict, at_size)
         except ValueError as problem:
             verdict.problems.append(str(problem))
         sizes = f"batch {self.small.batch} of {self.small.seq} tokens"

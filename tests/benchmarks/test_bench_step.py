@@ -39,7 +39,7 @@ def run(wanted, document=None, budget=None, save=lambda: None, **plan) -> dict:
     """A run of these cases on the CPU; returns the document."""
     usual = {"device": "cpu", "rounds": [2, 2], "seconds_per_cell": 0.0, "without": {}, "skip": {}}
     if document is None:
-        document = report.new_document({**usual, "steps": [asdict(case) for case in wanted], **plan})
+        document = report.new_document({**usual, "cases": [asdict(case) for case in wanted], **plan})
         document["stamp"] = report.stamp("cpu")
         document["stamp"]["ceilings"] = {"copy_gbps": 50.0, "matmul_tflops": 0.5}
     bench_step.measure(document, cases_of(document["plan"]), save, budget or Budget(100), lambda text: None)
@@ -70,7 +70,7 @@ def smaller(monkeypatch):
 def quick():
     """What `fastpeft bench step --quick` measures on a CPU, and what was running whenever it was saved."""
     running, wanted = [], cases(Request(tiny=True, quick=True))
-    plan = {"steps": [asdict(case) for case in wanted]}
+    plan = {"cases": [asdict(case) for case in wanted]}
     document = report.new_document(
         {"device": "cpu", "rounds": [2, 2], "seconds_per_cell": 0.0, "without": {}, "skip": {}, **plan}
     )
@@ -239,6 +239,14 @@ def test_comparisons_that_say_nothing_are_errors():
         with pytest.raises(ValueError, match=words):
             errors_of(ones, Outcome(1.0, other))
     assert errors_of(Outcome(1.0, {"layers.0.a.b": torch.full((2,), torch.nan)}), ones).pooled["layers.*.a.b"] > 1
+
+
+def test_a_number_next_to_zero_is_judged_by_its_kind():
+    truth = Outcome(1.0, {f"layers.{i}.gate": torch.tensor([value]) for i, value in enumerate((1.0, 1.0, 1e-6))})
+    found = Outcome(1.0, {name: gradient + 1e-3 for name, gradient in truth.gradients.items()})
+    errors = errors_of(found, truth)
+    assert errors.worst("layers.*.gate") == pytest.approx(1.2e-3, rel=0.03)
+    assert errors.gain["layers.*.gate"] == pytest.approx(1.001) and errors.numbers == {"layers.*.gate": 3}
 
 
 # One base

@@ -28,7 +28,7 @@ def test_the_order_is_by_value():
     assert len(wanted) == len(set(wanted)) == len({case.id for case in wanted}) == 22
     assert {case.model for case in wanted} == GEOMETRIES.keys() - {"llama2-7b", "small", "tiny"}
     assert {case.dtype for case in wanted} == {"bf16"} and wanted[0].shape()["batch"] == 2
-    plan = {"steps": json.loads(json.dumps([asdict(case) for case in wanted]))}
+    plan = {"cases": json.loads(json.dumps([asdict(case) for case in wanted]))}
     assert cases_of(plan) == wanted and cases_of({}) == []
 
 
