@@ -1,31 +1,27 @@
 """Attention plus a gated softmax over a prompt (LLaMA-Adapter) against its peers: forward and backward, no figure
 without a check.
 
-`tiers` lists the cells, the most important first; `BENCH` says how a cell is run; `main` is the command line.
+`tiers` lists the cells, the most important first; `cells` those that a command line asks for; `BENCH` says how a cell
+is run: `fastpeft bench adapter`.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastpeft import cost
+from fastpeft.errors import FastpeftError
 
 from . import bench_prefix_attention as prefix
-from . import command
-from .bench_prefix_attention import LLAMA, MHA, SIZES
-from .command import DTYPES
+from .bench_prefix_attention import SIZES
+from .dtypes import DTYPES
 from .gated_prompt_attention_peers import IMPLEMENTATIONS
 from .gated_prompt_attention_truth import GatedInputs, GatedTruth
+from .geometry import GEOMETRIES
+from .request import Request
 from .runner import Bench
 
-OP = "gated_prompt_attention"
-# name: B, H, Hkv, S, P, D
-SHAPES = {f"llama-{s}": (*LLAMA, s, 10, 128) for s in (2048, 512, 8192)}
-SHAPES |= {f"mha-{s}": (*MHA, s, 10, 128) for s in (2048, 512, 8192)}  # with a gate for each head, as in the paper
-TINY_SHAPES = {"tiny": (2, 4, 2, 96, 10, 32), "tiny-mha": (2, 4, 4, 64, 10, 32)}
+OP, PROMPT = "gated_prompt_attention", 10
 MEAN_OF_PROMPT = 1.0
 SUM_OF_GRADIENT = 8.0  # in standard deviations of a sum of as many numbers without a mean
 
@@ -60,12 +56,6 @@ class Cell:
         sizes = {name: getattr(self, name) for name in SIZES.split(",")} | ({"P": 0} if frozen else {})
         return cost.gated_prompt_attention(passed, **sizes, itemsize=DTYPES[self.dtype].itemsize)
 
-    def flops(self, frozen: bool) -> int:
-        return self.work(frozen, "fwd+bwd").flops
-
-    def bytes(self, frozen: bool) -> int:
-        return self.work(frozen, "fwd+bwd").bytes
-
 
 def inputs_of(cell: Cell, device: torch.device) -> GatedInputs:
     """As of attention over a prefix. The prompt's values and the result's gradient have a mean, so that the gradient of
@@ -78,39 +68,35 @@ def inputs_of(cell: Cell, device: torch.device) -> GatedInputs:
     return GatedInputs(**vars(inputs), gate=gate.to(device, DTYPES[cell.dtype]))
 
 
-def _cell(name: str, sizes: Sequence[int], dtype: str = "bf16", per_head: bool = False) -> Cell:
-    return Cell(name, *sizes, dtype, gates=sizes[1] if per_head or "mha" in name else 1)
+def _gated(of: prefix.Cell, per_head: bool = False) -> Cell:
+    """With one gate, or one for each head, as in the paper."""
+    sizes = (getattr(of, name) for name in SIZES.split(","))
+    return Cell(of.name, *sizes, of.dtype, gates=of.H if per_head else 1)
 
 
 def tiers(tiny: bool) -> list[list[Cell]]:
-    """Llama's grouped heads first, at every length; then as many key heads as heads."""
-    cells = [_cell(name, sizes) for name, sizes in (TINY_SHAPES if tiny else SHAPES).items()]
-    return [cells] if tiny else [cells[:3], cells[3:4], cells[4:]]
+    """Llama's grouped heads first, at every length; then as many key heads as heads, with a gate for each."""
+    if tiny:
+        return [[Cell("tiny", 2, 4, 2, 96, PROMPT, 32, "bf16"), Cell("tiny-mha", 2, 4, 4, 64, PROMPT, 32, "bf16", 4)]]
+    grouped, single = (prefix.at_lengths(name, [PROMPT]) for name in ("llama3-8b", "llama2-7b"))
+    single = [_gated(cell, per_head=True) for cell in single]
+    return [list(map(_gated, grouped)), single[:1], single[1:]]
 
 
-BENCH = Bench(OP, Cell, inputs_of, GatedTruth, IMPLEMENTATIONS, tiers, compiled_cells=1)
+def cells(request: Request) -> list[Cell]:
+    """Of each shape with every prompt length asked for (10)."""
+    prefix.refuse_grid(request, OP)
+    for name in request.shapes:
+        if isinstance(name, str) and (GEOMETRIES[name].alibi or not GEOMETRIES[name].causal):
+            raise FastpeftError(f"--shape {name}: LLaMA-Adapter is for decoders, and not for BLOOM's attention")
+    found = [
+        prefix.of_geometry(*each, length, request.data_type)
+        for length in request.prefixes or (PROMPT,)
+        for each in prefix.usual_lengths(request).named("tiny")
+    ]
+    found += [prefix.Cell("given", *sizes, request.data_type) for sizes in prefix.attention_numbers(request)]
+    return [_gated(cell, request.per_head) for cell in found]
 
 
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    return prefix.shape_of(text, SHAPES | TINY_SHAPES)
-
-
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="bench adapter", description="Time a gated prompt's attention beside its peers.")
-    out.add_argument("--per-head", action="store_true", help="a gate for each head; mha shapes have them anyway")
-    prefix.add_sizes(out, _shape, SHAPES)
-    return out
-
-
-def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    shapes = prefix.sizes_of(arguments, TINY_SHAPES if arguments.device == "cpu" else SHAPES)
-    return [_cell(name, sizes, arguments.dtype, arguments.per_head) for name, sizes in shapes]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see `command.main` for the status."""
-    return command.main(BENCH, parser(), _cells, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+UNDERSTANDS = ("prefix", "batch", "seq", "per_head")
+BENCH = Bench(OP, Cell, inputs_of, GatedTruth, IMPLEMENTATIONS, tiers, cells, SIZES, UNDERSTANDS, compiled_cells=1)

@@ -1,35 +1,32 @@
-"""The LoRA linear against its peers on Llama-3-8B's linears: forward and backward, no figure without a check.
+"""The LoRA linear against its peers on a model's linear layers: forward and backward, no figure without a check.
 
-`tiers` lists the cells, the most important first; `BENCH` says how a cell is run; `main` is the command line, also
-behind `fastpeft bench lora`.
+`tiers` lists the cells, the most important first; `cells` those that a command line asks for; `BENCH` says how a cell
+is run: `fastpeft bench lora`.
 """
 
-import argparse
-import sys
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from . import command
-from .command import DTYPES, whole_numbers
+from fastpeft import cost
+
+from .dtypes import DTYPES
+from .geometry import GEOMETRIES, GRID
 from .lora_linear_peers import IMPLEMENTATIONS, Inputs
 from .lora_linear_truth import LoraTruth
+from .request import Request
 from .runner import Bench
 
-OP = "lora_linear"
-SHAPES = {
-    "q/o": (8192, 4096, 4096),
-    "gate/up": (8192, 4096, 14336),
-    "k/v": (8192, 4096, 1024),
-    "down": (8192, 14336, 4096),
-}
-TINY_SHAPES = {"q/o": (128, 128, 128), "k/v": (128, 128, 64)}
+OP, SIZES = "lora_linear", "M,K,N"
+MODEL, TINY = "llama3-8b", "tiny"
 RANKS = (16, 64, 8, 128)
 DROPOUTS = (0.0, 0.05)
 TINY_DROPOUTS = (0.0, 0.5)  # on the CPU torch rounds 1/(1-p) to bf16: a gain of 1.002 at 0.05, exact at 0.5
 SCALING = 0.75  # no power of two: those are exact in bf16 and hide where it is applied
+# LoRAFusion's own: square layers, with its dropout.
+GRID_SHAPES = tuple((m, n, n) for n in (4096, 5120, 8192) for m in (8192, 2048))
+GRID_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,17 +49,9 @@ class Cell:
     def shape(self) -> dict:
         return {"name": self.name, "M": self.M, "K": self.K, "N": self.N, "r": self.r}
 
-    def flops(self, frozen: bool) -> int:
-        """Operations of the base product and its dX; with an adapter also of S, T, both tails, dA and dB."""
-        adapter = 0 if frozen else 6 * self.M * self.r * (self.K + self.N)
-        return 4 * self.M * self.N * self.K + adapter
-
-    def bytes(self, frozen: bool) -> int:
-        """The least that a forward and backward move: each operand of the two base products once; with an adapter x
-        twice more (for S and dA) and dY once more (for dB and T together)."""
-        m, k, n = self.M, self.K, self.N
-        adapter = 0 if frozen else 2 * m * k + m * n
-        return DTYPES[self.dtype].itemsize * (2 * (m * k + n * k + m * n) + adapter)
+    def work(self, frozen: bool, passed: str) -> cost.Work:
+        sizes = {name: getattr(self, name) for name in SIZES.split(",")} | {"r": 0 if frozen else self.r}
+        return cost.lora_linear(passed, **sizes, itemsize=DTYPES[self.dtype].itemsize, dropout=self.dropout)
 
 
 def inputs_of(cell: Cell, device: torch.device) -> Inputs:
@@ -89,71 +78,47 @@ def truth_of(inputs: Inputs) -> LoraTruth:
     return LoraTruth(inputs.x, inputs.weight, inputs.grad, inputs.scaling, inputs.dropout)
 
 
+def _of_model(name: str, geometry, layers: int | None = None) -> list[tuple[str, tuple[int, int, int]]]:
+    """(name, M,K,N) of the model's linear layers, or of the first ones."""
+    rows = geometry.batch * geometry.seq
+    return [(f"{name} {layer}", (rows, *sizes)) for layer, sizes in list(geometry.linears.items())[:layers]]
+
+
 def tiers(tiny: bool) -> list[list[Cell]]:
-    """Ranks outermost, so that rank 16 is done everywhere before any other begins."""
-    shapes, ranks, dropouts = (TINY_SHAPES, (16,), TINY_DROPOUTS) if tiny else (SHAPES, RANKS, DROPOUTS)
+    """Ranks outermost, so that rank 16 is done everywhere before any other begins; a tier is a rank. LoRAFusion's grid
+    comes last."""
+    name = TINY if tiny else MODEL
+    shapes = _of_model(name, GEOMETRIES[name], 2 if tiny else None)
+    ranks, dropouts = (RANKS[:1], TINY_DROPOUTS) if tiny else (RANKS, DROPOUTS)
+    found = [
+        [Cell(name, *shape, rank, dropout, "bf16") for name, shape in shapes for dropout in dropouts] for rank in ranks
+    ]
+    return found if tiny else [*found, _grid(Request())]
+
+
+def _grid(request: Request) -> list[Cell]:
     return [
-        [Cell(name, *shape, r, dropout, "bf16") for name, shape in shapes.items() for dropout in dropouts]
-        for r in ranks
+        Cell(GRID, *shape, rank, dropout, request.data_type)
+        for rank in request.ranks or RANKS[:1]
+        for shape in GRID_SHAPES
+        for dropout in request.dropouts or (GRID_DROPOUT,)
     ]
 
 
-BENCH = Bench(OP, Cell, inputs_of, truth_of, IMPLEMENTATIONS, tiers)
-
-
-def _shape(text: str) -> tuple[str, tuple[int, int, int]]:
-    """NAME of SHAPES, or M,K,N."""
-    if text in SHAPES:
-        return text, SHAPES[text]
-    if text[:1].isdigit():
-        m, k, n = whole_numbers(text, "M,K,N")
-        return f"{k}->{n}", (m, k, n)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither one of {', '.join(SHAPES)} nor M,K,N")
-
-
-def _rank(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rank: a whole number of at least 1 is wanted")
-    return int(text)
-
-
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no dropout probability: 0 <= p < 1 is wanted")
-    return value
-
-
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="bench lora", description="Time the LoRA linear against its peers.")
-    names = ", ".join(SHAPES)
-    out.add_argument("--shape", type=_shape, action="append", metavar="NAME|M,K,N", help=f"{names}, or x (M,K) to N")
-    out.add_argument("--rank", type=_rank, action="append", help="may be given more than once; default 16")
-    out.add_argument(
-        "--dropout", type=_probability, action="append", help="may be repeated; default 0 and 0.05 (cpu: 0.5)"
-    )
-    command.add_options(out)
-    return out
-
-
-def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    on_cpu = arguments.device == "cpu"
-    shapes = arguments.shape or list((TINY_SHAPES if on_cpu else SHAPES).items())[: 1 if arguments.quick else None]
-    return [
-        Cell(name, *shape, rank, dropout, arguments.dtype)
-        for rank in arguments.rank or (16,)
+def cells(request: Request) -> list[Cell]:
+    """Of each shape, with every rank (16) and every dropout (0 and 0.05, on a CPU 0.5) asked for."""
+    shapes = [("given", numbers) for numbers in request.numbers(SIZES)]
+    for name, geometry in request.named(TINY if request.tiny else MODEL):
+        shapes += request.first(_of_model(name, geometry))
+    usual = TINY_DROPOUTS if request.tiny and request.data_type != "fp32" else DROPOUTS
+    found = [
+        Cell(name, *shape, rank, dropout, request.data_type)
+        for rank in request.ranks or RANKS[:1]
         for name, shape in shapes
-        for dropout in arguments.dropout or (TINY_DROPOUTS if on_cpu else DROPOUTS)
+        for dropout in request.dropouts or request.first(list(usual))
     ]
+    return found + (_grid(request) if GRID in request.shapes else [])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see `command.main` for the status."""
-    return command.main(BENCH, parser(), _cells, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+UNDERSTANDS = ("rank", "dropout", "batch", "seq")
+BENCH = Bench(OP, Cell, inputs_of, truth_of, IMPLEMENTATIONS, tiers, cells, SIZES, UNDERSTANDS, compiled_cells=2)

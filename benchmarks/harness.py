@@ -97,6 +97,7 @@ class CpuTimer:
             y = call.run_forward()
             middle = self._clock()
             call.run_backward(y)
+            del y
             end = self._clock()
             samples[name] = Sample(1e3 * (middle - start), 1e3 * (end - start))
         return samples

@@ -119,6 +119,21 @@ def build_addmm(inputs: Inputs) -> Call:
     return Call(forward, leaves, inputs.grad, {"weight": inputs.weight})
 
 
+def build_lorafusion(inputs: Inputs) -> Call:
+    """Its own function, which wants x as (1, M, K) and draws dropout's seed from Python's generator."""
+    if importlib.util.find_spec("lorafusion") is None:
+        raise Missing("lorafusion is not installed")
+    from lorafusion.ops.lora_v1 import fused_linear_lora
+
+    leaves = inputs.leaves(None)
+
+    def forward():
+        x, a, b = leaves.values()
+        return fused_linear_lora(x[None], inputs.weight, a, b, inputs.scaling, dropout_p=inputs.dropout)[0]
+
+    return Call(forward, leaves, inputs.grad, {"weight": inputs.weight})
+
+
 def build_fastpeft(
     inputs: Inputs, *, backend: str = "auto", strategy: str | None = None, adapter_dtype: torch.dtype | None = None
 ) -> Call:
@@ -160,7 +175,8 @@ IMPLEMENTATIONS = (
         lambda inputs: build_peft(inputs, autocast_adapter_dtype=False, compiled=True),
         compiled=True,
     ),
-    Implementation("addmm-algebra", "cuBLAS + addmm_ algebra", build_addmm),
+    Implementation("addmm-algebra", "the vendor's product, then addmm_: Unsloth's and Axolotl's algebra", build_addmm),
+    Implementation("lorafusion", "LoRAFusion", build_lorafusion, needs_gpu=True),
     Implementation(
         "fastpeft", "fastpeft, its own choice", build_fastpeft, strategy="auto", peer=False, rms_bound=MAX_RMS_RATIO
     ),

@@ -56,7 +56,9 @@ def _sizes(op: str, cell) -> dict:
         raise FastpeftError(f"no prediction for {cell.dtype}: the peaks are of bf16 and fp16; choose --dtype bf16")
     shape = cell.shape()
     sizes = {name: shape[name] for name in DESIGNS[op].sizes} | {"itemsize": ITEMSIZE[cell.dtype]}
-    return sizes | {"dropout": cell.dropout} if op == "lora_linear" else sizes
+    if op == "lora_linear":
+        return sizes | {"dropout": cell.dropout}
+    return sizes | {"causal": bool(shape["causal"])} if "causal" in shape else sizes
 
 
 def _strategies(op: str, cell) -> tuple[str, ...]:

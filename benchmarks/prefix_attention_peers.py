@@ -29,12 +29,12 @@ def call_of(forward, leaves, inputs: Inputs, frozen=None, **options) -> Call:
 
 
 def build_floor(inputs: Inputs) -> Call:
-    """Causal SDPA without a prefix and without ALiBi."""
+    """SDPA without a prefix and without ALiBi."""
     leaves = {name: inputs.leaves()[name] for name in ACTIVATIONS}
     grouped = inputs.q.shape[1] != inputs.k.shape[1]
 
     def forward():
-        return F.scaled_dot_product_attention(*leaves.values(), is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(*leaves.values(), is_causal=inputs.causal, enable_gqa=grouped)
 
     return call_of(forward, leaves, inputs)
 
@@ -62,7 +62,7 @@ def causal_mask(inputs: Inputs) -> torch.Tensor:
 def build_peft(inputs: Inputs) -> Call:
     """transformers' sdpa_attention_forward on peft's cache."""
     leaves, times = inputs.leaves(), inputs.q.shape[1] // inputs.k.shape[1]
-    mask = causal_mask(inputs).expand(len(inputs.q), 1, -1, -1).contiguous()
+    mask = causal_mask(inputs).expand(len(inputs.q), 1, -1, -1).contiguous() if inputs.causal else None
 
     def forward():
         q, k, v, pk, pv = leaves.values()
@@ -70,7 +70,7 @@ def build_peft(inputs: Inputs) -> Call:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
 
-    return call_of(forward, leaves, inputs, {"mask": mask})
+    return call_of(forward, leaves, inputs, {"mask": mask} if inputs.causal else {})
 
 
 def build_bloom(inputs: Inputs) -> Call:
@@ -95,13 +95,13 @@ def build_bloom(inputs: Inputs) -> Call:
     return call_of(forward, leaves, inputs, {"alibi": alibi, "added": added})
 
 
-def build_cat_causal(inputs: Inputs) -> Call:
-    """Design C: P rows in front of the keys, then a kernel whose causal mask ends at the bottom right."""
+def build_cat(inputs: Inputs) -> Call:
+    """Design C: P rows in front of the keys, then a kernel whose causal mask, if any, ends at the bottom right."""
     from torch.nn.attention.bias import causal_lower_right
 
     leaves, grouped = inputs.leaves(), inputs.q.shape[1] != inputs.k.shape[1]
     length = inputs.q.shape[2]
-    mask = causal_lower_right(length, length + inputs.pk.shape[1])
+    mask = causal_lower_right(length, length + inputs.pk.shape[1]) if inputs.causal else None
 
     def forward():
         q, k, v, pk, pv = leaves.values()
@@ -131,9 +131,9 @@ def build_flex(inputs: Inputs) -> Call:
     leaves, grouped, prefix = inputs.leaves(), inputs.q.shape[1] != inputs.k.shape[1], inputs.pk.shape[1]
     length, slopes = inputs.q.shape[2], inputs.slopes
     torch._dynamo.reset()  # every cell compiles the same code anew; dynamo gives up after eight such times
-    blocks = create_block_mask(
-        lambda b, h, i, j: j <= i + prefix, None, None, length, prefix + length, device=inputs.q.device
-    )
+    sizes, blocks = (None, None, length, prefix + length), None
+    if inputs.causal:
+        blocks = create_block_mask(lambda b, h, i, j: j <= i + prefix, *sizes, device=inputs.q.device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def alibi(score, b, h, i, j):
@@ -150,7 +150,7 @@ def build_flex(inputs: Inputs) -> Call:
 def attend(inputs: Inputs, leaves: Tensors) -> torch.Tensor:
     from fastpeft.ops.prefix_attention import prefix_attention
 
-    return prefix_attention(*leaves.values(), alibi_slopes=inputs.slopes)
+    return prefix_attention(*leaves.values(), alibi_slopes=inputs.slopes, causal=inputs.causal)
 
 
 def build_fastpeft(inputs: Inputs, *, backend: str = "auto", strategy: str | None = None, attend=attend) -> Call:
@@ -197,7 +197,7 @@ def peer(name: str, label: str, build, *, rms_bound: float = FLASH_PEER_RMS_RATI
 
 
 IMPLEMENTATIONS = (
-    Implementation(FLOOR, "causal SDPA over the sequence alone", build_floor),
+    Implementation(FLOOR, "SDPA over the sequence alone", build_floor),
     peer("peft", "HF peft: rows expanded into a cache, keys repeated, SDPA with a mask", build_peft, serves=_plain),
     peer(
         "peft-bloom",
@@ -206,10 +206,13 @@ IMPLEMENTATIONS = (
         rms_bound=BLOOM_RMS_RATIO,
         serves=lambda inputs: not _plain(inputs),
     ),
+    peer("cat-sdpa", "keys concatenated, SDPA, causal to the bottom right (design C)", build_cat, serves=_plain),
     peer(
-        "cat-causal", "keys concatenated, SDPA causal to the bottom right (design C)", build_cat_causal, serves=_plain
+        "square",
+        "keys and queries padded in front to a causal square, SDPA",
+        build_square,
+        serves=lambda inputs: inputs.causal and _plain(inputs),
     ),
-    peer("square", "keys and queries padded in front to a causal square, SDPA", build_square, serves=_plain),
     peer("flex", "FlexAttention under torch.compile, keys concatenated", build_flex, compiled=True),
     ours("fastpeft", "fastpeft, its own choice"),
     ours(

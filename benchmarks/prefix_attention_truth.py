@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 29  # of a matrix of weights in float64
 @dataclass
 class Inputs:
     """Tensors of one cell: q, grad (B, H, S, D) and k, v (B, G, S, D), heads last but one in memory as models make
-    them; pk, pv (G, P, D); slopes (H,) of ALiBi, or None."""
+    them; pk, pv (G, P, D); slopes (H,) of ALiBi, or None. causal: a query sees no key behind its own."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -37,6 +37,7 @@ class Inputs:
     pv: torch.Tensor
     grad: torch.Tensor
     slopes: torch.Tensor | None = None
+    causal: bool = True
 
     def leaves(self) -> Tensors:
         """Fresh leaves, strided as they are here."""
@@ -44,21 +45,23 @@ class Inputs:
         return {name: t.detach().clone().requires_grad_() for name, t in zip(LEAVES, tensors, strict=True)}
 
 
-def scores(q, keys, prefix: int, first: int, slopes) -> torch.Tensor:
-    """(h, rows, P + keys): query row i, at key position first + i, sees the prefix and keys up to its own; the product
-    is in q's dtype, the rest in fp32 or float64."""
+def scores(q, keys, prefix: int, first: int, slopes, causal: bool) -> torch.Tensor:
+    """(h, rows, P + keys): query row i, at key position first + i, sees the prefix and keys up to its own, or all; the
+    product is in q's dtype, the rest in fp32 or float64."""
     wide = torch.promote_types(q.dtype, torch.float32)
     found = (q @ keys.T).to(wide) * (1 / math.sqrt(q.shape[-1]))
     at = torch.arange(-prefix, len(keys) - prefix, device=q.device)
     if slopes is not None:
         found = found + slopes.to(wide)[:, None, None] * at
+    if not causal:
+        return found
     rows = first + torch.arange(q.shape[1], device=q.device)
     return found.masked_fill_(at > rows[:, None], -math.inf)
 
 
-def plain(q, k, v, pk, pv, slopes) -> torch.Tensor:
+def plain(q, k, v, pk, pv, slopes, causal: bool = True) -> torch.Tensor:
     """The materialised form for the heads of a group: q (h, S, D), k, v (S, D), pk, pv (P, D)."""
-    weights = torch.softmax(scores(q, torch.cat((pk, k)), len(pk), 0, slopes), -1).to(q.dtype)
+    weights = torch.softmax(scores(q, torch.cat((pk, k)), len(pk), 0, slopes, causal), -1).to(q.dtype)
     return weights @ torch.cat((pv, v))
 
 
@@ -85,14 +88,14 @@ def truth_of(inputs: Inputs) -> tuple[Tensors, Tensors]:
 
 
 def _add_rows(base: Tensors, tail: Tensors, inputs: Inputs, group: tuple[int, slice, int], rows: slice) -> None:
-    """What these query rows contribute; they see no key beyond their own."""
-    (b, heads, g), seen = group, slice(0, rows.stop)
+    """What these query rows contribute."""
+    (b, heads, g), seen = group, slice(0, rows.stop if inputs.causal else None)
     prefix, scale = inputs.pk.shape[1], 1 / math.sqrt(inputs.q.shape[-1])
     q, dout = inputs.q[b, heads, rows].double(), inputs.grad[b, heads, rows].double()
     keys = torch.cat((inputs.pk[g], inputs.k[b, g, seen])).double()
     values = torch.cat((inputs.pv[g], inputs.v[b, g, seen])).double()
     slopes = None if inputs.slopes is None else inputs.slopes[heads]
-    weights = torch.softmax(scores(q, keys, prefix, rows.start, slopes), -1)
+    weights = torch.softmax(scores(q, keys, prefix, rows.start, slopes, inputs.causal), -1)
     out_of_prefix, out_of_sequence = weights[..., :prefix] @ values[:prefix], weights[..., prefix:] @ values[prefix:]
     delta = (dout * (out_of_prefix + out_of_sequence)).sum(-1, keepdim=True)
     slope = weights * (dout @ values.T - delta) * scale  # of the products q·k
@@ -144,7 +147,7 @@ class PrefixTruth:
         slopes = inputs.slopes
 
         def attend(heads, *own):
-            return plain(*own, None if slopes is None else slopes[heads])
+            return plain(*own, None if slopes is None else slopes[heads], inputs.causal)
 
         self.base, self.tail = truth_of(inputs)
         self.eager = eager_of(inputs, {"prefix_key": Shared(inputs.pk), "prefix_value": Shared(inputs.pv)}, attend)

@@ -1,6 +1,6 @@
 """What a run leaves behind: one JSON file, stamped and valid at every moment, and a plain table.
 
-    {"schema": 1,
+    {"schema": 2,
      "stamp": {"device", "driver", "torch", "triton", "transformers", "peft", "numpy", "python", "platform", "commit",
                "dirty", "source_sha256", "date", "header", "ceilings": {"copy_gbps", "matmul_tflops"}},
      "tests": {"command", "rc", "seconds", "timed_out", "passed", "failed", "errors", "skipped",
@@ -8,17 +8,20 @@
      "results": [{"op", "impl", "label", "strategy", "adapter_dtype", "shape": {"name", the op's own numbers}, "dtype",
                   "dropout", "pass", "status", "median_ms", "p20_ms", "p80_ms", "rounds", "forward_ms", "host_ms",
                   "first_s", "overhead_over_floor", "overhead_p20", "overhead_p80", "speedup_vs": {impl: ratio},
-                  "peak_bytes", "held_bytes", "saved_bytes", "gbps", "tflops",
+                  "peak_bytes", "held_bytes", "saved_bytes", "gbps", "tflops", "tokens_per_s", "mfu",
                   "checked": {"rms_ratio", "gain", "tail_gain", "keep_rate", "problems"}, "note"}],
      "kernels": [{"op", "impl", "shape", "dropout", "launches", "kernels": [{"name", "us", "launches"}]}],
      "unmeasured": [{"op", "cell", "impl", "reason"}],
+     "steps": [{"name", "status": "done" | "partial" | "failed" | "skipped", "seconds", "budget_s", "note"}],
      "plan": {...}, "running": {...} or null}
 
-`status` is "ok", "wrong" (checked and not right: no times), "missing" (cannot be had here) or "failed" (raised).
-`overhead_over_floor` is a fraction, 0.07 is 7 %; it and `speedup_vs` (above 1: faster than that one) are medians of
-ratios within a round. `gbps` and `tflops` are the work that cannot be avoided over the median. A commit is null where
-the tree carries no history; `source_sha256` identifies the measured sources in any case. An `impl` of null in
-`unmeasured` means the whole cell. Numbers that are not finite are stored as null.
+A result is of one implementation, one cell and one pass: "fwd" (with what backward needs being kept), "bwd", "fwd+bwd",
+or "step" (of training, the optimizer included), which alone has `tokens_per_s` and `mfu`. `status` is "ok", "wrong"
+(checked and not right: no times), "missing" (cannot be had here) or "failed" (raised). `overhead_over_floor` is a
+fraction, 0.07 is 7 %; it and `speedup_vs` (above 1: faster than that one) are medians of ratios within a round. `gbps`
+and `tflops` are the work that cannot be avoided over the median. A commit is null where the tree carries no history;
+`source_sha256` identifies the measured sources in any case. An `impl` of null in `unmeasured` means the whole cell.
+Numbers that are not finite are stored as null.
 """
 
 import hashlib
@@ -32,7 +35,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
 STATUSES = ("ok", "wrong", "missing", "failed")
 FLOOR = "frozen"  # the implementation that the others' overhead is counted from
 CPU_HEADER = "CPU fallback path: not a kernel benchmark"
@@ -57,7 +60,7 @@ _TESTS = {
 }
 OTHERS = "*"  # in a description: every other key
 _SHAPE = {"name": TEXT, OTHERS: (int,)}
-_TIMES = ("median_ms", "p20_ms", "p80_ms", "forward_ms", "overhead_over_floor", "gbps", "tflops")
+_TIMES = ("median_ms", "p20_ms", "p80_ms", "forward_ms", "overhead_over_floor", "gbps", "tflops", "tokens_per_s")
 _RESULT = {
     **dict.fromkeys(("op", "impl", "label", "dtype", "pass", "status", "note"), TEXT),
     **dict.fromkeys(("strategy", "adapter_dtype"), OPTIONAL_TEXT),
@@ -65,7 +68,7 @@ _RESULT = {
     "dropout": NUMBER,
     "rounds": (int,),
     **dict.fromkeys(_TIMES, OPTIONAL_NUMBER),
-    **dict.fromkeys(("host_ms", "first_s", "overhead_p20", "overhead_p80"), OPTIONAL_NUMBER),
+    **dict.fromkeys(("host_ms", "first_s", "overhead_p20", "overhead_p80", "mfu"), OPTIONAL_NUMBER),
     **dict.fromkeys(("peak_bytes", "held_bytes", "saved_bytes"), OPTIONAL_NUMBER),
     "speedup_vs": (dict,),
     "checked": (dict, type(None)),
@@ -76,6 +79,7 @@ _DOCUMENT = {
     "tests": _TESTS,
     "results": [_RESULT],
     "kernels": [{"op": TEXT, "impl": TEXT, "shape": _SHAPE, "dropout": NUMBER, "launches": (int,), "kernels": (list,)}],
+    "steps": [{"name": TEXT, "status": TEXT, "seconds": NUMBER, "budget_s": NUMBER, "note": TEXT}],
     "unmeasured": [{"op": TEXT, "cell": TEXT, "impl": OPTIONAL_TEXT, "reason": TEXT}],
     "plan": (dict,),
     "running": (dict, type(None)),
@@ -130,6 +134,7 @@ def new_document(plan: dict) -> dict:
         "results": [],
         "kernels": [],
         "unmeasured": [],
+        "steps": [],
         "plan": plan,
         "running": None,
     }
@@ -253,10 +258,12 @@ def table(document: dict) -> str:
     for op in dict.fromkeys(row["op"] for row in document["results"]):
         rows = [row for row in document["results"] if row["op"] == op]
         floor = next((row["label"] for row in rows if row["impl"] == FLOOR), "no floor")
-        out.append(f"{op}, forward and backward: overhead in % over the floor ({floor})")
-        out.extend(_aligned(_lines(rows, "floor ms", _milliseconds, _overhead)))
+        passes = {passed: [row for row in rows if row["pass"] == passed] for passed in [row["pass"] for row in rows]}
+        for passed, found in passes.items():
+            out.append(f"{op}, {passed}: overhead in % over the floor ({floor})")
+            out.extend(_aligned(_lines(found, "floor ms", _milliseconds, _overhead)))
         out.append(f"{op}: MB kept for backward, without parameters")
-        out.extend(_aligned(_lines(rows, "floor", _kept, _kept)))
+        out.extend(_aligned(_lines(next(iter(passes.values())), "floor", _kept, _kept)))
     return "\n".join([*out, *_remarks(document)]) + "\n"
 
 

@@ -5,12 +5,14 @@ A bench (`Bench`) says what a cell is and what runs in it; everything here is th
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
+
+from fastpeft.cost import Work
 
 from .accuracy import Truth, Verdict
 from .baselines import Implementation, Missing
@@ -29,8 +31,9 @@ from .harness import (
     warm_up,
 )
 from .report import FLOOR
+from .request import Request
 
-PROFILED_CELLS = 2  # of each op
+PROFILED_CELLS = 1  # of each op
 PROFILE_RESERVE_S = 25.0
 
 
@@ -50,9 +53,7 @@ class Cell(Protocol):
 
     def shape(self) -> dict: ...
 
-    def flops(self, frozen: bool) -> int: ...
-
-    def bytes(self, frozen: bool) -> int: ...
+    def work(self, frozen: bool, passed: str) -> Work: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ class Bench:
     """An op's benchmark: its cells (from the plan's entries), its tensors and truth, and who takes part.
 
     tiers: of all cells, or of tiny ones, the most important first; a check-in takes them in turns with other ops'.
+    cells: those that a command line asks for. sizes: what a shape by numbers is. understands: which options the op has.
     compiled_cells: in how many cells, the first ones, torch.compile takes part: 10 to 30 s of compilation each.
     """
 
@@ -69,12 +71,25 @@ class Bench:
     truth: Callable[[Any], Truth]
     implementations: Sequence[Implementation]
     tiers: Callable[[bool], list[list[Cell]]]
-    compiled_cells: int = 3
+    cells: Callable[[Request], list[Cell]]
+    sizes: str
+    understands: tuple[str, ...]
+    compiled_cells: int = 1
 
 
-def plan_of(cells: Sequence[tuple[Bench, Cell]], device: str, *, budget_s: float, quick: bool = False) -> dict:
+def plan_of(
+    cells: Sequence[tuple[Bench, Cell]],
+    device: str,
+    *,
+    budget_s: float,
+    quick: bool = False,
+    passes: Sequence[str] = ("fwd+bwd",),
+    against: Collection[str] | None = None,
+    profile: bool = False,
+) -> dict:
     """Plain data, so that a process can be started on it, and started again. `without` names implementations, by op,
-    that are not to be run and why, `skip` likewise cells by id."""
+    that are not to be run and why, `skip` likewise cells by id. `against`: the peers wanted, None for all. `profile`:
+    whether the kernels of the first cells are listed, on a GPU."""
     without: dict[str, dict[str, str]] = {}
     compiled: dict[str, int] = {}
     entries = []
@@ -96,6 +111,9 @@ def plan_of(cells: Sequence[tuple[Bench, Cell]], device: str, *, budget_s: float
         "budget_s": budget_s,
         "rounds": [3, 5] if quick else [10, 60],
         "seconds_per_cell": 2.5,
+        "passes": list(passes),
+        "against": None if against is None else sorted(against),
+        "profile": profile,
         "without": without,
         "skip": {},
     }
@@ -169,30 +187,46 @@ def require_device(device: torch.device) -> None:
         raise DeviceLost(_in_words(error)) from error
 
 
+def say_line(text: str) -> None:
+    print(text, flush=True)
+
+
 class Run:
     """One pass over document["plan"]. Rows go to document["results"]; `save` is called after every cell and before
-    every step that could end the process, which document["running"] then names."""
+    every step that could end the process, which document["running"] then names. `say` gets a line for each cell,
+    `watch` the number of cells done and what runs now."""
 
     def __init__(
-        self, document: dict, save: Callable[[], None], benches: Sequence[Bench], budget: Budget | None = None
+        self,
+        document: dict,
+        save: Callable[[], None],
+        benches: Sequence[Bench],
+        budget: Budget | None = None,
+        *,
+        say: Callable[[str], None] = say_line,
+        watch: Callable[[int, str], None] = lambda done, note: None,
     ):
-        self.document, self.save = document, save
+        self.document, self.save, self.say, self.watch = document, save, say, watch
         self.plan = document["plan"]
         self.budget = budget or Budget(self.plan["budget_s"])
         self.device = torch.device(self.plan["device"])
         self.cells = cells_of(self.plan, {bench.op: bench for bench in benches})
+        self._done = 0
 
     def measure(self) -> None:
         """Every cell that has no results yet, in order. What the budget does not allow, and what the plan leaves out,
         is named in document["unmeasured"]."""
-        self._enter("", "-", None, "ceilings")
-        self.document["stamp"]["ceilings"] = ceilings(self.device, torch.bfloat16, tiny=self.plan["tiny"])
+        if self.document["stamp"]["ceilings"]["copy_gbps"] is None:
+            self._enter("", "-", None, "ceilings")
+            self.document["stamp"]["ceilings"] = ceilings(self.device, torch.bfloat16, tiny=self.plan["tiny"])
         timer = timer_for(self.device)
         self._name_what_is_left_out()
         done = set(map(key_of_row, self.document["results"]))
         durations: dict[str, list[float]] = {}
-        reserve = PROFILE_RESERVE_S if self.device.type == "cuda" else 0.0
-        for bench, cell in self.cells:
+        profiled = self.plan["profile"] and self.device.type == "cuda"
+        reserve = PROFILE_RESERVE_S if profiled else 0.0
+        for number, (bench, cell) in enumerate(self.cells):
+            self._done = number
             if key_of(bench, cell) in done or cell.id in self.plan["skip"]:
                 continue
             spent = durations.setdefault(bench.op, [])
@@ -204,8 +238,8 @@ class Run:
             spent.append(self.budget.elapsed() - start)
             self.document["results"].extend(rows)
             self.save()
-            print(progress(bench, cell, rows, self.budget), flush=True)
-        if self.device.type == "cuda":
+            self.say(progress(bench, cell, rows, self.budget))
+        if profiled:
             try:
                 self._profile()
             except Exception as error:  # the figures stand without it, and profilers fail for many reasons
@@ -217,6 +251,7 @@ class Run:
     def _enter(self, op: str, cell: str, implementation: str | None, stage: str) -> None:
         self.document["running"] = {"op": op, "cell": cell, "impl": implementation, "stage": stage}
         self.save()
+        self.watch(self._done, " ".join(filter(None, (op, cell, implementation, stage))))
 
     def _leave_out(self, op: str, cell: str, implementation: str | None, reason: str) -> None:
         entry = {"op": op, "cell": cell, "impl": implementation, "reason": reason}
@@ -239,8 +274,11 @@ class Run:
                     self._leave_out(bench.op, "other cells", implementation.name, reason)
 
     def _taking_part(self, bench: Bench) -> list[Implementation]:
-        without = self.plan["without"].get(bench.op, {})
-        return [i for i in bench.implementations if i.name not in without]
+        without, against = self.plan["without"].get(bench.op, {}), self.plan["against"]
+        taking_part = [i for i in bench.implementations if i.name not in without]
+        if against is None:
+            return taking_part
+        return [i for i in taking_part if not i.peer or i.name == FLOOR or i.name in against]
 
     def _cell(self, bench: Bench, cell: Cell, timer) -> list[dict]:
         self._enter(bench.op, cell.id, None, "truth")
@@ -270,7 +308,7 @@ class Run:
             rounds=tuple(self.plan["rounds"]),
             seconds=self.plan["seconds_per_cell"],
         )
-        return [row_of(bench, cell, p, samples) for p in prepared]
+        return [row_of(bench, cell, p, samples, passed) for passed in self.plan["passes"] for p in prepared]
 
     def _profile(self) -> None:
         """Which kernels ran, and how long, for the first cells of each op: last of all, because a profiler leaves
@@ -300,7 +338,15 @@ class Run:
                     )
 
 
-def row_of(bench: Bench, cell: Cell, prepared: Prepared, samples: dict[str, list]) -> dict:
+# The milliseconds of a pass, of one sample.
+PASS_MS = {
+    "fwd": lambda sample: sample.forward_ms,
+    "bwd": lambda sample: sample.total_ms - sample.forward_ms,
+    "fwd+bwd": lambda sample: sample.total_ms,
+}
+
+
+def row_of(bench: Bench, cell: Cell, prepared: Prepared, samples: dict[str, list], passed: str = "fwd+bwd") -> dict:
     """One entry of the results, without any time unless the implementation was found right."""
     implementation, memory = prepared.implementation, prepared.memory
     adapter = None if implementation.name == FLOOR else cell.dtype
@@ -313,9 +359,9 @@ def row_of(bench: Bench, cell: Cell, prepared: Prepared, samples: dict[str, list
         "shape": cell.shape(),
         "dtype": cell.dtype,
         "dropout": cell.dropout,
-        "pass": "fwd+bwd",
+        "pass": passed,
         "status": prepared.status,
-        **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "forward_ms", "gbps", "tflops")),
+        **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "forward_ms", "gbps", "tflops", "tokens_per_s", "mfu")),
         **dict.fromkeys(("overhead_over_floor", "overhead_p20", "overhead_p80")),
         "rounds": 0,
         "speedup_vs": {},
@@ -327,25 +373,27 @@ def row_of(bench: Bench, cell: Cell, prepared: Prepared, samples: dict[str, list
         "checked": prepared.verdict.as_json() if prepared.verdict else None,
         "note": prepared.note,
     }
-    return row | _times(bench, cell, row["impl"], samples) if prepared.status == "ok" else row
+    return row | _times(bench, cell, row["impl"], samples, passed) if prepared.status == "ok" else row
 
 
-def _times(bench: Bench, cell: Cell, name: str, samples: dict[str, list]) -> dict:
-    totals = {other: [sample.total_ms for sample in found] for other, found in samples.items()}
+def _times(bench: Bench, cell: Cell, name: str, samples: dict[str, list], passed: str) -> dict:
+    totals = {other: [PASS_MS[passed](sample) for sample in found] for other, found in samples.items()}
     summary = summarise(totals[name])
     frozen = name == FLOOR
     peers = [i.name for i in bench.implementations if i.peer and i.name in totals and i.name not in (FLOOR, name)]
+    work = cell.work(frozen, passed)
     times = {
         "median_ms": summary.median,
         "p20_ms": summary.p20,
         "p80_ms": summary.p80,
         "rounds": summary.rounds,
         "forward_ms": summarise([sample.forward_ms for sample in samples[name]]).median,
-        "gbps": cell.bytes(frozen) / summary.median / 1e6,
-        "tflops": cell.flops(frozen) / summary.median / 1e9,
+        "gbps": work.bytes / summary.median / 1e6,
+        "tflops": work.flops / summary.median / 1e9,
         "speedup_vs": {} if frozen else {peer: paired_ratio(totals[peer], totals[name]).median for peer in peers},
     }
-    if FLOOR in totals:
+    # Where the floor has nothing to do, as an embedding's backward, there is nothing to be over.
+    if FLOOR in totals and any(cell.work(True, passed)):
         over = paired_ratio(totals[name], totals[FLOOR])
         times |= {"overhead_over_floor": over.median - 1, "overhead_p20": over.p20 - 1, "overhead_p80": over.p80 - 1}
     return times
@@ -354,7 +402,7 @@ def _times(bench: Bench, cell: Cell, name: str, samples: dict[str, list]) -> dic
 def progress(bench: Bench, cell: Cell, rows: list[dict], budget: Budget) -> str:
     """`[elapsed/budget s] op: cell: floor ms, implementation +overhead %, ...`"""
     parts = []
-    for row in rows:
+    for row in (row for row in rows if row["pass"] == rows[-1]["pass"]):
         if row["status"] != "ok":
             parts.append(f"{row['impl']} {row['status']}")
         elif row["impl"] == FLOOR or row["overhead_over_floor"] is None:

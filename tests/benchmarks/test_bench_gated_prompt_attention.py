@@ -1,7 +1,6 @@
 """The benchmark of gated_prompt_attention: its truth, its peers, what it refuses, its command line, on tiny shapes."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -14,8 +13,10 @@ from benchmarks.bench_gated_prompt_attention import BENCH, Cell, inputs_of
 from benchmarks.gated_prompt_attention_truth import LEAVES, GatedInputs, GatedTruth
 from benchmarks.harness import measure_memory
 from benchmarks.prefix_attention_peers import ours
+from benchmarks.request import Request
 from fastpeft import cost
 from fastpeft.dispatch import GATED_STRATEGIES
+from fastpeft.errors import FastpeftError
 from fastpeft.ops import _gated_prompt_attention_torch as torch_path
 from fastpeft.ops import gated_prompt_attention
 from tests.benchmarks.planted import on, planted
@@ -229,7 +230,7 @@ def test_saved_bytes_show_what_a_prompt_costs():
 
 def test_the_work_is_that_of_the_cost_model():
     cell = bench.tiers(tiny=False)[0][0]
-    assert (cell.name, cell.P, cell.gates) == ("llama-2048", 10, 1)
+    assert (cell.name, cell.P, cell.gates) == ("llama3-8b", 10, 1)
     sizes = {"B": 8, "H": 32, "Hkv": 8, "S": 2048, "D": 128, "itemsize": 2}
     for passed in cost.PASSES:
         assert cell.work(True, passed) == cost.prefix_attention(passed, **sizes, P=0)
@@ -249,33 +250,16 @@ def test_strategies_of_the_kernels_are_not_timed_without_a_gpu(measured):
     assert document["plan"]["without"]["gated_prompt_attention"] == dict.fromkeys(names, "its kernels need a GPU")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--shape", "llama"], "neither one of llama-2048"),
-        (["--shape", "8,32,8,512,10"], "is not B,H,Hkv,S,P,D"),
-        (["--shape", "1,4,3,64,8,16"], "H = 4 is no multiple of Hkv = 3"),
-        (["--prefix", "0"], "at least 1"),
-    ],
-)
-def test_bad_arguments_are_refused_in_words(arguments, words, capsys):
-    assert bench.main(["--device", "cpu", *arguments]) == 2
-    assert words in capsys.readouterr().err
+def test_the_cells_of_a_command_line():
+    def asked(**options):
+        return [(c.name, c.B, c.S, c.P, c.gates) for c in bench.cells(Request(**options))]
 
-
-@pytest.mark.parametrize(("option", "gates"), [([], 1), (["--per-head"], 4)])
-def test_the_command_measures_a_named_shape(option, gates, tmp_path, capsys):
-    path = tmp_path / "bench.json"
-    shape = ["--shape", "1,4,2,33,5,16", "--prefix", "3", "--prefix", "17", "--dtype", "fp32"]
-    assert bench.main(["--device", "cpu", "--quick", *shape, *option, "--json", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert report.CPU_HEADER in printed
-    assert "not measured: gated_prompt_attention: all cells flex-twice: not compiled on the CPU path" in printed
-    saved = json.loads(path.read_text())
-    shapes = {tuple(row["shape"].values()) for row in saved["results"]}
-    assert shapes == {("given", 1, 4, 2, 33, prompt, 16, gates) for prompt in (3, 17)}
-    assert {row["status"] for row in saved["results"]} == {"ok"}
-    assert [row["impl"] for row in saved["results"]] == 2 * [report.FLOOR, *HERE]
+    assert asked() == [("llama3-8b", 4, s, 10, 1) for s in (2048, 512, 8192)]
+    assert asked(tiny=True, per_head=True, prefixes=(3, 17)) == [("tiny", 2, 32, p, 4) for p in (3, 17)]
+    assert asked(shapes=((1, 4, 2, 33, 5, 16),), per_head=True) == [("given", 1, 33, 5, 4)]
+    for shape, words in (("bert-base", "for decoders"), ("bloom-560m", "BLOOM"), ("lorafusion-grid", "linear layers")):
+        with pytest.raises(FastpeftError, match=words):
+            bench.cells(Request(shapes=(shape,)))
 
 
 @pytest.mark.cuda

@@ -1,6 +1,7 @@
 """The benchmark of prefix attention: its truth, its peers, its ledger and its command line, on tiny shapes."""
 
-import json
+import dataclasses
+import re
 import types
 
 import pytest
@@ -13,12 +14,17 @@ from benchmarks import report
 from benchmarks.bench_prefix_attention import BENCH, Cell, inputs_of
 from benchmarks.harness import Call, measure_memory
 from benchmarks.prefix_attention_truth import LEAVES, PrefixTruth
+from benchmarks.request import Request
 from fastpeft.dispatch import ATTENTION_STRATEGIES
+from fastpeft.errors import FastpeftError
 from tests.benchmarks.planted import on, planted
 
 CPU = torch.device("cpu")
 GROUPED = Cell("tiny", 2, 4, 2, 40, 7, 16, "bf16")
 ALIBI = Cell("tiny-alibi", 2, 4, 4, 40, 7, 16, "bf16", alibi=True)
+BOTH_WAYS = Cell("tiny-encoder", 2, 4, 4, 40, 7, 16, "bf16", causal=False)
+CELLS = pytest.mark.parametrize("cell", [GROUPED, ALIBI, BOTH_WAYS], ids=["grouped", "alibi", "encoder"])
+PEERS = {GROUPED: ["peft", "cat-sdpa", "square"], ALIBI: ["peft-bloom"], BOTH_WAYS: ["peft", "cat-sdpa"]}
 
 
 def named(*names):
@@ -30,7 +36,7 @@ def measured(run):
     return lambda implementations, cells=(GROUPED,): run(implementations, cells, bench=BENCH)
 
 
-@pytest.mark.parametrize("cell", [GROUPED, ALIBI], ids=["grouped", "alibi"])
+@CELLS
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_every_implementation_that_runs_here_is_right(cell, dtype):
     inputs = inputs_of(Cell(**{**vars(cell), "dtype": dtype}), CPU)
@@ -44,13 +50,10 @@ def test_every_implementation_that_runs_here_is_right(cell, dtype):
         assert verdict.problems == [], implementation.name
         assert set(verdict.rms_ratio) == {"out", *LEAVES} and set(verdict.tail_gain) == {"out", "query"}
         checked.append(implementation.name)
-    assert checked == (["peft-bloom"] if cell.alibi else ["peft", "cat-causal", "square"]) + [
-        "fastpeft",
-        "fastpeft:torch",
-    ]
+    assert checked == [*PEERS[cell], "fastpeft", "fastpeft:torch"]
 
 
-def definition(q, k, v, pk, pv, slopes):
+def definition(q, k, v, pk, pv, slopes, causal=True):
     """Attention over both sets of keys in float64, for autograd."""
     share = q.shape[1] // k.shape[1]
     keys, values = (
@@ -59,19 +62,19 @@ def definition(q, k, v, pk, pv, slopes):
     scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5
     if slopes is not None:
         scores = scores + slopes[:, None, None].double() * torch.arange(keys.shape[2])
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(pk.shape[1])
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(pk.shape[1] if causal else keys.shape[2])
     return torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ values
 
 
 @pytest.mark.parametrize("rows", [None, 9], ids=["whole", "by rows"])
-@pytest.mark.parametrize("cell", [GROUPED, ALIBI], ids=["grouped", "alibi"])
+@CELLS
 def test_the_truth_is_the_autograd_of_the_definition(cell, rows, monkeypatch):
     if rows:
         monkeypatch.setattr(truth, "CHUNK_BYTES", rows * 8 * (cell.S + cell.P) * cell.H // cell.Hkv)
     inputs = inputs_of(cell, CPU)
     found = PrefixTruth(inputs)
     leaves = [t.detach().double().requires_grad_() for t in inputs.leaves().values()]
-    out = definition(*leaves, inputs.slopes)
+    out = definition(*leaves, inputs.slopes, inputs.causal)
     grads = torch.autograd.grad(out, leaves, inputs.grad.double())
     torch.testing.assert_close(found.base["out"] + found.tail["out"], out.detach())
     torch.testing.assert_close(found.base["query"] + found.tail["query"], grads[0])
@@ -81,7 +84,7 @@ def test_the_truth_is_the_autograd_of_the_definition(cell, rows, monkeypatch):
     torch.testing.assert_close(found.eager["out"], eager.detach(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("cell", [GROUPED, ALIBI], ids=["grouped", "alibi"])
+@CELLS
 def test_flex_attention_computes_the_same(cell, monkeypatch):
     """Its forward, without compilation; its gradients need a GPU."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -101,7 +104,7 @@ FAULTS = {
     "nothing": (faulty(lambda name, t: t), None),
     "scale of dprefix_key": (faulty(on("prefix_key", lambda t: t * 1.01)), "dprefix_key: gain 1.0"),
     "dprefix_value is zero": (faulty(on("prefix_value", torch.zeros_like)), "dprefix_value: zero everywhere"),
-    "dprefix of one sample": (faulty(on("prefix_key", lambda t: t / 2)), "dprefix_key: gain 0.5"),
+    "dprefix of one sample": (faulty(on("prefix_key", lambda t: t / 2)), "dprefix_key: rms"),
     "NaN in one place": (
         faulty(on("key", lambda t: t.clone().index_fill_(2, torch.tensor([5]), float("nan")))),
         "dkey: not f",
@@ -167,11 +170,54 @@ def test_saved_bytes_show_what_a_prefix_costs():
     assert saved["peft"] - saved["frozen"] >= 2 * 4 * 2 * (8 * 72 - 2 * 64) * 16
 
 
-def test_the_ledger_of_llamas_attention():
-    cell = Cell("llama-2048", 8, 32, 8, 2048, 30, 128, "bf16")
-    assert cell.flops(frozen=True) == pytest.approx((275 + 687) * 1e9, rel=2e-3)
-    assert cell.flops(frozen=False) / cell.flops(frozen=True) - 1 == pytest.approx(2 * 30 / 2048)
-    assert cell.bytes(frozen=True) == pytest.approx((336 + 671) * 1e6, rel=2e-3)
+def test_the_work_of_llamas_attention():
+    cell = Cell("llama3-8b", 8, 32, 8, 2048, 30, 128, "bf16")
+    base, ours = (cell.work(frozen, "fwd+bwd") for frozen in (True, False))
+    assert base.flops == pytest.approx((275 + 687) * 1e9, rel=2e-3)
+    assert ours.flops / base.flops - 1 == pytest.approx(2 * 30 / 2048)
+    assert base.bytes == pytest.approx((336 + 671) * 1e6, rel=5e-3)  # and the statistics of the rows
+    assert cell.work(False, "fwd") + cell.work(False, "bwd") == ours
+    encoder = dataclasses.replace(cell, causal=False)
+    assert encoder.work(True, "fwd").flops == 2 * cell.work(True, "fwd").flops
+
+
+def asked(**options):
+    return [(c.name, *(getattr(c, size) for size in bench.SIZES.split(","))) for c in bench.cells(Request(**options))]
+
+
+def test_the_cells_of_a_command_line():
+    llama = ("llama3-8b", 4, 32, 8)
+    assert asked() == [(*llama, s, 30, 128) for s in (2048, 512, 8192)]
+    assert asked(quick=True, prefixes=(5, 9)) == [(*llama, 2048, p, 128) for p in (5, 9)]
+    assert asked(shapes=("bert-base",), batches=(1, 2), seqs=(7,)) == [
+        ("bert-base", b, 12, 12, 7, 30, 64) for b in (1, 2)
+    ]
+    assert asked(tiny=True) == [("tiny", 2, 4, 2, 32, 30, 16)]
+    assert asked(shapes=("bloom-560m", (1, 4, 2, 9, 3, 8))) == [
+        ("bloom-560m", 8, 16, 16, 64, 30, 64),
+        ("given", 1, 4, 2, 9, 3, 8),
+    ]
+    found = {name: bench.cells(Request(shapes=(name,)))[0] for name in ("bert-base", "bloom-560m", "llama3-8b")}
+    assert {name: (c.causal, c.alibi, c.dtype) for name, c in found.items()} == {
+        "bert-base": (False, False, "bf16"),
+        "bloom-560m": (True, True, "bf16"),
+        "llama3-8b": (True, False, "bf16"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shapes": ((8, 32, 8, 512, 30),)}, "8,32,8,512,30 is not B,H,Hkv,S,P,D"),
+        ({"shapes": ((1, 4, 3, 64, 8, 16),)}, "H = 4 is no multiple of Hkv = 3"),
+        ({"shapes": ((1, 4, 2, 64, 8, 16),), "prefixes": (3,)}, "--prefix is for shapes by name"),
+        ({"shapes": ((1, 4, 2, 64, 8, 16),), "seqs": (3,)}, "--batch and --seq are for shapes by name"),
+        ({"shapes": ("lorafusion-grid",)}, "is of linear layers"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(options, words):
+    with pytest.raises(FastpeftError, match=re.escape(words)):
+        bench.cells(Request(**options))
 
 
 def test_strategies_of_the_kernels_are_not_timed_without_a_gpu(measured):
@@ -188,40 +234,10 @@ def test_a_strategy_is_missing_where_the_vendor_cannot(strategy):
         named(f"fastpeft:{strategy}")[0].build(inputs_of(ALIBI, CPU))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--shape", "llama"], "neither one of llama-2048"),
-        (["--shape", "8,32,8,512,30"], "is not B,H,Hkv,S,P,D"),
-        (["--shape", "1,4,3,64,8,16"], "H = 4 is no multiple of Hkv = 3"),
-        (["--prefix", "0"], "at least 1"),
-    ],
-)
-def test_bad_arguments_are_refused_in_words(arguments, words, capsys):
-    assert bench.main(["--device", "cpu", *arguments]) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_the_command_measures_a_named_shape(tmp_path, capsys):
-    path = tmp_path / "bench.json"
-    shape = ["--shape", "1,4,2,33,5,16", "--prefix", "3", "--prefix", "17", "--dtype", "fp32"]
-    assert bench.main(["--device", "cpu", "--quick", *shape, "--json", str(path)]) == 0
-    saved = json.loads(path.read_text())
-    assert report.problems(saved) == [] and saved["running"] is None
-    assert {tuple(row["shape"].values()) for row in saved["results"]} == {
-        ("given", 1, 4, 2, 33, prefix, 16, 0) for prefix in (3, 17)
-    }
-    assert {row["status"] for row in saved["results"]} == {"ok"}
-    printed = capsys.readouterr().out
-    assert report.CPU_HEADER in printed and printed.endswith(report.table(saved))
-    assert "prefix_attention: MB kept for backward, without parameters" in printed
-    assert "not measured: prefix_attention: all cells flex: not compiled on the CPU path" in printed
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("sizes", [(2, 8, 2, 512, 30, 128), (2, 8, 8, 64, 30, 64)], ids=["grouped", "alibi"])
 def test_peers_pass_the_check_on_the_gpu(sizes):
-    inputs = inputs_of(bench._cell("tiny" if sizes[2] == 2 else "tiny-alibi", sizes), torch.device("cuda"))
+    inputs = inputs_of(Cell("tiny", *sizes, "bf16", alibi=sizes[2] == 8), torch.device("cuda"))
     found = PrefixTruth(inputs)
     for implementation in (i for i in peers.IMPLEMENTATIONS if i.peer and i.name != report.FLOOR):
         if implementation.serves(inputs) and not implementation.compiled:

@@ -8,12 +8,13 @@ import numpy
 import pytest
 import torch
 
-from benchmarks import bench_lora_linear, checkin, harness, report
+from benchmarks import harness, report
 from benchmarks import lora_linear_peers as peers
 from benchmarks.baselines import Implementation
 from benchmarks.bench_lora_linear import BENCH, Cell, inputs_of
+from benchmarks.benches import BY_OP
 from benchmarks.harness import Budget, Call, CpuTimer, Sample
-from benchmarks.runner import Prepared, cells_of, row_of
+from benchmarks.runner import Prepared, cells_of, in_turns, plan_of, row_of
 
 CPU = torch.device("cpu")
 PLAIN = Cell("tiny", 128, 128, 96, 16, 0.0, "bf16")
@@ -134,9 +135,11 @@ def test_saved_bytes_count_each_storage_once_and_no_parameters():
 
 def test_the_ledger_of_llamas_q_projection():
     cell = Cell("q/o", 8192, 4096, 4096, 16, 0.0, "bf16")
-    assert cell.flops(frozen=True) == 4 * 8192 * 4096**2
-    assert cell.flops(frozen=False) / cell.flops(frozen=True) - 1 == pytest.approx(1.5 * 16 * (2 / 4096))
-    assert cell.bytes(frozen=False) - cell.bytes(frozen=True) == (4 + 2) * 8192 * 4096
+    base, ours = (cell.work(frozen, "fwd+bwd") for frozen in (True, False))
+    assert base.flops == 4 * 8192 * 4096**2
+    assert ours.flops / base.flops - 1 == pytest.approx(1.5 * 16 * (2 / 4096))
+    # x once more, for dA; S written and read; A and B read twice, their gradients written.
+    assert ours.bytes - base.bytes == 2 * (8192 * 4096 + 2 * 8192 * 16 + 3 * 16 * 2 * 4096)
 
 
 # Budget, plan, report
@@ -168,24 +171,27 @@ def test_a_run_is_taken_up_where_it_stopped(run, named):
 
 
 def test_the_plan_begins_with_what_matters_most():
-    plan = checkin.plan("cuda")
-    benches = {bench.op: bench for bench in checkin.BENCHES}
-    cells = cells_of(plan, benches)
-    of_lora = [cell for bench, cell in cells if bench.op == "lora_linear"]
-    of_prefix = [cell for bench, cell in cells if bench.op == "prefix_attention"]
-    assert len(of_lora) == len({cell.id for cell in of_lora}) == 32 and len({cell.id for cell in of_prefix}) == 17
+    plan = plan_of(in_turns(list(BY_OP.values())), "cuda", budget_s=400.0)
+    cells = cells_of(plan, BY_OP)
+    of = {op: [cell for bench, cell in cells if bench.op == op] for op in BY_OP}
+    of_lora, of_prefix, of_prompt = of["lora_linear"], of["prefix_attention"], of["gated_prompt_attention"]
+    assert {op: len({cell.id for cell in found}) for op, found in of.items()} == {
+        "lora_linear": 38, "prefix_attention": 17, "gated_prompt_attention": 6, "prompt_embedding": 3
+    }  # fmt: skip
+    assert len(cells) == 64
     assert [(c.name, c.r, c.dropout) for c in of_lora[:4]] == [
-        ("q/o", 16, 0.0),
-        ("q/o", 16, 0.05),
-        ("gate/up", 16, 0.0),
-        ("gate/up", 16, 0.05),
+        ("llama3-8b q/o", 16, 0.0),
+        ("llama3-8b q/o", 16, 0.05),
+        ("llama3-8b gate/up", 16, 0.0),
+        ("llama3-8b gate/up", 16, 0.05),
     ]
-    first = [cell for _, cell in cells[:11]]
-    assert first == of_lora[:8] + of_prefix[:3] and {cell.r for cell in of_lora[:8]} == {16}
+    first = [cell for _, cell in cells[:14]]
+    assert first == of_lora[:8] + of_prefix[:3] + of_prompt[:3] and {cell.r for cell in of_lora[:8]} == {16}
+    assert {(c.name, c.r, c.dropout) for c in of_lora[32:]} == {("lorafusion-grid", 16, 0.1)}
     assert [(c.S, c.P, c.H, c.Hkv) for c in of_prefix[:3]] == [(s, 30, 32, 8) for s in (2048, 512, 8192)]
-    assert [cell.compiled for cell in of_lora] == [True] * 3 + [False] * 29
+    assert [cell.compiled for cell in of_lora] == [True] * 2 + [False] * 36
     assert [cell.compiled for cell in of_prefix] == [True] * 2 + [False] * 15
-    assert plan["without"] == {op: {} for op in benches} and json.loads(json.dumps(plan)) == plan
+    assert plan["without"] == {op: {} for op in BY_OP} and json.loads(json.dumps(plan)) == plan
 
 
 @pytest.fixture
@@ -205,7 +211,7 @@ def test_the_schema_accepts_a_run_and_names_every_departure(document):
     where = f"document.results[{row}]"
     assert _break(document, lambda d: d["stamp"].pop("driver")) == ["document.stamp.driver is missing"]
     assert _break(document, lambda d: d.update(extra=1)) == ["document.extra is unknown"]
-    assert _break(document, lambda d: d.update(schema=2)) == ["document.schema is 2, this reads 1"]
+    assert _break(document, lambda d: d.update(schema=1)) == ["document.schema is 1, this reads 2"]
     assert _break(document, lambda d: d["results"][row]["shape"].update(M="1")) == [f"{where}.shape.M is str, not int"]
     assert _break(document, lambda d: d["results"][row].update(rounds=True)) == [f"{where}.rounds is bool, not int"]
     assert _break(document, lambda d: d["results"][row].update(median_ms=None)) == [
@@ -235,41 +241,6 @@ def test_the_source_digest_follows_the_sources(monkeypatch, tmp_path):
     second = report.source_digest()
     (tmp_path / "kernels" / "a.py").rename(tmp_path / "fastpeft" / "a.py")
     assert len({first, second, report.source_digest()}) == 3
-
-
-# The command line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--shape", "qo"], "neither one of q/o"),
-        (["--shape", "8,0,8"], "must be at least 1"),
-        (["--rank", "0"], "at least 1"),
-        (["--dropout", "1"], "0 <= p < 1"),
-    ],
-)
-def test_bad_arguments_are_refused_in_words(arguments, words, capsys):
-    assert bench_lora_linear.main(["--device", "cpu", *arguments]) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench_lora_linear.main([]) == 2
-    assert "torch sees no GPU. --device cpu" in capsys.readouterr().err
-
-
-def test_the_command_measures_a_named_shape(tmp_path, capsys):
-    path = tmp_path / "bench.json"
-    shape = ["--shape", "130,72,40", "--rank", "24", "--dropout", "0", "--dtype", "fp32"]
-    assert bench_lora_linear.main(["--device", "cpu", "--quick", *shape, "--json", str(path)]) == 0
-    saved = json.loads(path.read_text())
-    assert report.problems(saved) == [] and saved["running"] is None
-    assert {tuple(row["shape"].values()) for row in saved["results"]} == {("72->40", 130, 72, 40, 24)}
-    assert {row["status"] for row in saved["results"]} == {"ok"}
-    printed = capsys.readouterr().out
-    assert report.CPU_HEADER in printed and printed.endswith(report.table(saved))
 
 
 # On a GPU

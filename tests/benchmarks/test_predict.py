@@ -6,16 +6,19 @@ import pytest
 
 from benchmarks import bench_gated_prompt_attention, bench_lora_linear, bench_prefix_attention, predict, report
 from benchmarks.designs import DESIGNS, KINDS
+from benchmarks.geometry import GEOMETRIES
 from benchmarks.predict import MARK, SHARES, predictions, text
 from fastpeft.cost import MACHINES, PASSES
 from fastpeft.errors import FastpeftError
 
 LORA, PREFIX, GATED = bench_lora_linear.BENCH, bench_prefix_attention.BENCH, bench_gated_prompt_attention.BENCH
 
+LAYERS = GEOMETRIES["llama3-8b"].linears
+
 
 def lora_cell(name="q/o", r=16, dropout=0.0, dtype="bf16"):
-    m, k, n = bench_lora_linear.SHAPES[name]
-    return LORA.cell(name=name, M=m, K=k, N=n, r=r, dropout=dropout, dtype=dtype)
+    k, n = LAYERS[name]
+    return LORA.cell(name=name, M=8192, K=k, N=n, r=r, dropout=dropout, dtype=dtype)
 
 
 def prefix_cell(S=2048, P=30, **options):
@@ -45,7 +48,7 @@ def test_concatenating_costs_what_the_roofline_of_an_h200_says(S, expected):
 @pytest.mark.parametrize("passed", PASSES)
 @pytest.mark.parametrize("rank", [8, 64, 128])
 def test_nothing_is_predicted_below_the_least(passed, rank):
-    cells = [lora_cell(name, rank, p) for name in bench_lora_linear.SHAPES for p in (0.0, 0.05)]
+    cells = [lora_cell(name, rank, p) for name in LAYERS for p in (0.0, 0.05)]
     found = predictions(LORA, cells, passed) + predictions(PREFIX, [prefix_cell(), prefix_cell(512, 200)], passed)
     least = {(e["cell"], e["machine"]): e["predicted_ms"] for e in found if e["impl"] == predict.LEAST}
     assert len(least) == (len(cells) + 2) * len(MACHINES)
