@@ -1,182 +1,201 @@
-"""One call on a GPU machine: the CUDA tests, the machine's ceilings, the benches. `--out DIR` receives everything.
+"""One call on a GPU machine, within the minutes given: what is right, what is fast, and how far from the targets.
 
-DIR/checkin.json is valid from the first second on (schema in report.py), DIR/table.txt is the last thing printed too,
-DIR/tests.log and DIR/tests.xml are pytest's. The benches run in a process of their own, the most important cells of
-each first: a kernel that crashes it, or hangs, is named, left out, and the rest is measured by a fresh process that
-goes on where that one stopped.
+    python -m benchmarks.checkin --out DIR [--minutes 9] [--resume] [--smoke]
+
+The steps, the most valuable first: the environment, the machine's ceilings, the CUDA tests, tuning, the first cells of
+every bench, whole training steps, and what else the time allows. Each is on disk when it is over: DIR/checkin.json is
+valid from the first second on (schema in report.py), DIR/checkin.jsonl has its results as JSON lines, DIR/table.txt the
+tables, DIR/summary.txt the screen that is printed last, DIR/tuned the table of tuning, which the benches after it use.
+--resume goes on in a folder, with the steps that were not finished. What crashes or hangs is named and left out.
+--smoke takes the whole course on a CPU, on tiny shapes; no figure of it counts.
 
 Exit status: 0; 1 if a test failed or an implementation raised or died; 2 for wrong usage; 3 if a result was wrong.
 """
 
 import argparse
-import contextlib
-import functools
-import importlib.util
-import os
-import signal
-import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import bench_lora_linear, bench_prefix_attention, report
+from . import bench_step, lines, report, summary
+from .benches import BENCHES, BY_OP
+from .cuda_tests import run_tests
 from .harness import Budget
-from .report import FLOOR, ROOT
-from .runner import DeviceLost, Run, cells_of, in_turns, key_of, key_of_row, plan_of
+from .report import ROOT
+from .request import Request
+from .runner import cells_of, in_turns, key_of, key_of_row, plan_of
+from .supervision import GRACE_S, end, start, supervise, work
 
-BENCHES = (bench_lora_linear.BENCH, bench_prefix_attention.BENCH)
 TEST_WORKERS = 8
-STARTS = 4  # the first, and three more after crashes
-STALL_S = 150.0  # longer than torch.compile's first compilation, the slowest single step
-SPARE_S = 15.0  # for the table, and for a worker to finish the cell it is in
-DEVICE_LOST_RC = 4
+SUMMARY_S = 5.0
+FIRST_TIERS = {"prefix": 2}  # of a bench in the step of its own; else 1
+FIRST_CASES = 3  # of training steps, before the rest
 
 
-def run_tests(path: Path, out: Path, seconds: float, workers: int = 0) -> dict:
-    """`pytest -m cuda path` in a process of its own; interrupted after `seconds`, so that it still reports. Most of the
-    time goes into compiling kernels, so `workers` processes share the tests, where xdist is installed."""
-    if not path.exists():
-        return report.no_tests(f"{path} does not exist: tests come with a checkout")
-    xml, log = out / "tests.xml", out / "tests.log"
-    xml.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", str(path), "-q", "--tb=short", "-p", "no:cacheprovider"]
-    if workers and importlib.util.find_spec("xdist"):
-        command += ["-n", str(workers), "--dist", "loadgroup"]
-    start, timed_out = time.monotonic(), False
-    with log.open("w") as stream:
-        process = _start([*command, f"--junitxml={xml}"], stdout=stream, stderr=subprocess.STDOUT)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-            _end(process, patience=20.0)
-    tests = report.no_tests("") | _read_junit(xml)
-    tests |= {"command": " ".join(command), "rc": process.returncode, "timed_out": timed_out}
-    tests["seconds"] = time.monotonic() - start
-    if timed_out:
-        tests["note"] = f"Stopped after {seconds:.0f} s: not all of them ran."
-    elif tests["passed"] is None:
-        tests["note"] = "pytest left no report; its log: " + " ".join(log.read_text()[-500:].split())
-    elif process.returncode == 5:
-        tests["note"] = "No test is marked cuda."
-    return tests
+@dataclass
+class Course:
+    """One call: where to, how long, and on what."""
+
+    out: Path
+    budget: Budget
+    device: str
+    tests: Path
+
+    @property
+    def path(self) -> Path:
+        return self.out / "checkin.json"
+
+    @property
+    def smoke(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"FASTPEFT_CACHE": str(self.out / "tuned")}
 
 
-def _read_junit(xml: Path) -> dict:
-    """Counts and failure texts; nothing where pytest was killed before it could report."""
-    try:
-        suite = ElementTree.parse(xml).getroot().find("testsuite")
-    except (OSError, ElementTree.ParseError):
-        return {}
-    counts = {name: int(suite.get(key, 0)) for name, key in (("failed", "failures"), ("errors", "errors"))}
-    counts["skipped"] = int(suite.get("skipped", 0))
-    failures = []
-    for case in suite.iter("testcase"):
-        for outcome in (*case.findall("failure"), *case.findall("error")):
-            name = f"{case.get('classname')}::{case.get('name')}"
-            failures.append({"test": name, "text": (outcome.text or "")[-2000:]})
-    return {**counts, "passed": int(suite.get("tests", 0)) - sum(counts.values()), "failures": failures[:20]}
+def _environment(course: Course, budget: Budget) -> str:
+    """The stamp is written before the first step: what is missing shows here."""
+    stamp = report.load(course.path)["stamp"]
+    absent = [name for name in ("triton", "transformers", "peft") if not stamp[name]]
+    return f"missing: {', '.join(absent)}" if absent else ""
 
 
-def _start(command: list[str], **streams) -> subprocess.Popen:
-    """In its own process group, so that compilers and other children end with it. A checkout is run from its root.
-
-    A shell's background jobs ignore interrupts, and what they start inherits that; this must heed ours.
-    """
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    folder = ROOT if __package__ == "benchmarks" else None
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, preexec_fn=heed, **streams)
-
-
-def _end(process: subprocess.Popen, patience: float = 0.0) -> None:
-    """Kill the group, after an interrupt and `patience` seconds for whoever can still write something down."""
-    if patience:
-        os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            return
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _tests(course: Course, budget: Budget) -> str:
+    workers = 0 if course.smoke else TEST_WORKERS
+    found = run_tests(course.tests.resolve(), course.out, budget.left(), workers)
+    document = report.load(course.path)
+    document["tests"] = found
+    report.save(document, course.path)
+    print(report.tests_line(found), flush=True)
+    return found["note"] if found["timed_out"] or found["passed"] is None else ""
 
 
-def watch(process: subprocess.Popen, heartbeat: Path, budget: Budget, stall_s: float = STALL_S) -> str:
-    """Wait for the worker, which touches `heartbeat` at every step. Returns "" or why it ended too early."""
-    while process.poll() is None:
-        time.sleep(0.1)
-        if time.time() - heartbeat.stat().st_mtime > stall_s:
-            _end(process)
-            return f"stood still for {stall_s:.0f} s"
-        if budget.left() < 0:
-            _end(process)
-            return "the time was up"
-    if process.returncode == DEVICE_LOST_RC:
-        return "the device stopped answering"
-    if process.returncode < 0:
-        return f"ended by signal {-process.returncode}"
-    return f"exit status {process.returncode}" if process.returncode else ""
+def _tune(course: Course, budget: Budget) -> str:
+    """`fastpeft tune` in a process of its own, which keeps to its seconds; the table is written after every choice."""
+    package = __package__.partition(".")[0].replace("benchmarks", "fastpeft")
+    command = [sys.executable, "-m", package, "tune", "--seconds", f"{max(5.0, budget.left() - 5):.0f}"]
+    command += ["--smoke", "--op", "lora"] if course.smoke else []
+    with (course.out / "tune.log").open("w") as log:
+        process = start(command, course.environment, stdout=log, stderr=log)
+        while process.poll() is None:
+            time.sleep(0.1)
+            if budget.left() < -GRACE_S:
+                end(process)
+                return "the time was up; see tune.log"
+    # 1: nothing was faster than predicted or the time did not suffice for all; what was measured is in the table.
+    return f"exit status {process.returncode}; see tune.log" if process.returncode not in (0, 1) else ""
 
 
-def supervise(path: Path, budget: Budget, command: Sequence[str] | None = None) -> bool:
-    """Run workers on the plan in `path` until it is worked off. False if any of them ended too early."""
-    command = list(command or [sys.executable, "-m", f"{__package__}.checkin", "--worker", str(path)])
-    clean = True
-    for _ in range(STARTS):
-        document = report.load(path)
-        document["plan"]["budget_s"] = max(0.0, budget.left() - SPARE_S)
-        report.save(document, path)
-        reason = watch(_start(command), path, budget)
-        if not reason:
-            return clean
-        clean = False
-        document = report.load(path)
-        print(f"the benchmark's process: {reason}, at {document['running']}", flush=True)
-        go_on = budget.left() > SPARE_S and _avoid(document, reason)
-        report.save(document, path)
-        if not go_on:
-            break
-    document = report.load(path)
-    _name_unmeasured(document, f"the benchmark's process did not get there ({reason})")
-    report.save(document, path)
-    return False
+def _measure(course: Course, budget: Budget, cells: Sequence, cases: Sequence = (), profile: bool = False) -> str:
+    """Cells and training steps, by workers that know what ended those before them."""
+    document = report.load(course.path)
+    before = document["plan"]
+    document["plan"] = plan_of(
+        cells, course.device, budget_s=budget.left(), quick=course.smoke, passes=PASSES, profile=profile
+    )
+    document["plan"]["cases"] = [asdict(case) for case in cases]
+    for op, names in before.get("without", {}).items():
+        document["plan"]["without"].setdefault(op, {}).update(names)
+    document["plan"]["skip"] |= before.get("skip", {})
+    report.save(document, course.path)
+    trouble = supervise(course.path, budget, environment=course.environment)
+    document = report.load(course.path)
+    _settle(document)
+    report.save(document, course.path)
+    if found := lines.of(document):
+        lines.save(found, course.out / "checkin.jsonl")
+    if trouble:
+        return trouble
+    left = sum(entry["impl"] is None for entry in document["unmeasured"])
+    return f"{left} cells not reached" if left else ""
 
 
-def _avoid(document: dict, reason: str) -> bool:
-    """Change the plan so that what ended the process is not met again. False if nothing is left to measure then."""
-    at, plan = document["running"], document["plan"]
-    if at is None or at["stage"] in ("ceilings", "profile") or at["impl"] == FLOOR:
-        return False
-    if at["impl"] is None:
-        plan["skip"][at["cell"]] = f"its timing ended the process: {reason}"
-    else:
-        plan["without"].setdefault(at["op"], {})[at["impl"]] = f"ended the process ({reason}) in {at['cell']}"
-    return True
+PASSES = ("fwd+bwd", "fwd", "bwd")
 
 
-def _name_unmeasured(document: dict, reason: str) -> None:
+def _settle(document: dict) -> None:
+    """What an earlier step named as not measured, and a later one measured, is not named any longer."""
     done = set(map(key_of_row, document["results"]))
-    named = {(entry["op"], entry["cell"]) for entry in document["unmeasured"]}
-    for bench, cell in cells_of(document["plan"], {bench.op: bench for bench in BENCHES}):
-        if key_of(bench, cell) not in done and (bench.op, cell.id) not in named:
-            document["unmeasured"].append({"op": bench.op, "cell": cell.id, "impl": None, "reason": reason})
+    measured = {(bench.op, cell.id) for bench, cell in cells_of(document["plan"], BY_OP) if key_of(bench, cell) in done}
+    measured |= {
+        (bench_step.OP, case.id)
+        for case in bench_step.cases_of(document["plan"])
+        if (bench_step.OP, tuple(case.shape().values()), case.dropout, case.dtype) in done
+    }
+    document["unmeasured"] = [
+        entry
+        for entry in document["unmeasured"]
+        if entry["impl"] is not None or (entry["op"], entry["cell"]) not in measured
+    ]
 
 
-def plan(device: str, *, tiny: bool = False, budget_s: float = 400.0) -> dict:
-    """Everything that there is to measure, in the order in which it is wanted."""
-    return plan_of(in_turns(BENCHES, tiny=tiny), device, budget_s=budget_s, quick=tiny)
+def _ceilings(course: Course, budget: Budget) -> str:
+    return _measure(course, budget, ())
 
 
-def work(path: Path) -> int:
-    """The worker: measures what the plan in `path` still lacks, into the same file."""
-    document = report.load(path)
-    try:
-        Run(document, lambda: report.save(document, path), BENCHES).measure()
-    except DeviceLost as error:
-        print(f"device lost: {error}", file=sys.stderr)
-        return DEVICE_LOST_RC
-    return 0
+def _bench(name: str) -> Callable[[Course, Budget], str]:
+    def run(course: Course, budget: Budget) -> str:
+        bench = BENCHES[name]
+        tiers = bench.tiers(course.smoke)[: FIRST_TIERS.get(name, 1)]
+        return _measure(course, budget, [(bench, cell) for tier in tiers for cell in tier])
+
+    return run
+
+
+def _cases(course: Course) -> list:
+    return bench_step.cases(Request(shapes=("tiny",) if course.smoke else (), tiny=course.smoke))
+
+
+def _step(course: Course, budget: Budget) -> str:
+    return _measure(course, budget, (), _cases(course)[:FIRST_CASES])
+
+
+def _rest(course: Course, budget: Budget) -> str:
+    """Every other cell, in turns, then every other training step, then the kernels of the first cells."""
+    cells = in_turns(list(BENCHES.values()), tiny=course.smoke)
+    return _measure(course, budget, cells, _cases(course), profile=True)
+
+
+# (name, the share of the time by which it is to be over, what it does), the most valuable first. What one does not use
+# is the next one's.
+STEPS: list[tuple[str, float, Callable[[Course, Budget], str]]] = [
+    ("environment", 0.01, _environment),
+    ("ceilings", 0.05, _ceilings),
+    ("tests", 0.30, _tests),
+    ("tune", 0.45, _tune),
+    ("lora", 0.58, _bench("lora")),
+    ("prefix", 0.70, _bench("prefix")),
+    ("step", 0.84, _step),
+    *((name, 0.84 + 0.03 * place, _bench(name)) for place, name in enumerate(list(BENCHES)[2:], 1)),
+    ("rest", 1.0, _rest),
+]
+
+
+def run_steps(course: Course) -> None:
+    """Every step that is not done yet, each recorded when it is over."""
+    for name, share, run in STEPS:
+        document = report.load(course.path)
+        if any(step["name"] == name and step["status"] == "done" for step in document["steps"]):
+            continue
+        until = share * course.budget.seconds - course.budget.elapsed()
+        begun = time.monotonic()
+        if until <= 1.0:
+            status, note = "skipped", "no time was left"
+        else:
+            print(f"[{course.budget.elapsed():.0f}/{course.budget.seconds:.0f} s] {name}, {until:.0f} s", flush=True)
+            try:
+                note = run(course, Budget(until))
+                status = "partial" if note else "done"
+            except OSError as error:
+                status, note = "failed", f"{type(error).__name__}: {error}"
+        entry = {"name": name, "status": status, "note": note, "budget_s": max(0.0, until)}
+        document = report.load(course.path)
+        document["steps"] = [step for step in document["steps"] if step["name"] != name]
+        document["steps"].append(entry | {"seconds": time.monotonic() - begun})
+        report.save(document, course.path)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -184,10 +203,9 @@ def parser() -> argparse.ArgumentParser:
     place = out.add_mutually_exclusive_group(required=True)
     place.add_argument("--out", type=Path, metavar="DIR")
     place.add_argument("--worker", type=Path, metavar="FILE", help=argparse.SUPPRESS)
-    out.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    out.add_argument("--tiny", action="store_true", help="tiny shapes: the whole course in seconds, no figure counts")
-    out.add_argument("--budget", type=float, default=520.0, metavar="S", help="seconds for everything (default 520)")
-    out.add_argument("--tests-budget", type=float, default=180.0, metavar="S", help="of which for the tests")
+    out.add_argument("--minutes", type=float, default=9.0, metavar="M", help="for everything (default 9)")
+    out.add_argument("--resume", action="store_true", help="go on in DIR, with the steps that were not finished")
+    out.add_argument("--smoke", action="store_true", help="on a CPU, tiny: the whole course, no figure counts")
     out.add_argument("--tests", type=Path, default=ROOT / "tests", metavar="PATH", help="which tests")
     out.add_argument("--commit", help="what to stamp where the tree carries no history")
     return out
@@ -201,38 +219,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     if arguments.worker:
         return work(arguments.worker)
-    budget = Budget(arguments.budget)
-    if refusal := _refusal(arguments):
+    device = "cpu" if arguments.smoke else "cuda"
+    budget = Budget(60 * arguments.minutes - GRACE_S - SUMMARY_S)
+    course = Course(arguments.out.resolve(), budget, device, arguments.tests)
+    if refusal := _refusal(arguments, course):
         print(f"checkin: {refusal}", file=sys.stderr)
         return 2
-    out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "checkin.json"
-    document = report.new_document(plan(arguments.device, tiny=arguments.tiny))
-    document["stamp"] = report.stamp(arguments.device, arguments.commit)
-    report.save(document, path)
-    if document["stamp"]["header"]:
-        print(document["stamp"]["header"], flush=True)
-    document["tests"] = run_tests(
-        arguments.tests.resolve(), out, arguments.tests_budget, TEST_WORKERS if arguments.device == "cuda" else 0
-    )
-    report.save(document, path)
-    print(f"[{budget.elapsed():.0f}/{budget.seconds:.0f} s] {report.tests_line(document['tests'])}", flush=True)
-    clean = supervise(path, budget)
-    document = report.load(path)
-    table = report.table(document)
-    (out / "table.txt").write_text(table)
-    print(table, end="", flush=True)
-    return report.exit_code(document) or (0 if clean else 1)
+    if not arguments.resume:
+        course.out.mkdir(parents=True, exist_ok=True)
+        document = report.new_document(plan_of((), device, budget_s=0.0))
+        document["stamp"] = report.stamp(device, arguments.commit)
+        report.save(document, course.path)
+    run_steps(course)
+    document = report.load(course.path)
+    (course.out / "table.txt").write_text(report.table(document))
+    screen = summary.text(document, course.out)
+    (course.out / "summary.txt").write_text(screen)
+    print(screen, end="", flush=True)
+    died = any(step["status"] == "failed" for step in document["steps"])
+    return report.exit_code(document) or int(died)
 
 
-def _refusal(arguments: argparse.Namespace) -> str:
+def _refusal(arguments: argparse.Namespace, course: Course) -> str:
     import torch
 
-    if arguments.device == "cpu" and not arguments.tiny:
-        return "--device cpu takes hours on the real shapes; add --tiny"
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        return "torch sees no GPU (torch.cuda.is_available() is False). --device cpu --tiny rehearses without one"
+    if course.budget.seconds <= 0:
+        return f"--minutes {arguments.minutes:g} is too short for anything"
+    if not course.smoke and not torch.cuda.is_available():
+        return "torch sees no GPU (torch.cuda.is_available() is False). --smoke rehearses without one"
+    if not arguments.resume:
+        return f"{course.path} is there already: --resume goes on with it" if course.path.exists() else ""
+    try:
+        document = report.load(course.path)
+    except (OSError, ValueError) as error:
+        return f"nothing to resume in {course.out}: {error}"
+    if problems := report.problems(document):
+        return f"{course.path} cannot be resumed: {problems[0]}"
+    now = report.stamp(course.device)
+    for name in ("device", "source_sha256", "torch", "triton"):
+        if document["stamp"][name] != now[name]:
+            return (
+                f"{course.path} has {name} {document['stamp'][name]}, here it is {now[name]}: begin in another folder"
+            )
     return ""
 
 

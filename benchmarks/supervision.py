@@ -1,0 +1,129 @@
+"""Processes that may crash or hang: started, watched, ended, and started again without what ended them.
+
+A worker (`python -m benchmarks.checkin --worker FILE`) works the plan in a document off and writes every step into it,
+so that the file says what ran when it died, and its age how long ago that was.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import bench_step, report
+from .benches import BY_OP
+from .harness import Budget
+from .report import FLOOR, ROOT
+from .runner import DeviceLost, Run, cells_of, key_of, key_of_row
+
+STARTS = 4  # the first, and three more after crashes
+STALL_S = 150.0  # longer than torch.compile's first compilation, the slowest single step
+GRACE_S = 15.0  # beyond a worker's time, to finish what it is at
+DEVICE_LOST_RC = 4
+
+
+def start(command: Sequence[str], environment: Mapping[str, str] | None = None, **streams) -> subprocess.Popen:
+    """In its own process group, so that compilers and other children end with it. A checkout is run from its root.
+
+    A shell's background jobs ignore interrupts, and what they start inherits that; this must heed ours.
+    """
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
+    folder = ROOT if __package__ == "benchmarks" else None
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, preexec_fn=heed, **streams)
+
+
+def end(process: subprocess.Popen, patience: float = 0.0) -> None:
+    """Kill the group, after an interrupt and `patience` seconds for whoever can still write something down."""
+    if patience:
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def watch(process: subprocess.Popen, heartbeat: Path, budget: Budget, stall_s: float = STALL_S) -> str:
+    """Wait for the worker, which touches `heartbeat` at every step. Returns "" or why it ended too early."""
+    while process.poll() is None:
+        time.sleep(0.1)
+        if time.time() - heartbeat.stat().st_mtime > stall_s:
+            end(process)
+            return f"stood still for {stall_s:.0f} s"
+        if budget.left() < -GRACE_S:
+            end(process)
+            return "the time was up"
+    if process.returncode == DEVICE_LOST_RC:
+        return "the device stopped answering"
+    if process.returncode < 0:
+        return f"ended by signal {-process.returncode}"
+    return f"exit status {process.returncode}" if process.returncode else ""
+
+
+def supervise(
+    path: Path, budget: Budget, command: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
+) -> str:
+    """Run workers on the plan in `path` until it is worked off. Returns "", or why the last that failed ended early."""
+    command = command or [sys.executable, "-m", f"{__package__}.checkin", "--worker", str(path)]
+    trouble = ""
+    for _ in range(STARTS):
+        document = report.load(path)
+        document["plan"]["budget_s"] = max(0.0, budget.left())
+        report.save(document, path)
+        reason = watch(start(command, environment), path, budget)
+        if not reason:
+            return trouble
+        document = report.load(path)
+        trouble = f"{reason}, at {document['running']}"
+        print(f"the benchmark's process: {trouble}", flush=True)
+        go_on = budget.left() > 0 and _avoid(document, reason)
+        report.save(document, path)
+        if not go_on:
+            break
+    document = report.load(path)
+    _name_unmeasured(document, f"the benchmark's process did not get there ({reason})")
+    report.save(document, path)
+    return trouble
+
+
+def work(path: Path) -> int:
+    """The worker: measures what the plan in `path` still lacks, into the same file."""
+    document = report.load(path)
+    budget = Budget(document["plan"]["budget_s"])
+
+    def save() -> None:
+        report.save(document, path)
+
+    try:
+        Run(document, save, list(BY_OP.values()), budget).measure()
+        if cases := bench_step.cases_of(document["plan"]):
+            bench_step.measure(document, cases, save, budget)
+    except DeviceLost as error:
+        print(f"device lost: {error}", file=sys.stderr)
+        return DEVICE_LOST_RC
+    return 0
+
+
+def _avoid(document: dict, reason: str) -> bool:
+    """Change the plan so that what ended the process is not met again. False if nothing is left to measure then."""
+    at, plan = document["running"], document["plan"]
+    if at is None or at["stage"] in ("ceilings", "profile") or at["impl"] == FLOOR:
+        return False
+    if at["impl"] is None:
+        plan["skip"][at["cell"]] = f"its timing ended the process: {reason}"
+    else:
+        plan["without"].setdefault(at["op"], {})[at["impl"]] = f"ended the process ({reason}) in {at['cell']}"
+    return True
+
+
+def _name_unmeasured(document: dict, reason: str) -> None:
+    done = set(map(key_of_row, document["results"]))
+    named = {(entry["op"], entry["cell"]) for entry in document["unmeasured"]}
+    for bench, cell in cells_of(document["plan"], BY_OP):
+        if key_of(bench, cell) not in done and (bench.op, cell.id) not in named:
+            document["unmeasured"].append({"op": bench.op, "cell": cell.id, "impl": None, "reason": reason})
