@@ -4,7 +4,7 @@ Results are paired by op, implementation, shape, dtype, dropout and pass. Clocks
 so where both have a floor, what is compared is the ratio to it, which was taken within rounds; the milliseconds
 themselves are compared only where there is no floor. A difference is named beyond
 
-    margin + 3 standard errors of the difference of both medians
+    the root of (margin squared + (4 standard errors of the difference of both medians) squared)
 
 in logarithms. The standard error comes from each run's p20, p80 and number of rounds, widened for few rounds. It knows
 only the spread within a run, so the margin, by which two runs of the same code may differ, is a stated one (`MARGINS`).
@@ -24,7 +24,7 @@ from .report import FLOOR
 # (timed on a GPU, as a ratio to the floor): the least ratio of two runs that means anything. On a CPU two runs of the
 # same code were up to 9 % apart, with others at work on the machine, in single cases more.
 MARGINS = {(True, True): 1.05, (True, False): 1.10, (False, True): 1.10, (False, False): 1.25}
-STANDARD_ERRORS = 3.0
+STANDARD_ERRORS = 4.0
 # Of a median, in units of p80 - p20 over the root of the number of rounds, for a normal spread: 1.2533 / (2 * 0.8416).
 OF_MEDIAN = 0.745
 FEW_ROUNDS = 2.0  # p20 and p80 of n rounds are themselves uncertain: the standard error is taken 1 + 2/n times
@@ -144,7 +144,8 @@ def _time(was: Mapping, now: Mapping) -> Change | None:
     to_floor = all(line["overhead_over_floor"] is not None for line in (was, now))
     (old, error_of_old), (new, error_of_new) = (_measure(line, to_floor) for line in (was, now))
     margin = MARGINS[now["stamp"]["gpu"] is not None, to_floor]
-    allowed = margin * math.exp(STANDARD_ERRORS * math.hypot(error_of_old, error_of_new))
+    errors = (STANDARD_ERRORS * error_of_old, STANDARD_ERRORS * error_of_new)
+    allowed = math.exp(math.hypot(math.log(margin), *errors))
     if max(new / old, old / new) <= allowed:
         return None
     return _changed(was, now, TO_FLOOR if to_floor else MILLISECONDS, old, new, allowed, now["pass"])
