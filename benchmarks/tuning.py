@@ -23,7 +23,7 @@ from fastpeft.table_file import Entry, Table, existing, write
 from fastpeft.tune import Options
 
 from . import report
-from .harness import Budget, Sample, interleave, paired_ratio, quantile, timer_for, warm_up
+from .harness import Budget, Call, Sample, interleave, paired_ratio, quantile, timer_for, warm_up
 from .runner import DeviceLost, require_device
 from .tuning_tasks import (
     PARTS,
@@ -117,16 +117,40 @@ class Course:
         chosen = self._question(place, task.id, prepared.bucket, calls, prepared.problems, prepared.predicted)
         if chosen is None:
             return
+        reads = self._reads(place, task, prepared, chosen) if prepared.reads else None
         self.save(self.entries)
         if task.tiles:
-            self._tiles(place, task, prepared, chosen)
+            forward, backward = ((chosen.get(part) or chosen["total"]).name for part in ("forward", "backward"))
+            self._tiles(place, task, prepared, prepared.call(forward, backward, *filter(None, [reads])), forward)
             self.save(self.entries)
 
-    def _tiles(self, place: str, task, prepared, chosen: dict[str, Choice]) -> None:
-        """Kernel after kernel, each by the tiles that were chosen for those before it; in the strategies chosen."""
+    def _reads(self, place: str, task, prepared, chosen: dict[str, Choice]) -> int | None:
+        """How often dY is read for dB and T by the strategies chosen: into their entry, and returned."""
+        strategies, (forward, backward) = self.entries.pop(), (chosen[part].name for part in ("forward", "backward"))
+        calls = {f"{times} reads": prepared.call(forward, backward, times) for times in prepared.reads}
+        found = self._question(
+            place, f"reads of dY in {task.id}", prepared.bucket, calls,
+            lambda call, _: prepared.problems(call, forward), {"backward": next(iter(calls))},
+        )  # fmt: skip
+        if found is None:
+            self.entries.append(strategies)
+            return None
+        entry, reads = self.entries.pop(), int(found["backward"].name.split()[0])
+        self.choices.pop()
+        self.choices[-1]["reads"] = found["backward"]
+        self.entries.append(
+            strategies._replace(
+                choice=strategies.choice | {"reads": reads},
+                confirmed=strategies.confirmed and entry.confirmed,
+                median_ms=strategies.median_ms | entry.median_ms,
+                wrong=strategies.wrong | entry.wrong,
+            )
+        )
+        return reads
+
+    def _tiles(self, place: str, task, prepared, call: Call, forward: str) -> None:
+        """Kernel after kernel of the call, each by the tiles that were chosen for those before it."""
         adopted: dict = {}
-        forward, backward = ((chosen.get(part) or chosen["total"]).name for part in ("forward", "backward"))
-        call = prepared.call(forward, backward)
         with tiles_asked() as asked:
             call.run()
         known = {entry.bucket for entry in self.entries}

@@ -43,13 +43,13 @@ PARTS: dict[str, Callable[[Sample], float]] = {
 }
 
 
-def forced(forward: str, backward: str) -> Callable[[], Any]:
-    """A context for ours, on the kernels by these strategies. Decode cannot be forced: it is the rules' for a step of
-    generation, and no table stands before them here."""
+def forced(forward: str, backward: str, reads: int | None = None) -> Callable[[], Any]:
+    """A context for ours, on the kernels by these strategies and reads of dY. Decode cannot be forced: it is the rules'
+    for a step of generation, and no table stands before them here."""
 
     @contextlib.contextmanager
     def context():
-        with dispatch.backend("triton"), dispatch.override_plan(Plan(forward, backward, "on trial")):
+        with dispatch.backend("triton"), dispatch.override_plan(Plan(forward, backward, "on trial", reads)):
             yield
 
     return context
@@ -64,13 +64,15 @@ class ForwardCall(Call):
 
 class Prepared(NamedTuple):
     """A task with its tensors: `call(forward, backward)` binds them to strategies, `problems(call, forward)` says what
-    is wrong with it. predicted: the strategy of each part that the rules choose; each part is chosen for itself."""
+    is wrong with it. predicted: the strategy of each part that the rules choose; each part is chosen for itself.
+    reads: how often dY may be read for dB and T, as `call`'s third argument; the rule's first."""
 
     bucket: Any
-    call: Callable[[str, str], Call]
+    call: Callable[..., Call]
     problems: Callable[[Call, str], list[str]]
     strategies: tuple[str, ...]
     predicted: dict[str, str]
+    reads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class LoraTask:
         return tables.lora_bucket(self.dtype, self.adapter_dtype, *sizes, self.dropout)
 
     def prepare(self, device: torch.device) -> Prepared:
+        from fastpeft.ops._lora_linear_triton import ONE_READ_RANK
+
         def draw(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
             return torch.randn(rows, columns, generator=generator, device=device) * scale
 
@@ -112,21 +116,23 @@ class LoraTask:
         )
         truth = LoraTruth(inputs.x, inputs.weight, inputs.grad, SCALING, self.dropout)
 
-        def call(strategy: str, backward: str) -> Call:
+        def call(strategy: str, backward: str, reads: int | None = None) -> Call:
             leaves = inputs.leaves(self.adapter_dtype)
 
             def forward():
                 x, a, b = leaves.values()
                 return lora_linear(x, inputs.weight, None, a, b, SCALING, dropout=self.dropout, training=True)
 
-            return Call(forward, leaves, inputs.grad, {"weight": inputs.weight}, context=forced(strategy, backward))
+            context = forced(strategy, backward, reads)
+            return Call(forward, leaves, inputs.grad, {"weight": inputs.weight}, context=context)
 
         def problems(call: Call, strategy: str) -> list[str]:
             return truth.verify(call, MAX_RMS_RATIO).problems
 
         plan = dispatch.predicted_lora_plan(device, self.M)
         predicted = {"forward": plan.forward, "backward": plan.backward}
-        return Prepared(self.bucket(), call, problems, LORA_STRATEGIES, predicted)
+        reads = (1, 2) if self.rank <= ONE_READ_RANK else ()
+        return Prepared(self.bucket(), call, problems, LORA_STRATEGIES, predicted, reads)
 
 
 @dataclass(frozen=True)
@@ -302,8 +308,8 @@ def rehearsal_tasks() -> list:
     """Tiny ones, of each kind one."""
     full = torch.float32
     return [
-        LoraTask(40, 48, 40, 8, full, full, 0.5, tiles=True),
-        PrefixTask(1, 2, 1, 24, 24, 10, 16, full),
+        LoraTask(24, 40, 20, 8, full, full, tiles=True),
+        PrefixTask(1, 2, 1, 20, 20, 10, 16, full),
         PrefixTask(1, 2, 1, 1, 24, 10, 16, full, tiles=True),
     ]
 

@@ -21,9 +21,11 @@ class Plan(NamedTuple):
     copied next to each other; chosen only where a GPU has measured it. decode, forward only: one query a sample, the
     keys split among programs. `gated_prompt_attention` has a softmax for each and so knows neither concat nor decode.
 
-    source: "measured on <device>, <date>", or "predicted: " and the reason.
+    source: "measured on <device>, <date>", or "predicted: " and the reason. reads: how often backward of `lora_linear`
+    reads dY for dB and T; None is once up to the rank at which registers allow it, which 1 cannot raise.
     """
 
     forward: str
     backward: str
     source: str
+    reads: int | None = None

@@ -3,11 +3,12 @@
     {"schema": 1, "device": "NVIDIA H100 80GB HBM3", "family": "sm_90", "triton": "3.6.0", "kernels": "<sha256>",
      "torch": "2.11.0", "date": "2026-01-31", "commit": "...", "entries": [
        {"op": "lora_linear", "bucket": {"dtype": "bfloat16", "adapter_dtype": "float32", "M": 8192, "K": 4096,
-        "N": 4096, "rank": 16, "dropout": false}, "choice": {"forward": "addmm", "backward": "prewrite"},
+        "N": 4096, "rank": 16, "dropout": false}, "choice": {"forward": "addmm", "backward": "prewrite", "reads": 1},
         "confirmed": false, "median_ms": {"prewrite forward": 1.5, ...}, "wrong": {}, "source": "measured",
         "date": "2026-01-31"}, ...]}
 
-`BUCKETS` lists the ops and what a bucket of each holds. Sizes are powers of two, a rank is that of its block.
+`reads` (see plans.py) is `lora_linear`'s alone and may be left out. `BUCKETS` lists the ops and what a bucket of each
+holds. Sizes are powers of two, a rank is that of its block.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ TILE_FIELDS = {
 
 
 class Entry(NamedTuple):
-    """One choice. confirmed: the predicted one, which no other beat. choice: forward and backward, or a tile's numbers.
+    """One choice. confirmed: the predicted one, which no other beat. choice: a plan's fields, or a tile's numbers.
     wrong: variants that did not compute what they should, or could not run, and what was wrong."""
 
     bucket: NamedTuple
@@ -205,10 +206,13 @@ def _field(name: str, value, kind: type):
     raise TableError(f"{name} is {shown(value)}")
 
 
-def _plan(op: str, found) -> dict[str, str]:
-    if type(found) is not dict or found.keys() != {"forward", "backward"}:
+def _plan(op: str, found) -> dict[str, str | int]:
+    optional = {"reads"} if op == "lora_linear" else set()
+    if type(found) is not dict or found.keys() - optional != {"forward", "backward"}:
         raise TableError(f"choice is {shown(found)}; forward and backward are needed")
-    for passed, name in found.items():
+    if "reads" in found and (type(found["reads"]) is not int or found["reads"] not in (1, 2)):
+        raise TableError(f"reads is {shown(found['reads'])}; 1 or 2 is needed")
+    for passed, name in ((passed, found[passed]) for passed in ("forward", "backward")):
         if type(name) is not str or name not in STRATEGIES[op]:
             raise TableError(f"{passed} is {shown(name)}, known are {', '.join(STRATEGIES[op])}")
     backward = "fused" if found["forward"] == "decode" else found["forward"]

@@ -153,7 +153,7 @@ def _load(device: torch.device) -> Mapping[tuple, Plan]:
                 logger.info(hint, name)
             _used[device] = tables
             _plans[device] = {
-                bucket: Plan(entry.choice["forward"], entry.choice["backward"], f"measured on {name}, {entry.date}")
+                bucket: Plan(**entry.choice, source=f"measured on {name}, {entry.date}")
                 for bucket, (entry, _) in chosen.items()
                 if entry.op not in TILE_FIELDS
             }

@@ -76,6 +76,11 @@ def test_a_measured_choice_comes_before_the_rules(gpu):
     assert lora_plan() == Plan("augment", "addmm", f"measured on {NAME}, 2026-02-03")
 
 
+def test_a_measured_choice_may_say_how_often_dy_is_read(gpu):
+    table_file.write(str(gpu / "t.json"), table(entry(choice={"forward": "addmm", "backward": "addmm", "reads": 2})))
+    assert lora_plan() == Plan("addmm", "addmm", f"measured on {NAME}, 2026-02-03", reads=2)
+
+
 def test_a_bucket_is_of_sizes_near_and_of_nothing_else(gpu):
     table_file.write(str(gpu / "t.json"), table(entry()))
     for near in ({"rows": 7000}, {"columns": 5120}, {"outputs": 3000}, {"rank": 8}, {"rank": 1}):

@@ -208,6 +208,25 @@ def test_a_task_that_the_time_does_not_suffice_for_is_given_up_whole():
     assert made.entries == saved == [] and made.unreached == ["made up"]
 
 
+class ReadingTask(Task):
+    """One whose dY may be read once or twice, at a cost that the timer knows."""
+
+    def prepare(self, device):
+        made = super().prepare(device)
+        call = made.call
+        return made._replace(reads=(1, 2), call=lambda forward, backward, reads=None: call(forward, backward))
+
+
+@pytest.mark.parametrize(("twice", "reads"), [(0.5, 2), (1.0, 1), (3.0, 1)])
+def test_reads_of_dy_are_measured_by_the_strategies_chosen_and_join_their_entry(twice, reads):
+    times = TIMES | {"1 reads": (1.0, 1.0), "2 reads": (1.0, twice)}
+    made, saved, said = course(ReadingTask(), times=times)
+    (entry,) = made.entries
+    assert entry.choice == {"forward": "addmm", "backward": "fused", "reads": reads}
+    assert entry.median_ms["2 reads backward"] == pytest.approx(twice) and "addmm forward" in entry.median_ms
+    assert saved == [1] and len(made.choices) == 1 and "reads of dY in made up" in said[1]
+
+
 # Tasks
 
 
@@ -256,6 +275,18 @@ def test_the_tiles_that_run_are_those_on_trial():
     assert made.problems(trial, "addmm") == []
 
 
+def test_two_reads_of_dy_run_two_kernels():
+    task = LoraTask(40, 48, 40, 8, FULL, FULL)
+    made = task.prepare(CPU)
+    assert made.reads == (1, 2) and LoraTask(40, 48, 40, 65, FULL, FULL).prepare(CPU).reads == ()
+    for reads, kernels in ((1, {"shrink", "grad_b_and_t", "grad_columns"}), (2, {"shrink", "grad_columns"})):
+        call = made.call("addmm", "addmm", reads)
+        with tuning_tasks.tiles_asked() as asked:
+            call.run()
+        assert {each.kernel for each in asked} == kernels
+        assert made.problems(call, "addmm") == []
+
+
 # The command
 
 
@@ -269,14 +300,14 @@ def test_the_rehearsal_runs_the_whole_course(tmp_path):
     start = time.process_time(), os.times().children_user
     done = run_main("--smoke", "--seconds", "100", FASTPEFT_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert os.times().children_user - start[1] < 20, "seconds of one core"
+    assert os.times().children_user - start[1] < 30, "seconds of one core"
     (path,) = tmp_path.iterdir()
     table = table_file.read(str(path))
     assert path.name == "interpreter.json" and table.device == tables.INTERPRETER
     assert {entry.op for entry in table.entries} >= {"lora_linear", "prefix_attention", "tiles"}
-    assert {"prewrite forward", "addmm forward", "augment forward", "fused forward"} <= table.entries[
-        0
-    ].median_ms.keys()
+    (lora,) = [entry for entry in table.entries if entry.op == "lora_linear"]
+    names = ("prewrite forward", "addmm forward", "augment forward", "fused forward", "1 reads backward")
+    assert set(names) <= lora.median_ms.keys() and lora.choice["reads"] in (1, 2)
     assert f"-> {path}" in done.stdout and "choices measured" in done.stdout
 
 

@@ -53,9 +53,10 @@ def _beside(wide: torch.Tensor, narrow: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat((wide, narrow, narrow.new_zeros(shape)), dim)
 
 
-def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool):
-    """(dB [N, R], T [M, R], dbias [N] in fp32), each None where not wanted; one read of dY up to rank 64."""
-    if need_b and need_t and b.shape[1] <= ONE_READ_RANK:
+def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool, reads: int | None = None):
+    """(dB [N, R], T [M, R], dbias [N] in fp32), each None where not wanted; one read of dY up to rank 64, unless
+    `reads` says two."""
+    if need_b and need_t and b.shape[1] <= ONE_READ_RANK and reads != 2:
         return kernels.grad_b_and_t(dy, s, b, scale, need_bias)
     t = kernels.shrink(dy, b.t(), scale, b.dtype) if need_t else None
     if not (need_b or need_bias):

@@ -118,7 +118,8 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
         dbias = dy.sum(0) if need_bias else None
     else:
         path = _path(True)
-        db, t_MR, dbias = path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a, need_bias)
+        needs_of = (need_b, need_x or need_a, need_bias)
+        db, t_MR, dbias = path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, *needs_of, call.plan.reads)
         arguments = (dy, x, t_MR, weight, a_RK, seed, call.dropout, call.plan, call.dx_dtype)
         da, dx = path.grad_a_and_x(*arguments, need_a, need_x)
     return dx, dy.t() @ x if need_w else None, dbias, da, db
