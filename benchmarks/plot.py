@@ -111,8 +111,8 @@ Band = list[Panel]  # panels side by side
 def figure(found: Sequence[Mapping]):
     """The lines as matplotlib's Figure. Raises FastpeftError where none of them was measured."""
     measured = [line for line in found if line["status"] != lines.UNMEASURED]
-    if not any(line["status"] == "ok" for line in measured):
-        raise FastpeftError("there is nothing to draw: no implementation was measured and right")
+    if not measured:
+        raise FastpeftError("there is nothing to draw: nothing was measured")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -194,6 +194,8 @@ def test_without_matplotlib_it_is_named(tmp_path, monkeypatch):
             refused()
 
 
-def test_nothing_right_is_nothing_to_draw():
+def test_nothing_measured_is_nothing_to_draw():
+    gap = {"op": "lora_linear", "cell": "all cells", "impl": "flex", "reason": "none here"}
     with pytest.raises(FastpeftError, match="nothing to draw"):
-        drawn(result("fastpeft", status="wrong"))
+        drawn(unmeasured=[gap])
+    assert "wrong" in said(drawn(result("fastpeft", status="wrong"))), "what is wrong was measured, and is shown"
