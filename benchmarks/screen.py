@@ -35,6 +35,10 @@ def _digits(value: float) -> int:
     return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
 
 
+def _figure(value: float) -> str:
+    return f"{value:.{_digits(value)}f}"
+
+
 def _times(row: Mapping, best_peer: str) -> str:
     digits = _digits(row["median_ms"])
     low, high = (f"{row[name]:.{digits}f}" for name in ("p20_ms", "p80_ms"))
@@ -58,11 +62,11 @@ def _rate(name: str, ceiling: str, row: Mapping) -> str:
     if row[name] is None:
         return ""
     share = f" ({100 * row[name] / row[ceiling]:.0f}%)" if row[ceiling] else ""
-    return f"{row[name]:.{0 if row[name] >= 10 else 2}f}{share}"
+    return _figure(row[name]) + share
 
 
-def _size(name: str, unit: float, decimals: int) -> Callable[[Mapping, str], str]:
-    return lambda row, best_peer: "" if row[name] is None else f"{row[name] / unit:.{decimals}f}"
+def _size(name: str, unit: float) -> Callable[[Mapping, str], str]:
+    return lambda row, best_peer: "" if row[name] is None else _figure(row[name] / unit)
 
 
 def _tokens(row: Mapping, best_peer: str) -> str:
@@ -89,9 +93,9 @@ COLUMNS = (
     Column("MFU %", _mfu, steps=True),
     Column("GB/s", lambda row, peer: _rate("gbps", "copy_gbps", row), second=True, steps=False),
     Column("TFLOP/s", lambda row, peer: _rate("tflops", "matmul_tflops", row), second=True, steps=False),
-    Column("saved MB", _size("saved_bytes", 1e6, 1), second=True),
-    Column("peak MB", _size("peak_bytes", 1e6, 1), second=True, steps=False),
-    Column("peak GB", _size("peak_bytes", 1e9, 2), steps=True),
+    Column("saved MB", _size("saved_bytes", 1e6), second=True),
+    Column("peak MB", _size("peak_bytes", 1e6), second=True, steps=False),
+    Column("peak GB", _size("peak_bytes", 1e9), steps=True),
     Column("check", _check),
 )
 EXPLAINED = (
