@@ -5,12 +5,13 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test lint demo aot tables
+.PHONY: help test lint demo bench aot tables
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make demo    train and compare adapters on a small model"
+	@echo "make bench   every op and whole steps on the CPU beside their peers, with a plot"
 	@echo "make aot     compile every shipped kernel configuration for every target"
 	@echo "make tables  README's performance tables from benchmarks/results"
 	@echo "PYTHON=python3.12 makes .venv with another interpreter; remove .venv to change it later."
@@ -32,6 +33,12 @@ lint: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/fastpeft demo
+
+# The torch backend on a CPU: not a kernel benchmark, and the table says so.
+bench: $(INSTALLED)
+	mkdir -p bench-output
+	$(BIN)/fastpeft bench all --device cpu --shape small --seconds 240 \
+		--json bench-output/bench.json --plot bench-output/bench.png
 
 aot: $(INSTALLED)
 	$(BIN)/python tests/aot.py --all

@@ -126,7 +126,7 @@ def _problems(line: Mapping) -> list[str]:
     found: list[str] = []
     if isinstance(line, dict) and line.get("prediction"):
         return ["a prediction, and no result"]
-    report._walk(line, _LINE, "it", found)
+    report.walk(line, _LINE, "it", found)
     if found:
         return found
     if line["schema"] != SCHEMA:
@@ -144,7 +144,7 @@ def _problems(line: Mapping) -> list[str]:
 def save(lines: Iterable[Mapping], path: Path) -> None:
     """Written beside and moved into place, so that whoever is killed at any moment leaves a whole file or none."""
     temporary = path.with_name(path.name + ".partial")
-    text = "".join(json.dumps(report._finite(line), allow_nan=False) + "\n" for line in lines)
+    text = "".join(json.dumps(report.finite(line), allow_nan=False) + "\n" for line in lines)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

@@ -89,7 +89,7 @@ _DOCUMENT = {
 def problems(document: dict) -> list[str]:
     """What in `document` departs from the schema, in words; empty if nothing does."""
     found: list[str] = []
-    _walk(document, _DOCUMENT, "document", found)
+    walk(document, _DOCUMENT, "document", found)
     if found:
         return found
     if document["schema"] != SCHEMA:
@@ -105,7 +105,7 @@ def problems(document: dict) -> list[str]:
     return found
 
 
-def _walk(value, spec, where: str, found: list[str]) -> None:
+def walk(value, spec, where: str, found: list[str]) -> None:
     if isinstance(spec, dict):
         if not isinstance(value, dict):
             found.append(f"{where} is {type(value).__name__}, not an object")
@@ -114,13 +114,13 @@ def _walk(value, spec, where: str, found: list[str]) -> None:
         found.extend(f"{where}.{key} is missing" for key in sorted(spec.keys() - value.keys() - {OTHERS}))
         found.extend(f"{where}.{key} is unknown" for key in sorted(known) if known[key] is None)
         for key in (key for key in known if known[key] is not None):
-            _walk(value[key], known[key], f"{where}.{key}", found)
+            walk(value[key], known[key], f"{where}.{key}", found)
     elif isinstance(spec, list):
         if not isinstance(value, list):
             found.append(f"{where} is {type(value).__name__}, not a list")
             return
         for index, item in enumerate(value):
-            _walk(item, spec[0], f"{where}[{index}]", found)
+            walk(item, spec[0], f"{where}[{index}]", found)
     elif not isinstance(value, spec) or (isinstance(value, bool) and bool not in spec):
         found.append(f"{where} is {type(value).__name__}, not {' or '.join(t.__name__ for t in spec)}")
 
@@ -148,7 +148,7 @@ def no_tests(note: str) -> dict:
 def save(document: dict, path: Path) -> None:
     """Written beside and moved into place, so that whoever is killed at any moment leaves a whole file."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
 
 
@@ -156,13 +156,13 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def _finite(value):
+def finite(value):
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

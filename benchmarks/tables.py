@@ -80,7 +80,8 @@ def of_lines(lines: Iterable[dict]) -> list[Result]:
             raise BadResults(f"line {number} is a prediction, and no result")
         try:
             stamp = line["stamp"]
-            if gpu := stamp.get("gpu"):
+            gpu = stamp.get("gpu")
+            if gpu and line["status"] != "unmeasured":
                 found.append(_result(line, stamp, gpu, line["median"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise BadResults(f"line {number} lacks {error}") from error

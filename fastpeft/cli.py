@@ -22,10 +22,7 @@ COMMANDS = {
 
 TUNE = "measure which strategies and tiles are the fastest on this GPU, and write down what the next run will use"
 
-BENCHES = {
-    "lora": "fastpeft.benchmarks.bench_lora_linear",
-    "prefix": "fastpeft.benchmarks.bench_prefix_attention",
-}
+BENCH = "time an op, or whole training steps, beside its peers: `fastpeft bench --help`"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,10 +36,7 @@ def parser() -> argparse.ArgumentParser:
     tuning = commands.add_parser("tune", help=TUNE, description=tune.__doc__.partition(": ")[2])
     tune.add_arguments(tuning)
     tuning.set_defaults(run=run_tune)
-    bench = commands.add_parser("bench", help="time an op against its peers: `fastpeft bench {lora,prefix} --help`")
-    bench.add_argument("op", choices=tuple(BENCHES))
-    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
-    bench.set_defaults(run=run_bench)
+    commands.add_parser("bench", help=BENCH, add_help=False)  # its options are the benchmarks' own: see main
     return out
 
 
@@ -51,8 +45,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
     return importlib.import_module("fastpeft.benchmarks.tuning").run(options)
 
 
-def run_bench(arguments: argparse.Namespace) -> int:
-    return importlib.import_module(BENCHES[arguments.op]).main(arguments.rest)
+def run_bench(argv: Sequence[str]) -> int:
+    return importlib.import_module("fastpeft.benchmarks.command").main(argv, prog="fastpeft bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? and does not raise
-    arguments = parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = arguments.run(arguments)
+        if argv[:1] == ["bench"]:
+            status = run_bench(argv[1:])
+        else:
+            arguments = parser().parse_args(argv)
+            status = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except FastpeftError as error:

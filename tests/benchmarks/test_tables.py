@@ -91,6 +91,11 @@ def test_what_ran_on_a_cpu_is_left_out(folder):
     assert text(read(folder(cpu=disguised, lines=[]))) == NONE
 
 
+def test_what_was_not_measured_is_no_row(folder):
+    made = text(read(folder(lines=[line("frozen"), line("flex", status="unmeasured", median=None)])))
+    assert "frozen" not in made and "flex" not in made and "1.000" in made
+
+
 def test_what_a_run_on_this_machine_writes_is_left_out(run, named, folder):
     made = run(named("frozen", "fastpeft"))
     assert [entry["status"] for entry in made["results"]] == ["ok", "ok"]
@@ -126,7 +131,7 @@ def prediction():
 BAD = {
     "no results": ({"results": []}, "document.schema is missing|document.kernels is missing"),
     "prediction": ([prediction()], "line 1 is a prediction, and no result"),
-    "another kind of lines": ([{"op": "x", "stamp": {"gpu": GPU}}], "line 1 lacks 'median'"),
+    "another kind of lines": ([{"op": "x", "stamp": {"gpu": GPU}}], "line 1 lacks 'status'"),
     "no stamp": ([{"op": "x"}], "line 1 lacks 'stamp'"),
 }
 

@@ -1,0 +1,7 @@
+"""`python -m benchmarks`: see command.py."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())
