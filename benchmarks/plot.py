@@ -369,7 +369,8 @@ def _heading(found: Sequence[Mapping], width: int) -> str:
     source = f"commit {about['commit'][:12]}" if about["commit"] else f"source {about['source_sha256'][:12]}"
     parts = [about["device"], *versions, source + " with changes" * bool(about["dirty"]), about["date"][:10]]
     out = ["fastpeft benchmarks", *([about["header"]] if about["header"] else []), _fold(", ".join(parts), width)]
-    missing = dict.fromkeys(line["impl"] for line in found if line["status"] == lines.UNMEASURED)
+    left_out = (line["impl"] for line in found if line["status"] == lines.UNMEASURED)
+    missing = dict.fromkeys(impl for impl in left_out if impl != lines.EVERY)
     if missing:
         out.append(_fold("not measured, or not everywhere: " + ", ".join(missing), width))
     return "\n".join(out)
