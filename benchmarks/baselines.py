@@ -19,7 +19,8 @@ class Missing(Exception):
 class Implementation:
     """`build` binds a cell's inputs, or raises `Missing`, as may the call's first run. `compiled` entries cost a
     compilation per cell and run in few cells. `peer`: ours are compared with it. `rms_bound`: how many times eager's
-    error it may have. `serves`: whether a cell of these inputs is for it at all."""
+    error it may have. `serves`: whether a cell of these inputs is for it at all. `said`: what there is to say of it in
+    such a cell, as which strategy it chose and why."""
 
     name: str
     label: str
@@ -31,6 +32,7 @@ class Implementation:
     peer: bool = True
     rms_bound: float = PEER_RMS_RATIO
     serves: Callable[[Any], bool] = lambda inputs: True
+    said: Callable[[Any], str] = lambda inputs: ""
 
 
 def in_force(backend: str, strategy: str | None) -> Callable[[], Any]:

@@ -15,9 +15,11 @@ Exit status: 0; 1 if a test failed or an implementation raised or died; 2 for wr
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from . import bench_step, lines, report, summary
 from .benches import BENCHES, BY_OP
@@ -30,8 +32,20 @@ from .supervision import GRACE_S, end, start, supervise, work
 
 TEST_WORKERS = 8
 SUMMARY_S = 5.0
-FIRST_TIERS = {"prefix": 2}  # of a bench in the step of its own; else 1
+FIRST_TIERS = {"prefix": 2}  # of a bench before the rest; else 1
 FIRST_CASES = 3  # of training steps, before the rest
+PASSES = ("fwd+bwd", "fwd", "bwd")
+# Where tests for GPUs are: to collect all others takes longer than some of these.
+TESTS = ("tests/cuda", *(f"tests/benchmarks/test_{name}.py" for name in (
+    "accuracy", "harness", "bench_prefix_attention", "bench_gated_prompt_attention", "bench_prompt_embedding"
+)))  # fmt: skip
+
+
+class Ended(NamedTuple):
+    """How a step ended: "done", "partial", "wrong" or "failed", and what there is to say of it."""
+
+    status: str
+    note: str = ""
 
 
 @dataclass
@@ -41,7 +55,7 @@ class Course:
     out: Path
     budget: Budget
     device: str
-    tests: Path
+    tests: tuple[Path, ...]
 
     @property
     def path(self) -> Path:
@@ -53,27 +67,28 @@ class Course:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"FASTPEFT_CACHE": str(self.out / "tuned")}
+        # Steps of large models, ours and HF's in turns, would leave a cache of blocks that fit neither.
+        return {"FASTPEFT_CACHE": str(self.out / "tuned"), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
-def _environment(course: Course, budget: Budget) -> str:
+def _environment(course: Course, budget: Budget) -> Ended:
     """The stamp is written before the first step: what is missing shows here."""
     stamp = report.load(course.path)["stamp"]
     absent = [name for name in ("triton", "transformers", "peft") if not stamp[name]]
-    return f"missing: {', '.join(absent)}" if absent else ""
+    return Ended("done", f"missing: {', '.join(absent)}" if absent else "")
 
 
-def _tests(course: Course, budget: Budget) -> str:
+def _tests(course: Course, budget: Budget) -> Ended:
     workers = 0 if course.smoke else TEST_WORKERS
-    found = run_tests(course.tests.resolve(), course.out, budget.left(), workers)
+    found = run_tests([path.resolve() for path in course.tests], course.out, budget.left(), workers)
     document = report.load(course.path)
     document["tests"] = found
     report.save(document, course.path)
     print(report.tests_line(found), flush=True)
-    return found["note"] if found["timed_out"] or found["passed"] is None else ""
+    return Ended("partial" if found["timed_out"] or found["passed"] is None else "done", found["note"])
 
 
-def _tune(course: Course, budget: Budget) -> str:
+def _tune(course: Course, budget: Budget) -> Ended:
     """`fastpeft tune` in a process of its own, which keeps to its seconds; the table is written after every choice."""
     package = __package__.partition(".")[0].replace("benchmarks", "fastpeft")
     command = [sys.executable, "-m", package, "tune", "--seconds", f"{max(5.0, budget.left() - 5):.0f}"]
@@ -84,17 +99,18 @@ def _tune(course: Course, budget: Budget) -> str:
             time.sleep(0.1)
             if budget.left() < -GRACE_S:
                 end(process)
-                return "the time was up; see tune.log"
-    # 1: nothing was faster than predicted or the time did not suffice for all; what was measured is in the table.
-    return f"exit status {process.returncode}; see tune.log" if process.returncode not in (0, 1) else ""
+                return Ended("partial", "the time was up; see tune.log")
+    status = {0: "done", 3: "wrong"}.get(process.returncode, "failed")
+    return Ended(status, f"exit status {process.returncode}; see tune.log" if process.returncode else "")
 
 
-def _measure(course: Course, budget: Budget, cells: Sequence, cases: Sequence = (), profile: bool = False) -> str:
-    """Cells and training steps, by workers that know what ended those before them."""
+def _measure(course: Course, budget: Budget, cells: Sequence, cases: Sequence = (), last: bool = False) -> Ended:
+    """Cells and training steps, by workers that know what ended those before them. last: torch.compile takes part, and
+    kernels are listed, for which nothing else is put off."""
     document = report.load(course.path)
     before = document["plan"]
     document["plan"] = plan_of(
-        cells, course.device, budget_s=budget.left(), quick=course.smoke, passes=PASSES, profile=profile
+        cells, course.device, budget_s=budget.left(), quick=course.smoke, passes=PASSES, compiled=last, profile=last
     )
     document["plan"]["cases"] = [asdict(case) for case in cases]
     for op, names in before.get("without", {}).items():
@@ -107,13 +123,10 @@ def _measure(course: Course, budget: Budget, cells: Sequence, cases: Sequence = 
     report.save(document, course.path)
     if found := lines.of(document):
         lines.save(found, course.out / "checkin.jsonl")
-    if trouble:
-        return trouble
-    left = sum(entry["impl"] is None for entry in document["unmeasured"])
-    return f"{left} cells not reached" if left else ""
-
-
-PASSES = ("fwd+bwd", "fwd", "bwd")
+    wanted = {(bench.op, cell.id) for bench, cell in cells} | {(bench_step.OP, case.id) for case in cases}
+    left = sum(e["impl"] is None and (e["op"], e["cell"]) in wanted for e in document["unmeasured"])
+    notes = [trouble, f"{left} of {len(wanted)} not reached" if left else ""]
+    return Ended("partial" if any(notes) else "done", "; ".join(filter(None, notes)))
 
 
 def _settle(document: dict) -> None:
@@ -132,15 +145,16 @@ def _settle(document: dict) -> None:
     ]
 
 
-def _ceilings(course: Course, budget: Budget) -> str:
+def _ceilings(course: Course, budget: Budget) -> Ended:
     return _measure(course, budget, ())
 
 
-def _bench(name: str) -> Callable[[Course, Budget], str]:
-    def run(course: Course, budget: Budget) -> str:
-        bench = BENCHES[name]
-        tiers = bench.tiers(course.smoke)[: FIRST_TIERS.get(name, 1)]
-        return _measure(course, budget, [(bench, cell) for tier in tiers for cell in tier])
+def _benches(*names: str) -> Callable[[Course, Budget], Ended]:
+    """The first cells of these benches."""
+
+    def run(course: Course, budget: Budget) -> Ended:
+        chosen = [(BENCHES[name], BENCHES[name].tiers(course.smoke)[: FIRST_TIERS.get(name, 1)]) for name in names]
+        return _measure(course, budget, [(bench, cell) for bench, tiers in chosen for tier in tiers for cell in tier])
 
     return run
 
@@ -149,27 +163,31 @@ def _cases(course: Course) -> list:
     return bench_step.cases(Request(shapes=("tiny",) if course.smoke else (), tiny=course.smoke))
 
 
-def _step(course: Course, budget: Budget) -> str:
+def _step(course: Course, budget: Budget) -> Ended:
     return _measure(course, budget, (), _cases(course)[:FIRST_CASES])
 
 
-def _rest(course: Course, budget: Budget) -> str:
-    """Every other cell, in turns, then every other training step, then the kernels of the first cells."""
-    cells = in_turns(list(BENCHES.values()), tiny=course.smoke)
-    return _measure(course, budget, cells, _cases(course), profile=True)
+def _more_steps(course: Course, budget: Budget) -> Ended:
+    return _measure(course, budget, (), _cases(course))
+
+
+def _rest(course: Course, budget: Budget) -> Ended:
+    """Every other cell, in turns, then torch.compile, then the kernels of the first cells."""
+    return _measure(course, budget, in_turns(list(BENCHES.values()), tiny=course.smoke), last=True)
 
 
 # (name, the share of the time by which it is to be over, what it does), the most valuable first. What one does not use
 # is the next one's.
-STEPS: list[tuple[str, float, Callable[[Course, Budget], str]]] = [
+STEPS: list[tuple[str, float, Callable[[Course, Budget], Ended]]] = [
     ("environment", 0.01, _environment),
     ("ceilings", 0.05, _ceilings),
-    ("tests", 0.30, _tests),
-    ("tune", 0.45, _tune),
-    ("lora", 0.58, _bench("lora")),
-    ("prefix", 0.70, _bench("prefix")),
-    ("step", 0.84, _step),
-    *((name, 0.84 + 0.03 * place, _bench(name)) for place, name in enumerate(list(BENCHES)[2:], 1)),
+    ("tests", 0.28, _tests),
+    ("tune", 0.41, _tune),
+    ("lora", 0.55, _benches("lora")),
+    ("prefix", 0.67, _benches("prefix")),
+    ("step", 0.82, _step),
+    ("others", 0.88, _benches("adapter", "prompt")),
+    ("more steps", 0.92, _more_steps),
     ("rest", 1.0, _rest),
 ]
 
@@ -183,15 +201,15 @@ def run_steps(course: Course) -> None:
         until = share * course.budget.seconds - course.budget.elapsed()
         begun = time.monotonic()
         if until <= 1.0:
-            status, note = "skipped", "no time was left"
+            ended = Ended("skipped", "no time was left")
         else:
             print(f"[{course.budget.elapsed():.0f}/{course.budget.seconds:.0f} s] {name}, {until:.0f} s", flush=True)
             try:
-                note = run(course, Budget(until))
-                status = "partial" if note else "done"
-            except OSError as error:
-                status, note = "failed", f"{type(error).__name__}: {error}"
-        entry = {"name": name, "status": status, "note": note, "budget_s": max(0.0, until)}
+                ended = run(course, Budget(until))
+            except Exception as error:  # whatever it is, the other steps are still worth their time
+                traceback.print_exc()
+                ended = Ended("failed", f"{type(error).__name__}: {error}")
+        entry = {"name": name, **ended._asdict(), "budget_s": max(0.0, until)}
         document = report.load(course.path)
         document["steps"] = [step for step in document["steps"] if step["name"] != name]
         document["steps"].append(entry | {"seconds": time.monotonic() - begun})
@@ -206,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--minutes", type=float, default=9.0, metavar="M", help="for everything (default 9)")
     out.add_argument("--resume", action="store_true", help="go on in DIR, with the steps that were not finished")
     out.add_argument("--smoke", action="store_true", help="on a CPU, tiny: the whole course, no figure counts")
-    out.add_argument("--tests", type=Path, default=ROOT / "tests", metavar="PATH", help="which tests")
+    out.add_argument("--tests", type=Path, action="append", metavar="PATH", help="in place of all tests for GPUs")
     out.add_argument("--commit", help="what to stamp where the tree carries no history")
     return out
 
@@ -221,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return work(arguments.worker)
     device = "cpu" if arguments.smoke else "cuda"
     budget = Budget(60 * arguments.minutes - GRACE_S - SUMMARY_S)
-    course = Course(arguments.out.resolve(), budget, device, arguments.tests)
+    tests = tuple(arguments.tests or (ROOT / path for path in TESTS))
+    course = Course(arguments.out.resolve(), budget, device, tests)
     if refusal := _refusal(arguments, course):
         print(f"checkin: {refusal}", file=sys.stderr)
         return 2
@@ -236,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     screen = summary.text(document, course.out)
     (course.out / "summary.txt").write_text(screen)
     print(screen, end="", flush=True)
-    died = any(step["status"] == "failed" for step in document["steps"])
-    return report.exit_code(document) or int(died)
+    ends = {step["status"] for step in document["steps"]}
+    return 3 if "wrong" in ends else report.exit_code(document) or int("failed" in ends)
 
 
 def _refusal(arguments: argparse.Namespace, course: Course) -> str:

@@ -5,20 +5,24 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import report
 from .supervision import end, start
 
 
-def run_tests(path: Path, out: Path, seconds: float, workers: int = 0) -> dict:
-    """`pytest -m cuda path` in a process of its own; interrupted after `seconds`, so that it still reports. Most of the
-    time goes into compiling kernels, so `workers` processes share the tests, where xdist is installed."""
-    if not path.exists():
-        return report.no_tests(f"{path} does not exist: tests come with a checkout")
+def run_tests(paths: Sequence[Path], out: Path, seconds: float, workers: int = 0) -> dict:
+    """`pytest -m cuda` on files or folders, in a process of its own; interrupted after `seconds`, so that it still
+    reports. Most of the time goes into compiling kernels, so `workers` processes share the tests, where xdist is
+    installed."""
+    for path in paths:
+        if not path.exists():
+            return report.no_tests(f"{path} does not exist: tests come with a checkout")
     xml, log = out / "tests.xml", out / "tests.log"
     xml.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", str(path), "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", *map(str, paths), "-v", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if workers and importlib.util.find_spec("xdist"):
         command += ["-n", str(workers), "--dist", "loadgroup"]
     begun, timed_out = time.monotonic(), False
@@ -46,6 +50,8 @@ def _read_junit(xml: Path) -> dict:
     try:
         suite = ElementTree.parse(xml).getroot().find("testsuite")
     except (OSError, ElementTree.ParseError):
+        return {}
+    if suite is None:
         return {}
     counts = {name: int(suite.get(key, 0)) for name, key in (("failed", "failures"), ("errors", "errors"))}
     counts["skipped"] = int(suite.get("skipped", 0))

@@ -108,13 +108,16 @@ class CudaTimer:
 
     def __init__(self, device: torch.device):
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-        self._spin(1_000_000)  # the first one also loads the kernel
+        self._spin(300_000_000)  # loads the kernel, and wakes a clock that slept
+        self._cycles_per_ms = max(self._calibrate() for _ in range(3))
+
+    def _calibrate(self, cycles: int = 10_000_000) -> float:
         start, end = self._event(), self._event()
         start.record()
-        self._spin(10_000_000)
+        self._spin(cycles)
         end.record()
         torch.cuda.synchronize()
-        self._cycles_per_ms = 10_000_000 / start.elapsed_time(end)
+        return cycles / start.elapsed_time(end)
 
     @staticmethod
     def _event() -> torch.cuda.Event:
@@ -125,12 +128,15 @@ class CudaTimer:
         torch.cuda._sleep(cycles)  # torch's own tests have used it for years; there is no public way to wait on device
 
     def round(self, calls: Mapping[str, Call], host_ms: Mapping[str, float]) -> dict[str, Sample]:
-        """Each call once, in order, all enqueued before the one synchronisation at the end."""
+        """Each call once, in order, all enqueued before the one synchronisation at the end. What is not in `host_ms`
+        is not covered: it begins on an idle device, and what the host needs is part of it."""
         events = {}
         for name, call in calls.items():
             self._flush.zero_()
-            cover = min(1.5 * host_ms.get(name, 0.0), MAX_COVER_MS)
-            self._spin(int(cover * self._cycles_per_ms))
+            if name in host_ms:
+                self._spin(int(min(1.5 * host_ms[name], MAX_COVER_MS) * self._cycles_per_ms))
+            else:
+                torch.cuda.synchronize()
             start, middle, end = self._event(), self._event(), self._event()
             start.record()
             y = call.run_forward()

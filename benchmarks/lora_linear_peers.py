@@ -149,6 +149,18 @@ def build_fastpeft(
     return Call(forward, leaves, inputs.grad, {"weight": inputs.weight}, context)
 
 
+def _plan(inputs: Inputs, adapter_dtype: torch.dtype | None = None) -> str:
+    """The strategy that serves the cell on a GPU, and why."""
+    if not inputs.x.is_cuda:
+        return ""
+    from fastpeft.dispatch import lora_linear_plan_for
+
+    sizes = (*inputs.x.shape, len(inputs.weight), len(inputs.lora_a))
+    dtype = inputs.x.dtype
+    plan = lora_linear_plan_for(inputs.x.device, dtype, adapter_dtype or dtype, sizes, inputs.dropout)
+    return f"{plan.forward} forward, {plan.backward} backward, {plan.source}"
+
+
 def _strategy(name: str, label: str) -> Implementation:
     def build(inputs: Inputs) -> Call:
         return build_fastpeft(inputs, backend="triton", strategy=name)
@@ -178,7 +190,13 @@ IMPLEMENTATIONS = (
     Implementation("addmm-algebra", "the vendor's product, then addmm_: Unsloth's and Axolotl's algebra", build_addmm),
     Implementation("lorafusion", "LoRAFusion", build_lorafusion, needs_gpu=True),
     Implementation(
-        "fastpeft", "fastpeft, its own choice", build_fastpeft, strategy="auto", peer=False, rms_bound=MAX_RMS_RATIO
+        "fastpeft",
+        "fastpeft, its own choice",
+        build_fastpeft,
+        strategy="auto",
+        peer=False,
+        rms_bound=MAX_RMS_RATIO,
+        said=_plan,
     ),
     Implementation(
         "fastpeft-fp32",
@@ -188,6 +206,7 @@ IMPLEMENTATIONS = (
         adapter_dtype=torch.float32,
         peer=False,
         rms_bound=MAX_RMS_RATIO,
+        said=lambda inputs: _plan(inputs, torch.float32),
     ),
     _strategy("prewrite", "vendor GEMM accumulating onto a pre-written low-rank term"),
     _strategy("addmm", "vendor GEMM, then the low-rank term added in place"),

@@ -5,6 +5,7 @@ every layer does with a prefix is timed, forward and backward.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ FLASH_RMS_RATIO = 1.25
 FLASH_PEER_RMS_RATIO = 4.0
 # BLOOM adds ALiBi in the model's dtype: in bf16 a score near 64 is rounded by up to 0.25, 8 times eager's error here.
 BLOOM_RMS_RATIO = 16.0
+TORCH_UP_TO = 512  # tokens, of the torch backend on a GPU
 
 
 def call_of(forward, leaves, inputs: Inputs, frozen=None, **options) -> Call:
@@ -189,7 +191,27 @@ def ours(name: str, label: str, *, backend: str = "auto", strategy: str | None =
         return build_fastpeft(inputs, backend=backend, strategy=strategy, attend=attend)
 
     options = {"needs_gpu": backend == "triton", "peer": False, "rms_bound": FLASH_RMS_RATIO}
+    if backend == "torch":
+        options["serves"] = _in_torch
     return Implementation(name, label, build, strategy=strategy or backend, **options)
+
+
+def _in_torch(inputs: Inputs) -> bool:
+    """The torch backend works in blocks of a CPU's cache: thousands of launches for a long sequence on a GPU."""
+    return not inputs.q.is_cuda or inputs.q.shape[2] <= TORCH_UP_TO
+
+
+def _plan(inputs: Inputs) -> str:
+    """The strategy that serves the cell on a GPU, and why."""
+    if not inputs.q.is_cuda:
+        return ""
+    from fastpeft.dispatch import prefix_attention_plan
+    from fastpeft.ops._prefix_attention_scores import Scores, Tensors
+
+    tensors = Tensors(inputs.q, inputs.k, inputs.v, inputs.pk[None], inputs.pv[None], None, None, None)
+    scores = Scores(causal=inputs.causal, scale=inputs.q.shape[-1] ** -0.5, start=0, slopes_H=inputs.slopes)
+    plan = prefix_attention_plan(tensors, scores, 0.0)
+    return "the torch backend" if plan is None else f"{plan.forward}, {plan.source}"
 
 
 def peer(name: str, label: str, build, *, rms_bound: float = FLASH_PEER_RMS_RATIO, **options) -> Implementation:
@@ -214,7 +236,7 @@ IMPLEMENTATIONS = (
         serves=lambda inputs: inputs.causal and _plain(inputs),
     ),
     peer("flex", "FlexAttention under torch.compile, keys concatenated", build_flex, compiled=True),
-    ours("fastpeft", "fastpeft, its own choice"),
+    replace(ours("fastpeft", "fastpeft, its own choice"), said=_plan),
     ours(
         "fastpeft:fused",
         "one Triton flash over prefix and sequence (design A)",

@@ -12,7 +12,7 @@
                   "checked": {"rms_ratio", "gain", "tail_gain", "keep_rate", "problems"}, "note"}],
      "kernels": [{"op", "impl", "shape", "dropout", "launches", "kernels": [{"name", "us", "launches"}]}],
      "unmeasured": [{"op", "cell", "impl", "reason"}],
-     "steps": [{"name", "status": "done" | "partial" | "failed" | "skipped", "seconds", "budget_s", "note"}],
+     "steps": [{"name", "status": "done" | "partial" | "wrong" | "failed" | "skipped", "seconds", "budget_s", "note"}],
      "plan": {...}, "running": {...} or null}
 
 A result is of one implementation, one cell and one pass: "fwd" (with what backward needs being kept), "bwd", "fwd+bwd",
@@ -38,6 +38,7 @@ from pathlib import Path
 SCHEMA = 2
 STATUSES = ("ok", "wrong", "missing", "failed")
 FLOOR = "frozen"  # the implementation that the others' overhead is counted from
+OURS = "fastpeft"  # by its own choice of strategy and tiles
 CPU_HEADER = "CPU fallback path: not a kernel benchmark"
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ A bench (`Bench`) says what a cell is and what runs in it; everything here is th
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -14,27 +14,26 @@ import torch
 
 from fastpeft.cost import Work
 
-from .accuracy import Truth, Verdict
+from .accuracy import Truth
 from .baselines import Implementation, Missing
 from .harness import (
     Budget,
-    Call,
-    Memory,
     ceilings,
     interleave,
     kernel_profile,
     measure_memory,
-    paired_ratio,
-    summarise,
     synchronize,
     timer_for,
     warm_up,
 )
-from .report import FLOOR
+from .report import FLOOR, OURS
 from .request import Request
+from .rows import Prepared, progress, row_of
 
 PROFILED_CELLS = 1  # of each op
-PROFILE_RESERVE_S = 25.0
+PROFILE_RESERVE_S = 15.0
+FIRST_S = {"cuda": 8.0, "cpu": 0.1}  # expected of an op's first cell: most of it is compilation
+FIRST_COMPILED_S = {"cuda": 40.0, "cpu": 0.1}  # of torch.compile's
 
 
 class DeviceLost(RuntimeError):
@@ -85,18 +84,19 @@ def plan_of(
     quick: bool = False,
     passes: Sequence[str] = ("fwd+bwd",),
     against: Collection[str] | None = None,
+    compiled: bool = True,
     profile: bool = False,
 ) -> dict:
     """Plain data, so that a process can be started on it, and started again. `without` names implementations, by op,
-    that are not to be run and why, `skip` likewise cells by id. `against`: the peers wanted, None for all. `profile`:
-    whether the kernels of the first cells are listed, on a GPU."""
+    that are not to be run and why, `skip` likewise cells by id. `against`: the peers wanted, None for all. `compiled`:
+    whether torch.compile takes part. `profile`: whether the kernels of the first cells are listed, on a GPU."""
     without: dict[str, dict[str, str]] = {}
-    compiled: dict[str, int] = {}
+    counts: dict[str, int] = {}
     entries = []
     for bench, cell in cells:
         without.setdefault(bench.op, {})
-        taken = compiled.get(bench.op, 0) if device == "cuda" and not quick else bench.compiled_cells
-        compiled[bench.op] = taken + 1
+        taken = counts.get(bench.op, 0) if device == "cuda" and compiled and not quick else bench.compiled_cells
+        counts[bench.op] = taken + 1
         entries.append({"op": bench.op, **asdict(replace(cell, compiled=taken < bench.compiled_cells))})
         if device == "cpu":
             for implementation in bench.implementations:
@@ -143,20 +143,6 @@ def key_of_row(row: dict) -> tuple:
     return row["op"], tuple(row["shape"].values()), row["dropout"], row["dtype"]
 
 
-@dataclass
-class Prepared:
-    """An implementation that has passed its check, or the reason why it has no figures."""
-
-    implementation: Implementation
-    status: str
-    note: str = ""
-    call: Call | None = None
-    verdict: Verdict | None = None
-    memory: Memory = field(default_factory=lambda: Memory(None, None, None))
-    first_s: float | None = None
-    host_ms: float | None = None
-
-
 def prepare(implementation: Implementation, inputs: Any, truth: Truth, device: torch.device) -> Prepared:
     """Build, run until compiled, check, and weigh one implementation."""
     try:
@@ -171,7 +157,7 @@ def prepare(implementation: Implementation, inputs: Any, truth: Truth, device: t
     except Exception as error:  # a peer or a kernel may raise anything, and the others are still worth measuring
         traceback.print_exc()
         return Prepared(implementation, "failed", _in_words(error))
-    return Prepared(implementation, "ok", "", call, verdict, memory, first_s, host_ms)
+    return Prepared(implementation, "ok", implementation.said(inputs), call, verdict, memory, first_s, host_ms)
 
 
 def _in_words(error: BaseException) -> str:
@@ -221,24 +207,10 @@ class Run:
             self.document["stamp"]["ceilings"] = ceilings(self.device, torch.bfloat16, tiny=self.plan["tiny"])
         timer = timer_for(self.device)
         self._name_what_is_left_out()
-        done = set(map(key_of_row, self.document["results"]))
-        durations: dict[str, list[float]] = {}
         profiled = self.plan["profile"] and self.device.type == "cuda"
         reserve = PROFILE_RESERVE_S if profiled else 0.0
-        for number, (bench, cell) in enumerate(self.cells):
-            self._done = number
-            if key_of(bench, cell) in done or cell.id in self.plan["skip"]:
-                continue
-            spent = durations.setdefault(bench.op, [])
-            if not self.budget.allows(spent, reserve):
-                self._leave_out(bench.op, cell.id, None, f"the budget of {self.budget.seconds:.0f} s was spent")
-                continue
-            start = self.budget.elapsed()
-            rows = self._cell(bench, cell, timer)
-            spent.append(self.budget.elapsed() - start)
-            self.document["results"].extend(rows)
-            self.save()
-            self.say(progress(bench, cell, rows, self.budget))
+        self._uncompiled(timer, reserve)
+        self._compiled(timer, reserve)
         if profiled:
             try:
                 self._profile()
@@ -247,6 +219,57 @@ class Run:
                 self._leave_out("all ops", "kernel profile", None, _in_words(error))
         self.document["running"] = None
         self.save()
+
+    def _uncompiled(self, timer, reserve: float) -> None:
+        done = set(map(key_of_row, self.document["results"]))
+        durations: dict[str, list[float]] = {}
+        for number, (bench, cell) in enumerate(self.cells):
+            self._done = number
+            if key_of(bench, cell) in done or cell.id in self.plan["skip"]:
+                continue
+            spent = durations.setdefault(bench.op, [])
+            if not self.budget.allows(spent or [FIRST_S[self.device.type]], reserve):
+                self._leave_out(bench.op, cell.id, None, f"the budget of {self.budget.seconds:.0f} s was spent")
+                continue
+            start = self.budget.elapsed()
+            rows = self._cell(bench, cell, timer, [i for i in self._taking_part(bench) if not i.compiled])
+            spent.append(self.budget.elapsed() - start)
+            self.document["results"].extend(rows)
+            self.save()
+            self.say(progress(bench, cell, rows, self.budget))
+
+    def _compiled(self, timer, reserve: float) -> None:
+        """torch.compile's, when all the others are measured: beside the floor and ours once more, since ratios are
+        taken within rounds. Of those rounds ours gets the ratios to the compiled ones alone."""
+        spent: list[float] = []
+        known = {(key_of_row(row), row["impl"]) for row in self.document["results"]}
+        for bench, cell in self.cells:
+            compiled = [
+                i for i in self._taking_part(bench) if i.compiled and (key_of(bench, cell), i.name) not in known
+            ]
+            if not (cell.compiled and compiled and (key_of(bench, cell), FLOOR) in known):
+                continue
+            if not self.budget.allows(spent or [FIRST_COMPILED_S[self.device.type]], reserve):
+                for implementation in compiled:
+                    self._leave_out(bench.op, cell.id, implementation.name, "no time was left to compile it")
+                continue
+            beside = [i for i in self._taking_part(bench) if i.name in (FLOOR, OURS)]
+            start = self.budget.elapsed()
+            rows = self._cell(bench, cell, timer, [*beside, *compiled])
+            spent.append(self.budget.elapsed() - start)
+            names = {implementation.name for implementation in compiled}
+            added = [row for row in rows if row["impl"] in names]
+            for row in (row for row in rows if row["impl"] == OURS):
+                self._join_ratios(row, names)
+            self.document["results"].extend(added)
+            self.save()
+            if added:
+                self.say(progress(bench, cell, added, self.budget))
+
+    def _join_ratios(self, ours: dict, names: Collection[str]) -> None:
+        for row in self.document["results"]:
+            if (key_of_row(row), row["impl"], row["pass"]) == (key_of_row(ours), OURS, ours["pass"]):
+                row["speedup_vs"] |= {peer: r for peer, r in ours["speedup_vs"].items() if peer in names}
 
     def _enter(self, op: str, cell: str, implementation: str | None, stage: str) -> None:
         self.document["running"] = {"op": op, "cell": cell, "impl": implementation, "stage": stage}
@@ -268,7 +291,7 @@ class Run:
                 self._leave_out(bench.op, cell.id, None, self.plan["skip"][cell.id])
         for bench in dict.fromkeys(bench for bench, _ in self.cells):
             compiled = [cell.compiled for owner, cell in self.cells if owner is bench]
-            if not all(compiled):
+            if any(compiled) and not all(compiled):
                 for implementation in (i for i in self._taking_part(bench) if i.compiled):
                     reason = f"compiled in {sum(compiled)} cells only"
                     self._leave_out(bench.op, "other cells", implementation.name, reason)
@@ -280,7 +303,7 @@ class Run:
             return taking_part
         return [i for i in taking_part if not i.peer or i.name == FLOOR or i.name in against]
 
-    def _cell(self, bench: Bench, cell: Cell, timer) -> list[dict]:
+    def _cell(self, bench: Bench, cell: Cell, timer, members: Sequence[Implementation]) -> list[dict]:
         self._enter(bench.op, cell.id, None, "truth")
         try:
             inputs = bench.inputs(cell, self.device)
@@ -289,8 +312,8 @@ class Run:
             self._leave_out(bench.op, cell.id, None, f"no memory for its float64 truth: {_in_words(error)}")
             return []
         prepared = []
-        for implementation in self._taking_part(bench):
-            if implementation.compiled and not cell.compiled or not implementation.serves(inputs):
+        for implementation in members:
+            if not implementation.serves(inputs):
                 continue
             self._enter(bench.op, cell.id, implementation.name, "check")
             prepared.append(prepare(implementation, inputs, truth, self.device))
@@ -336,77 +359,3 @@ class Run:
                             "kernels": kernels,
                         }
                     )
-
-
-# The milliseconds of a pass, of one sample.
-PASS_MS = {
-    "fwd": lambda sample: sample.forward_ms,
-    "bwd": lambda sample: sample.total_ms - sample.forward_ms,
-    "fwd+bwd": lambda sample: sample.total_ms,
-}
-
-
-def row_of(bench: Bench, cell: Cell, prepared: Prepared, samples: dict[str, list], passed: str = "fwd+bwd") -> dict:
-    """One entry of the results, without any time unless the implementation was found right."""
-    implementation, memory = prepared.implementation, prepared.memory
-    adapter = None if implementation.name == FLOOR else cell.dtype
-    row = {
-        "op": bench.op,
-        "impl": implementation.name,
-        "label": implementation.label,
-        "strategy": implementation.strategy,
-        "adapter_dtype": "fp32" if implementation.adapter_dtype == torch.float32 else adapter,
-        "shape": cell.shape(),
-        "dtype": cell.dtype,
-        "dropout": cell.dropout,
-        "pass": passed,
-        "status": prepared.status,
-        **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "forward_ms", "gbps", "tflops", "tokens_per_s", "mfu")),
-        **dict.fromkeys(("overhead_over_floor", "overhead_p20", "overhead_p80")),
-        "rounds": 0,
-        "speedup_vs": {},
-        "host_ms": prepared.host_ms,
-        "first_s": prepared.first_s,
-        "peak_bytes": memory.peak,
-        "held_bytes": memory.held,
-        "saved_bytes": memory.saved,
-        "checked": prepared.verdict.as_json() if prepared.verdict else None,
-        "note": prepared.note,
-    }
-    return row | _times(bench, cell, row["impl"], samples, passed) if prepared.status == "ok" else row
-
-
-def _times(bench: Bench, cell: Cell, name: str, samples: dict[str, list], passed: str) -> dict:
-    totals = {other: [PASS_MS[passed](sample) for sample in found] for other, found in samples.items()}
-    summary = summarise(totals[name])
-    frozen = name == FLOOR
-    peers = [i.name for i in bench.implementations if i.peer and i.name in totals and i.name not in (FLOOR, name)]
-    work = cell.work(frozen, passed)
-    times = {
-        "median_ms": summary.median,
-        "p20_ms": summary.p20,
-        "p80_ms": summary.p80,
-        "rounds": summary.rounds,
-        "forward_ms": summarise([sample.forward_ms for sample in samples[name]]).median,
-        "gbps": work.bytes / summary.median / 1e6,
-        "tflops": work.flops / summary.median / 1e9,
-        "speedup_vs": {} if frozen else {peer: paired_ratio(totals[peer], totals[name]).median for peer in peers},
-    }
-    # Where the floor has nothing to do, as an embedding's backward, there is nothing to be over.
-    if FLOOR in totals and any(cell.work(True, passed)):
-        over = paired_ratio(totals[name], totals[FLOOR])
-        times |= {"overhead_over_floor": over.median - 1, "overhead_p20": over.p20 - 1, "overhead_p80": over.p80 - 1}
-    return times
-
-
-def progress(bench: Bench, cell: Cell, rows: list[dict], budget: Budget) -> str:
-    """`[elapsed/budget s] op: cell: floor ms, implementation +overhead %, ...`"""
-    parts = []
-    for row in (row for row in rows if row["pass"] == rows[-1]["pass"]):
-        if row["status"] != "ok":
-            parts.append(f"{row['impl']} {row['status']}")
-        elif row["impl"] == FLOOR or row["overhead_over_floor"] is None:
-            parts.append(f"{row['impl']} {row['median_ms']:.3f} ms")
-        else:
-            parts.append(f"{row['impl']} {100 * row['overhead_over_floor']:+.1f}%")
-    return f"[{budget.elapsed():.0f}/{budget.seconds:.0f} s] {bench.op}: {cell.id}: {', '.join(parts)}"

@@ -227,7 +227,8 @@ class Check:
         bounds, errors = self.bounds, errors_of(found, self.at_size)
         for kind, error in errors.pooled.items():
             measure = min(self.own.pooled[kind], bounds.most) if self.own else bounds.apart
-            allowed = max(bounds.small, TIMES_AT_SIZE * measure)
+            least = bounds.apart if errors.numbers[kind] < FEW else bounds.small
+            allowed = max(least, TIMES_AT_SIZE * measure)
             self._within(verdict, f"gradient of {kind} at the timed size: apart from the measure", error, allowed)
         apart = abs(found.loss - self.at_size.loss)
         self._within(verdict, "loss at the timed size: difference", apart, 2 * bounds.loss * abs(self.at_size.loss))

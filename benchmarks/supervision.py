@@ -5,7 +5,7 @@ so that the file says what ran when it died, and its age how long ago that was.
 """
 
 import contextlib
-import functools
+import ctypes
 import os
 import signal
 import subprocess
@@ -21,9 +21,13 @@ from .report import FLOOR, ROOT
 from .runner import DeviceLost, Run, cells_of, key_of, key_of_row
 
 STARTS = 4  # the first, and three more after crashes
-STALL_S = 150.0  # longer than torch.compile's first compilation, the slowest single step
+STALL_S = 75.0  # longer than torch.compile's first compilation, the slowest single step
+QUIET_S = 30.0  # whoever has not said a word for that long when the time is up would have hung
 GRACE_S = 15.0  # beyond a worker's time, to finish what it is at
 DEVICE_LOST_RC = 4
+TIME_UP = "the time was up"
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a child must not load anything
 
 
 def start(command: Sequence[str], environment: Mapping[str, str] | None = None, **streams) -> subprocess.Popen:
@@ -33,8 +37,14 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None, 
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
     folder = ROOT if __package__ == "benchmarks" else None
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, preexec_fn=heed, **streams)
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, preexec_fn=_begin, **streams)
+
+
+def _begin() -> None:
+    """In the child: interrupts are heeded, and on Linux it ends with its parent, whose GPU it would keep otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen, patience: float = 0.0) -> None:
@@ -52,12 +62,13 @@ def watch(process: subprocess.Popen, heartbeat: Path, budget: Budget, stall_s: f
     """Wait for the worker, which touches `heartbeat` at every step. Returns "" or why it ended too early."""
     while process.poll() is None:
         time.sleep(0.1)
-        if time.time() - heartbeat.stat().st_mtime > stall_s:
+        quiet = time.time() - heartbeat.stat().st_mtime
+        if quiet > stall_s:
             end(process)
             return f"stood still for {stall_s:.0f} s"
         if budget.left() < -GRACE_S:
             end(process)
-            return "the time was up"
+            return f"stood still for {quiet:.0f} s, and {TIME_UP}" if quiet > QUIET_S else TIME_UP
     if process.returncode == DEVICE_LOST_RC:
         return "the device stopped answering"
     if process.returncode < 0:
@@ -73,7 +84,7 @@ def supervise(
     trouble = ""
     for _ in range(STARTS):
         document = report.load(path)
-        document["plan"]["budget_s"] = max(0.0, budget.left())
+        document["plan"]["until"] = time.time() + budget.left()  # also the worker's imports take of it
         report.save(document, path)
         reason = watch(start(command, environment), path, budget)
         if not reason:
@@ -81,9 +92,11 @@ def supervise(
         document = report.load(path)
         trouble = f"{reason}, at {document['running']}"
         print(f"the benchmark's process: {trouble}", flush=True)
-        go_on = budget.left() > 0 and _avoid(document, reason)
+        avoided = reason != TIME_UP and _avoid(document, reason)
+        if avoided or reason == TIME_UP:
+            document["running"] = None  # it has been dealt with
         report.save(document, path)
-        if not go_on:
+        if not avoided or budget.left() <= 0:
             break
     document = report.load(path)
     _name_unmeasured(document, f"the benchmark's process did not get there ({reason})")
@@ -94,7 +107,7 @@ def supervise(
 def work(path: Path) -> int:
     """The worker: measures what the plan in `path` still lacks, into the same file."""
     document = report.load(path)
-    budget = Budget(document["plan"]["budget_s"])
+    budget = Budget(document["plan"]["until"] - time.time())
 
     def save() -> None:
         report.save(document, path)

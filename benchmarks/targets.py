@@ -5,6 +5,7 @@ one, 13 % with dropout; attention over 30 virtual tokens must be 1.6 times as fa
 another GPU the same numbers are a comparison, not a promise.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -40,7 +41,9 @@ class Outcome:
         wanted, measured = self.target.wanted, self.measured
         if self.target.unit == "%":  # of the whole time: 12 % where 11 % are allowed is one percent too long
             return (1 + measured) / (1 + wanted) - 1
-        return wanted / measured - 1 if self.target.at_least else measured / wanted - 1
+        if self.target.at_least:
+            return wanted / measured - 1 if measured > 0 else math.inf
+        return measured / wanted - 1
 
     @property
     def met(self) -> bool | None:

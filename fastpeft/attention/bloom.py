@@ -2,6 +2,7 @@
 
 from torch.nn import functional as F
 
+from fastpeft.attention.alibi import alibi_slopes
 from fastpeft.attention.interface import attend, plain_mask
 from fastpeft.tuners.attention_layer import AdaptedAttention
 
@@ -12,8 +13,6 @@ class BloomAttention(AdaptedAttention):
     attends_itself = True
 
     def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
-        from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
-
         if not self.active_adapters():
             mask = plain_mask(attention_mask, "eager", hidden_states.dtype)
             return self.base_forward(hidden_states, residual, alibi, mask, layer_past=layer_past, **kwargs)
@@ -24,7 +23,7 @@ class BloomAttention(AdaptedAttention):
         out = attend(
             self, query, key, value, attention_mask, self.active_prefix(query.dtype),
             dropout=self.attention_dropout.p if self.training else 0.0, scaling=self.inv_norm_factor,
-            alibi_slopes=_get_alibi_slopes(self.num_heads, query.device), **kwargs,
+            alibi_slopes=alibi_slopes(self.num_heads, query.device), **kwargs,
         )  # fmt: skip
         out = self.dense(out.transpose(1, 2).flatten(2))
         return residual + F.dropout(out, self.hidden_dropout, self.training), None

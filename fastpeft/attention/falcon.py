@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fastpeft.attention.alibi import alibi_slopes
 from fastpeft.attention.interface import attend, plain_mask
 from fastpeft.tuners.attention_layer import AdaptedAttention
 
@@ -43,8 +44,6 @@ class FalconAttention(AdaptedAttention):
 
     def _alibi_options(self, query: Tensor) -> dict:
         """Falcon scales its slopes as it does its products, and rounds them; it has no dropout without ALiBi."""
-        from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
-
-        slopes = _get_alibi_slopes(self.num_heads, query.device).bfloat16().float()
+        slopes = alibi_slopes(self.num_heads, query.device).bfloat16().float()
         dropout = self.attention_dropout.p if self.training else 0.0
         return {"alibi_slopes": slopes * self.inv_norm_factor, "dropout": dropout}

@@ -95,6 +95,11 @@ def _pattern_of_two(first: Callable, second: Callable) -> _Pattern | None:
         if inner is None or inner.segments is not None:
             return None
         return _Pattern(inner.causal, inner.window, _cells(first)["packed_sequence_mask"])
+    if _made_by(second, "packed_sequence_mask_function"):  # of releases that count positions over the whole row
+        inner = pattern_of(first)
+        if inner is None or inner.segments is not None:
+            return None
+        return _Pattern(inner.causal, inner.window, _cells(second)["packed_sequence_mask"])
     inner = pattern_of(second)
     if inner is None or inner != _Pattern(inner.causal):
         return None

@@ -18,7 +18,10 @@ POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 0, 1], list(range(9)), [0, 0, 0,
 
 
 def packed(function):
-    return theirs.packed_sequence_compatibility_function(function, POSITIONS, PACKED)
+    """As this release of transformers joins them: later ones also count positions from each sequence's start."""
+    if hasattr(theirs, "packed_sequence_compatibility_function"):
+        return theirs.packed_sequence_compatibility_function(function, POSITIONS, PACKED)
+    return theirs.and_masks(function, theirs.packed_sequence_mask_function(PACKED))
 
 
 KNOWN = {

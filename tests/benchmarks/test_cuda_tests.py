@@ -10,7 +10,7 @@ from tests.benchmarks.made_up import made_up_tests
 
 
 def test_a_failing_test_is_told_in_its_own_words(tmp_path):
-    found = run_tests(made_up_tests(tmp_path, 'assert "apples" == "pears"'), tmp_path, 60)
+    found = run_tests([made_up_tests(tmp_path, 'assert "apples" == "pears"')], tmp_path, 60)
     assert (found["rc"], found["passed"], found["failed"], found["timed_out"]) == (1, 1, 1, False)
     (failure,) = found["failures"]
     assert failure["test"].endswith("test_made_up::test_other")  # pytest puts the folders below its root in front
@@ -22,7 +22,7 @@ def test_tests_that_take_too_long_are_stopped_and_still_report(workers, tmp_path
     start, limit = time.monotonic(), 8  # within which, on a busy machine, the test before has run
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
     try:
-        found = run_tests(made_up_tests(tmp_path, "time.sleep(200)"), tmp_path, limit, workers)
+        found = run_tests([made_up_tests(tmp_path, "time.sleep(200)")], tmp_path, limit, workers)
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 4 * limit
@@ -31,12 +31,12 @@ def test_tests_that_take_too_long_are_stopped_and_still_report(workers, tmp_path
 
 
 def test_tests_are_shared_by_workers(tmp_path):
-    found = run_tests(made_up_tests(tmp_path, "assert 1 + 1 == 2"), tmp_path, 60, workers=2)
+    found = run_tests([made_up_tests(tmp_path, "assert 1 + 1 == 2")], tmp_path, 60, workers=2)
     assert (found["rc"], found["passed"]) == (0, 2) and "-n 2" in found["command"]
 
 
 def test_no_test_marked_cuda_and_no_tests_at_all_are_said(tmp_path):
     (tmp_path / "test_plain.py").write_text("def test_plain(): pass\n")
-    found = run_tests(tmp_path / "test_plain.py", tmp_path, 60)
+    found = run_tests([tmp_path / "test_plain.py"], tmp_path, 60)
     assert found["rc"] == 5 and found["note"] == "No test is marked cuda."
-    assert "does not exist" in run_tests(tmp_path / "nowhere", tmp_path, 60)["note"]
+    assert "does not exist" in run_tests([tmp_path / "nowhere"], tmp_path, 60)["note"]

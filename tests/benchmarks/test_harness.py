@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -14,7 +15,8 @@ from benchmarks.baselines import Implementation
 from benchmarks.bench_lora_linear import BENCH, Cell, inputs_of
 from benchmarks.benches import BY_OP
 from benchmarks.harness import Budget, Call, CpuTimer, Sample
-from benchmarks.runner import Prepared, cells_of, in_turns, plan_of, row_of
+from benchmarks.rows import Prepared, row_of
+from benchmarks.runner import cells_of, in_turns, plan_of
 
 CPU = torch.device("cpu")
 PLAIN = Cell("tiny", 128, 128, 96, 16, 0.0, "bf16")
@@ -170,6 +172,26 @@ def test_a_run_is_taken_up_where_it_stopped(run, named):
     assert again["results"][0] == kept and [row["dropout"] for row in again["results"]] == [0.0, 0.5]
 
 
+def test_what_is_compiled_comes_last_and_in_rounds_with_ours(run, named):
+    """Its figures are of rounds with the floor and ours; ours keeps its own, and gets the ratio to it."""
+    (addmm,) = named("addmm-algebra")
+    members = [replace(addmm, name="compiled", compiled=True), *named("frozen", "peft", "fastpeft")]
+    plan = plan_of([(BENCH, PLAIN), (BENCH, DROPPED)], "cpu", budget_s=100.0, quick=True, passes=("fwd", "fwd+bwd"))
+    plan["without"] = {}
+    plan["cells"][0]["compiled"] = True
+    document = run(members, document=report.new_document(plan))
+    assert [(row["impl"], row["pass"], row["dropout"]) for row in document["results"]] == [
+        *((name, passed, p) for p in (0.0, 0.5) for passed in plan["passes"]
+          for name in ("frozen", "peft", "fastpeft")),
+        ("compiled", "fwd", 0.0), ("compiled", "fwd+bwd", 0.0),
+    ]  # fmt: skip
+    ours = [row for row in document["results"] if row["impl"] == "fastpeft"]
+    assert [set(row["speedup_vs"]) for row in ours] == [{"peft", "compiled"}] * 2 + [{"peft"}] * 2
+    assert all(row["status"] == "ok" and row["overhead_over_floor"] is not None for row in document["results"])
+    before = copy.deepcopy(document["results"])
+    assert run(members, document=document)["results"] == before, "nothing is measured twice"
+
+
 def test_the_plan_begins_with_what_matters_most():
     plan = plan_of(in_turns(list(BY_OP.values())), "cuda", budget_s=400.0)
     cells = cells_of(plan, BY_OP)
@@ -256,7 +278,7 @@ def test_cuda_timer_sees_kernels_not_the_host():
     samples = harness.interleave(timer, {"once": call, "again": call}, {"once": host_ms}, rounds=(5, 5), seconds=0)
     medians = [harness.summarise([s.total_ms for s in found]).median for found in samples.values()]
     # Three products of 0.14 TFLOP: no GPU there is does them in 0.1 ms, and the same work takes the same time.
-    assert 0.1 < medians[0] < 50 and medians[0] == pytest.approx(medians[1], rel=0.5)
+    assert 0.1 < medians[0] < 50 and 1 / 3 < medians[0] / medians[1] < 3  # others may use the device meanwhile
     assert all(0 < s.forward_ms < s.total_ms for s in samples["once"])
 
 

@@ -105,6 +105,7 @@ def test_the_real_worker_reads_the_plan_and_leaves_out_what_it_says(plan_file):
         document["plan"]["without"][op] = dict.fromkeys(names, "crash")
     first = cells_of(document["plan"], BY_OP)[0][1]
     document["plan"]["skip"] = {first.id: "crash"}
+    document["plan"]["until"] = time.time() + 60
     report.save(document, plan_file)
     assert supervision.work(plan_file) == 0
     done = report.load(plan_file)

@@ -57,6 +57,8 @@ def test_other_passes_wrong_results_and_other_sizes_say_nothing():
         (Target("a", 0.11, None), 0.221, 0.1),
         (Target("a", 1.6, None, True, "x"), 1.6, 0.0),
         (Target("a", 1.6, None, True, "x"), 0.8, 1.0),
+        (Target("a", 8.0, None, True, "GB"), -3.0, float("inf")),
+        (Target("a", 8.0, None, True, "GB"), 0.0, float("inf")),
         (Target("a", 0.125, None, unit="bytes"), 0.25, 1.0),
         (Target("a", 0.125, None, unit="bytes"), 0.0, -1.0),
     ],

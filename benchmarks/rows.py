@@ -1,0 +1,98 @@
+"""What a cell's samples become: a row for each implementation and pass, and a line of words."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .accuracy import Verdict
+from .baselines import Implementation
+from .harness import Budget, Call, Memory, paired_ratio, summarise
+from .report import FLOOR
+
+
+@dataclass
+class Prepared:
+    """An implementation that has passed its check, or the reason why it has no figures."""
+
+    implementation: Implementation
+    status: str
+    note: str = ""
+    call: Call | None = None
+    verdict: Verdict | None = None
+    memory: Memory = field(default_factory=lambda: Memory(None, None, None))
+    first_s: float | None = None
+    host_ms: float | None = None
+
+
+# The milliseconds of a pass, of one sample.
+PASS_MS = {
+    "fwd": lambda sample: sample.forward_ms,
+    "bwd": lambda sample: sample.total_ms - sample.forward_ms,
+    "fwd+bwd": lambda sample: sample.total_ms,
+}
+
+
+def row_of(bench, cell, prepared: Prepared, samples: dict[str, list], passed: str = "fwd+bwd") -> dict:
+    """One entry of the results, without any time unless the implementation was found right."""
+    implementation, memory = prepared.implementation, prepared.memory
+    adapter = None if implementation.name == FLOOR else cell.dtype
+    row = {
+        "op": bench.op,
+        "impl": implementation.name,
+        "label": implementation.label,
+        "strategy": implementation.strategy,
+        "adapter_dtype": "fp32" if implementation.adapter_dtype == torch.float32 else adapter,
+        "shape": cell.shape(),
+        "dtype": cell.dtype,
+        "dropout": cell.dropout,
+        "pass": passed,
+        "status": prepared.status,
+        **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "forward_ms", "gbps", "tflops", "tokens_per_s", "mfu")),
+        **dict.fromkeys(("overhead_over_floor", "overhead_p20", "overhead_p80")),
+        "rounds": 0,
+        "speedup_vs": {},
+        "host_ms": prepared.host_ms,
+        "first_s": prepared.first_s,
+        "peak_bytes": memory.peak,
+        "held_bytes": memory.held,
+        "saved_bytes": memory.saved,
+        "checked": prepared.verdict.as_json() if prepared.verdict else None,
+        "note": prepared.note,
+    }
+    return row | _times(bench, cell, row["impl"], samples, passed) if prepared.status == "ok" else row
+
+
+def _times(bench, cell, name: str, samples: dict[str, list], passed: str) -> dict:
+    totals = {other: [PASS_MS[passed](sample) for sample in found] for other, found in samples.items()}
+    summary = summarise(totals[name])
+    frozen = name == FLOOR
+    peers = [i.name for i in bench.implementations if i.peer and i.name in totals and i.name not in (FLOOR, name)]
+    work = cell.work(frozen, passed)
+    times = {
+        "median_ms": summary.median,
+        "p20_ms": summary.p20,
+        "p80_ms": summary.p80,
+        "rounds": summary.rounds,
+        "forward_ms": summarise([sample.forward_ms for sample in samples[name]]).median,
+        "gbps": work.bytes / summary.median / 1e6,
+        "tflops": work.flops / summary.median / 1e9,
+        "speedup_vs": {} if frozen else {peer: paired_ratio(totals[peer], totals[name]).median for peer in peers},
+    }
+    # Where the floor has nothing to do, as an embedding's backward, there is nothing to be over.
+    if FLOOR in totals and any(cell.work(True, passed)):
+        over = paired_ratio(totals[name], totals[FLOOR])
+        times |= {"overhead_over_floor": over.median - 1, "overhead_p20": over.p20 - 1, "overhead_p80": over.p80 - 1}
+    return times
+
+
+def progress(bench, cell, rows: list[dict], budget: Budget) -> str:
+    """`[elapsed/budget s] op: cell: floor ms, implementation +overhead %, ...`"""
+    parts = []
+    for row in (row for row in rows if row["pass"] == rows[-1]["pass"]):
+        if row["status"] != "ok":
+            parts.append(f"{row['impl']} {row['status']}")
+        elif row["impl"] == FLOOR or row["overhead_over_floor"] is None:
+            parts.append(f"{row['impl']} {row['median_ms']:.3f} ms")
+        else:
+            parts.append(f"{row['impl']} {100 * row['overhead_over_floor']:+.1f}%")
+    return f"[{budget.elapsed():.0f}/{budget.seconds:.0f} s] {bench.op}: {cell.id}: {', '.join(parts)}"
