@@ -36,6 +36,12 @@ def small(monkeypatch):
     monkeypatch.setattr(check_attention, "extent_of", lambda *_: extent)
 
 
+@pytest.fixture
+def two_cases(monkeypatch):
+    """For what is asked of the model: the op is checked with the first masks alone."""
+    monkeypatch.setattr(check_attention, "CASES", check_attention.CASES[:2])
+
+
 def parts(document, method):
     """{part: {tensor: row}}"""
     found = {}
@@ -89,7 +95,7 @@ def test_a_wrong_scale_in_the_op_is_found(method, dtype, monkeypatch, tmp_path, 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_wrong_scale_in_the_model_is_found(method, dtype, monkeypatch, tmp_path, small):
+def test_a_wrong_scale_in_the_model_is_found(method, dtype, monkeypatch, tmp_path, small, two_cases):
     monkeypatch.setattr(interface, OPS[method], with_another_scale(getattr(interface, OPS[method]), 0.8))
     status, printed, document = document_of(tmp_path, "--method", method, "--dtype", dtype)
     assert status == 1 and f"FAILED  {method}, whole model: logits: " in printed
@@ -97,7 +103,7 @@ def test_a_wrong_scale_in_the_model_is_found(method, dtype, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_mask_that_is_not_hf_pefts_is_found(method, monkeypatch, tmp_path, small):
+def test_a_mask_that_is_not_hf_pefts_is_found(method, monkeypatch, tmp_path, small, two_cases):
     """Ours, the plain formula and the truth have it from one place, and agree."""
     real = interface._mask_options
 
@@ -122,7 +128,7 @@ def test_by_default_all_methods_are_checked(tmp_path, small):
     assert document["refused"] == {} and document["schema"] == 2
 
 
-def test_without_peft(monkeypatch, small):
+def test_without_peft(monkeypatch, small, two_cases):
     monkeypatch.setitem(sys.modules, "peft", None)
     for method in METHODS:
         status, printed = run_check("--method", method)
@@ -143,7 +149,7 @@ def test_without_peft(monkeypatch, small):
         ("bert", "QUESTION_ANS", ()),
     ],
 )
-def test_own_model(family, task, refused, tmp_path, small, capsys):
+def test_own_model(family, task, refused, tmp_path, small, two_cases):
     tiny(family, task).save_pretrained(tmp_path / "model")
     for method in METHODS:
         arguments = ("--method", method, "--model", tmp_path / "model", "--prefix", 5)
@@ -164,7 +170,7 @@ def test_own_model(family, task, refused, tmp_path, small, capsys):
             assert ("HF peft does not serve this model" in printed) == (whole["logits"]["peft"] is None)
 
 
-def test_a_method_that_does_not_serve_the_model_is_named(tmp_path, small):
+def test_a_method_that_does_not_serve_the_model_is_named(tmp_path, small, two_cases):
     tiny("bloom").save_pretrained(tmp_path / "model")
     status, printed, document = document_of(tmp_path, "--model", tmp_path / "model")
     assert status == 0, document["faults"]
