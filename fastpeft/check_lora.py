@@ -46,7 +46,7 @@ def extent_of(choice: Choice, rank: int) -> Extent:
     if choice.backend == "triton" and interpreting():
         return Extent(op_rows=40, op_draws=3, model_draws=2)
     more = 3 if rank < 4 else 1
-    return Extent(op_rows=150 if choice.backend == "triton" else 70, op_draws=16 * more, model_draws=8 * more)
+    return Extent(op_rows=150 if choice.backend == "triton" else 70, op_draws=16 * more, model_draws=16 * more)
 
 
 def measure(method: str, base: nn.Module, arguments: argparse.Namespace, peft, console: Console) -> Measured:
