@@ -1,19 +1,9 @@
-"""What every test shares: one thread per worker, the same roundings on every CPU, no network, the interpreter where there is no GPU, and instruments."""
+"""What every test shares: one thread per worker, no network, the interpreter where there is no GPU, and instruments."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, which reads it once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A library of products rounds as its processor's kernels add up: on some, eager's fp32 is a tenth more exact than one
-# accumulator. The yardstick is eager's error, so here it is everywhere that of the same instructions.
-SAME_EVERYWHERE = {
-    "MKL_CBWR": "COMPATIBLE",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "OPENBLAS_CORETYPE": "Haswell",
-}
-for name, value in SAME_EVERYWHERE.items():
-    os.environ.setdefault(name, value)
 
 import pytest
 import torch
