@@ -48,7 +48,7 @@ from .step_rows import OP, PEERS, Found, row_of, step_of, words
 IMPLEMENTATIONS = (FLOOR, PEFT, OURS, LIGER)
 FIRST_S = {"cuda": 30.0, "cpu": 0.5}  # expected of the first case: a model is built, checked and compiled for
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-__all__ = ["IMPLEMENTATIONS", "OP", "PEERS", "Case", "Steps", "cases", "cases_of", "measure"]
+__all__ = ["IMPLEMENTATIONS", "OP", "PEERS", "Case", "Steps", "cases", "cases_of"]
 
 
 class Steps:
@@ -205,19 +205,6 @@ class Steps:
             weights = sum(p.nbytes for p in base.parameters())
             total = weights + each.step.own_bytes() + each.memory.peak
             each.note = f"{total / 1e9:.2f} GB at the peak, of which the frozen weights {weights / 1e9:.2f}"
-
-
-def measure(
-    document: dict,
-    wanted: Sequence[Case],
-    save: Callable[[], None],
-    budget: Budget,
-    say: Callable[[str], None] = say_line,
-    device: torch.device | None = None,
-    watch: Callable[[int, str], None] = lambda done, note: None,
-) -> None:
-    """The rows of these cases into document["results"]; `device` is by default the plan's. See Steps."""
-    Steps(document, wanted, save, budget, say, device, watch).measure()
 
 
 def _key(row: dict) -> tuple:

@@ -8,7 +8,8 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -126,10 +127,14 @@ def _measure(arguments, device: str, chosen: Chosen, steps: list, refused: dict[
         benches = list(dict.fromkeys(bench for bench, _ in chosen))
         Run(document, save, benches, budget, say=console.line, watch=advance).measure()
         if steps:
-            bench_step.measure(
-                document, steps, save, budget, say=console.line, watch=lambda n, note: advance(len(chosen) + n, note)
-            )
+            watch = partial(_after, len(chosen), advance)
+            bench_step.Steps(document, steps, save, budget, console.line, watch=watch).measure()
     return document
+
+
+def _after(before: int, advance: Callable[[int, str], None], done: int, note: str) -> None:
+    """Progress of what comes after `before` others."""
+    advance(before + done, note)
 
 
 def _finish(document: dict, arguments: argparse.Namespace, old: list[dict] | None) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastpeft.cost import PASSES
 from fastpeft.errors import FastpeftError
+from fastpeft.tune import seconds
 
 from .benches import BENCHES, STEP
 from .dtypes import DTYPES
@@ -41,16 +42,6 @@ def _probability(text: str) -> float:
     return value
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: seconds above 0 are wanted")
-    return value
-
-
 def parser(prog: str) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog=prog,
@@ -61,7 +52,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     how = out.add_argument_group("how")
     how.add_argument("--against", action="append", metavar="PEER", help="these peers alone; default: all")
     how.add_argument("--quick", action="store_true", help="one shape unless named, fewer rounds, no torch.compile")
-    how.add_argument("--seconds", type=_seconds, default=3600.0, metavar="S", help="begin nothing after that time")
+    how.add_argument("--seconds", type=seconds, default=3600.0, metavar="S", help="begin nothing after that time")
     how.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one; a CPU has tiny shapes")
     how.add_argument("--predict", action="store_true", help="measure nothing: predict for known GPUs")
     left = out.add_argument_group("what is left of it")

@@ -1,12 +1,13 @@
 """What a cell's samples become: a row for each implementation and pass, and a line of words."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from .accuracy import Verdict
 from .baselines import Implementation
-from .harness import Budget, Call, Memory, paired_ratio, summarise
+from .harness import Budget, Call, Memory, Sample, paired_ratio, summarise
 from .report import FLOOR
 
 
@@ -63,23 +64,35 @@ def row_of(bench, cell, prepared: Prepared, samples: dict[str, list], passed: st
 
 
 def _times(bench, cell, name: str, samples: dict[str, list], passed: str) -> dict:
-    totals = {other: [PASS_MS[passed](sample) for sample in found] for other, found in samples.items()}
+    work = cell.work(name == FLOOR, passed)
+    # Where the floor has nothing to do, as an embedding's backward, there is nothing to be over.
+    peers = [implementation.name for implementation in bench.implementations if implementation.peer]
+    times = times_of(name, samples, PASS_MS[passed], peers, over_floor=any(cell.work(True, passed)))
+    milliseconds = times["median_ms"]
+    return times | {"gbps": work.bytes / milliseconds / 1e6, "tflops": work.flops / milliseconds / 1e9}
+
+
+def times_of(
+    name: str,
+    samples: Mapping[str, Sequence[Sample]],
+    milliseconds: Callable[[Sample], float],
+    peers: Sequence[str],
+    over_floor: bool = True,
+) -> dict:
+    """What a row says of one implementation's time, by `milliseconds` of a sample, and beside the others of its rounds:
+    the peers, unless it is the floor, and the floor."""
+    totals = {other: [milliseconds(sample) for sample in found] for other, found in samples.items()}
     summary = summarise(totals[name])
-    frozen = name == FLOOR
-    peers = [i.name for i in bench.implementations if i.peer and i.name in totals and i.name not in (FLOOR, name)]
-    work = cell.work(frozen, passed)
+    beside = [peer for peer in peers if peer in totals and FLOOR not in (name, peer) and peer != name]
     times = {
         "median_ms": summary.median,
         "p20_ms": summary.p20,
         "p80_ms": summary.p80,
         "rounds": summary.rounds,
         "forward_ms": summarise([sample.forward_ms for sample in samples[name]]).median,
-        "gbps": work.bytes / summary.median / 1e6,
-        "tflops": work.flops / summary.median / 1e9,
-        "speedup_vs": {} if frozen else {peer: paired_ratio(totals[peer], totals[name]).median for peer in peers},
+        "speedup_vs": {peer: paired_ratio(totals[peer], totals[name]).median for peer in beside},
     }
-    # Where the floor has nothing to do, as an embedding's backward, there is nothing to be over.
-    if FLOOR in totals and any(cell.work(True, passed)):
+    if FLOOR in totals and over_floor:
         over = paired_ratio(totals[name], totals[FLOOR])
         times |= {"overhead_over_floor": over.median - 1, "overhead_p20": over.p20 - 1, "overhead_p80": over.p80 - 1}
     return times

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .harness import Memory, paired_ratio, summarise
+from .harness import Memory
 from .report import FLOOR
+from .rows import PASS_MS, times_of
 from .step_cases import Case
 from .step_models import LABELS, LIGER, PEFT, Model, adapted, frozen, inputs_of, trained
 
@@ -102,23 +103,10 @@ def row_of(case: Case, found: Found, samples: dict[str, list], flops: int, ceili
 
 
 def _times(case: Case, name: str, samples: dict[str, list], flops: int, ceiling: float | None) -> dict:
-    totals = {other: [sample.total_ms for sample in found] for other, found in samples.items()}
-    summary = summarise(totals[name])
-    peers = [peer for peer in PEERS if peer in totals and name not in (FLOOR, peer)]
-    times = {
-        "median_ms": summary.median,
-        "p20_ms": summary.p20,
-        "p80_ms": summary.p80,
-        "rounds": summary.rounds,
-        "forward_ms": summarise([sample.forward_ms for sample in samples[name]]).median,
-        "tokens_per_s": 1e3 * case.batch * case.seq / summary.median,
-        "mfu": flops / summary.median / 1e9 / ceiling if ceiling else None,
-        "speedup_vs": {peer: paired_ratio(totals[peer], totals[name]).median for peer in peers},
-    }
-    if FLOOR in totals:
-        over = paired_ratio(totals[name], totals[FLOOR])
-        times |= {"overhead_over_floor": over.median - 1, "overhead_p20": over.p20 - 1, "overhead_p80": over.p80 - 1}
-    return times
+    times = times_of(name, samples, PASS_MS["fwd+bwd"], PEERS)
+    milliseconds = times["median_ms"]
+    mfu = flops / milliseconds / 1e9 / ceiling if ceiling else None
+    return times | {"tokens_per_s": 1e3 * case.batch * case.seq / milliseconds, "mfu": mfu}
 
 
 def words(case: Case, rows: list[dict]) -> str:

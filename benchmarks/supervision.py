@@ -115,7 +115,7 @@ def work(path: Path) -> int:
     try:
         Run(document, save, list(BY_OP.values()), budget).measure()
         if cases := bench_step.cases_of(document["plan"]):
-            bench_step.measure(document, cases, save, budget)
+            bench_step.Steps(document, cases, save, budget).measure()
     except DeviceLost as error:
         print(f"device lost: {error}", file=sys.stderr)
         return DEVICE_LOST_RC

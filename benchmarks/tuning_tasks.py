@@ -23,10 +23,11 @@ from fastpeft.table_file import AttentionTileBucket, TileBucket
 
 from . import lora_linear_peers, prefix_attention_truth
 from .accuracy import MAX_RMS_RATIO, Expected, Verdict, judge
-from .harness import Call, Sample
+from .harness import Call
 from .lora_linear_truth import LoraTruth
 from .prefix_attention_peers import ACTIVATIONS, FLASH_RMS_RATIO
 from .prefix_attention_truth import FP32_FLOOR, PrefixTruth
+from .rows import PASS_MS
 
 SCALING = 0.75
 PROJECTIONS = {"q/o": (4096, 4096), "gate/up": (4096, 14336), "down": (14336, 4096), "k/v": (4096, 1024)}  # K, N
@@ -36,11 +37,7 @@ DROPOUT = 0.05
 HEADS = (8, 32, 8)  # batch, query heads, key heads
 LENGTHS, PREFIXES, DEPTH = (2048, 512, 8192, 128), (30, 100, 10, 200), 128
 
-PARTS: dict[str, Callable[[Sample], float]] = {
-    "forward": lambda sample: sample.forward_ms,
-    "backward": lambda sample: sample.total_ms - sample.forward_ms,
-    "total": lambda sample: sample.total_ms,
-}
+PARTS = {"forward": PASS_MS["fwd"], "backward": PASS_MS["bwd"], "total": PASS_MS["fwd+bwd"]}  # of a sample
 
 
 def forced(forward: str, backward: str, reads: int | None = None) -> Callable[[], Any]:
@@ -309,8 +306,8 @@ def rehearsal_tasks() -> list:
     full = torch.float32
     return [
         LoraTask(24, 40, 20, 8, full, full, tiles=True),
-        PrefixTask(1, 2, 1, 20, 20, 10, 16, full),
-        PrefixTask(1, 2, 1, 1, 24, 10, 16, full, tiles=True),
+        PrefixTask(1, 2, 1, 12, 12, 10, 16, full),
+        PrefixTask(1, 2, 1, 1, 12, 10, 16, full, tiles=True),
     ]
 
 

@@ -34,7 +34,8 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A time limit on a command line. Raises ArgumentTypeError."""
     try:
         value = float(text)
     except ValueError:
@@ -46,7 +47,7 @@ def _seconds(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=("lora", "prefix", "all"), default="all")
-    parser.add_argument("--seconds", type=_seconds, default=300.0, metavar="S", help="at most (default 300)")
+    parser.add_argument("--seconds", type=seconds, default=300.0, metavar="S", help="at most (default 300)")
     parser.add_argument("--out", metavar="FILE", help="the table; by default in the user's cache, where it is found")
     parser.add_argument("--shape", type=_sizes, action="append", default=[], metavar="|".join(SIZES), help="these only")
     parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU; the table is never used")

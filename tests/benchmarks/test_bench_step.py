@@ -42,7 +42,7 @@ def run(wanted, document=None, budget=None, save=lambda: None, **plan) -> dict:
         document = report.new_document({**usual, "cases": [asdict(case) for case in wanted], **plan})
         document["stamp"] = report.stamp("cpu")
         document["stamp"]["ceilings"] = {"copy_gbps": 50.0, "matmul_tflops": 0.5}
-    bench_step.measure(document, cases_of(document["plan"]), save, budget or Budget(100), lambda text: None)
+    bench_step.Steps(document, cases_of(document["plan"]), save, budget or Budget(100), lambda text: None).measure()
     return document
 
 

@@ -135,7 +135,6 @@ def test_a_wrong_kernel_has_no_speed(monkeypatch, tmp_path, capsys):
 def test_what_has_become_slower_is_named_with_exit_status_1(tmp_path, capsys):
     path = tmp_path / "old.json"
     assert bench(*LINEAR, "--json", path) == 0
-    assert bench(*LINEAR, "--compare", path, "--against", "peft") in (0, 1)  # tiny: nothing is certain
     old = lines.load(path)
     for line in old:
         if line["impl"] == "fastpeft":

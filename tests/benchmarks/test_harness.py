@@ -275,10 +275,12 @@ def test_cuda_timer_sees_kernels_not_the_host():
     call = Call(lambda: a @ a, {"x": a}, torch.ones_like(a))
     timer = harness.timer_for(device)
     host_ms = harness.warm_up(call, device)[1]
-    samples = harness.interleave(timer, {"once": call, "again": call}, {"once": host_ms}, rounds=(5, 5), seconds=0)
-    medians = [harness.summarise([s.total_ms for s in found]).median for found in samples.values()]
+    samples = harness.interleave(
+        timer, {"once": call, "again": call}, {"once": host_ms, "again": host_ms}, rounds=(5, 5), seconds=0
+    )
+    fastest = [min(s.total_ms for s in found) for found in samples.values()]  # others may use the device meanwhile
     # Three products of 0.14 TFLOP: no GPU there is does them in 0.1 ms, and the same work takes the same time.
-    assert 0.1 < medians[0] < 50 and 1 / 3 < medians[0] / medians[1] < 3  # others may use the device meanwhile
+    assert 0.1 < fastest[0] < 50 and fastest[0] == pytest.approx(fastest[1], rel=0.5)
     assert all(0 < s.forward_ms < s.total_ms for s in samples["once"])
 
 

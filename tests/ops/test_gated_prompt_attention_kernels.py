@@ -20,9 +20,7 @@ SMALL = {"batch": 2, "heads": 2, "kv_heads": 1}
 
 # A prompt's own softmax has the scale and nothing else.
 ALONE = [name for name in MODIFIERS if name not in ("pinned", "prefix-bias")]
-# The sequence's kernels are those of prefix_attention, whose tests have all pairs; here every second of them.
-SOME = [tuple(name for name in names if name in ALONE) for names in TOGETHER[::2]]
-GATED = sorted({*SOME, (), *((name,) for name in ALONE)})
+GATED = sorted({tuple(name for name in names if name in ALONE) for names in TOGETHER} | {(), *((n,) for n in ALONE)})
 SEVERAL = [((), 2), (("bidirectional", "own-prefixes"), 1), (("left-padding", "sinks", "dropout"), 2)]
 
 
