@@ -11,6 +11,10 @@ import torch
 # Before triton is imported, which decides it once per process.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import interpreter_speed
+
+    interpreter_speed.install()
 
 
 def pytest_configure(config):

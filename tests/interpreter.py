@@ -17,7 +17,7 @@ def overflow_checks():
     from triton.runtime.interpreter import interpreter_builder as builder
 
     before = builder.options
-    builder.options = dataclasses.replace(before, debug=True)
+    builder.options = dataclasses.replace(before, debug=True, sanitize_overflow=True)
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from fastpeft import oracle
-from tests import interpreter
+from tests import interpreter, interpreter_speed
+from tests.ops import lora_linear_cases, prefix_attention_cases
 from tests.traffic import count_traffic
 
 pytestmark = pytest.mark.interpreter
@@ -103,6 +104,60 @@ def test_products_do_not_depend_on_the_orientation():
         _product_both_ways[(1,)](a, b, out)
     assert torch.allclose(out[0], a @ b, atol=1e-5)
     assert torch.equal(out[0], out[1])
+
+
+def _of_attention(*modifiers, dtype, **sizes):
+    sizes = {"heads": 2, "kv_heads": 1, "queries": 18, "prefix": 17, "dtype": dtype} | sizes
+    case = prefix_attention_cases.problem(*modifiers, **sizes)
+    with prefix_attention_cases.on("triton", "fused"):
+        return prefix_attention_cases.op_outcome(case)
+
+
+def _of_lora(dtypes):
+    problem = lora_linear_cases.draws(1, (18, 35), 33, dtypes=dtypes, dropout=0.3)[0]
+    with lora_linear_cases.on("triton", "fused"):
+        return oracle.lora_linear_outcomes(problem, ("x", "bias", "lora_A", "lora_B"))[0]
+
+
+OUTCOMES = {
+    "half": lambda: _of_attention("segments", "alibi", "bias", "prefix-bias", "dropout", dtype=torch.float16),
+    "single": lambda: _of_attention("window", "gaps", "softcap", "sinks", "own-prefixes", dtype=torch.float32),
+    "one-query": lambda: _of_attention("cached", "left-padding", dtype=torch.float16, queries=1, keys=40, start=39),
+    "lora": lambda: _of_lora("fp16-fp32"),
+    "lora-bf16": lambda: _of_lora("bf16-fp32"),
+}
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("outcome", OUTCOMES.values(), ids=OUTCOMES)
+def test_the_faster_interpreter_computes_and_touches_the_same(outcome):
+    with count_traffic() as traffic:
+        got = outcome()
+    with interpreter_speed.as_shipped(), count_traffic() as as_shipped:
+        expected = outcome()
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    counts = (
+        [(launch.kernel, launch.loads, launch.stores) for launch in each.launches] for each in (traffic, as_shipped)
+    )
+    first, second = counts
+    assert first == second and first
+
+
+def test_the_faster_interpreter_can_be_left_and_leaves_the_language_as_it_was():
+    from triton.language import core
+    from triton.runtime import interpreter as shipped
+
+    def defined_in_triton():
+        functions = shipped._patch_lang, core.tensor.__init__, core.block_type.__init__, core._unwrap_if_constexpr
+        return [function.__module__.startswith("triton.") for function in functions]
+
+    load = tl.load
+    assert defined_in_triton() == [triton.__version__ != interpreter_speed.KNOWN] * 4
+    with interpreter_speed.as_shipped():
+        assert all(defined_in_triton())
+    with interpreter.overflow_checks(), pytest.raises(Exception, match="int32 overflow"):
+        _square[(1,)](torch.zeros(1, dtype=torch.int32), 50_000)
+    assert tl.load is load
 
 
 def test_uninitialised_memory_is_nan(poison):

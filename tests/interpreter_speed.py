@@ -1,0 +1,179 @@
+"""Triton's interpreter without what it does over and over for nothing: the same values, in a quarter of the time.
+
+Most of its time goes into Python: every call of a device function patches the whole of `triton.language` again, every
+value makes its type anew, and every sum of integers is checked for overflow although nobody hears of it, as
+`device_assert` is silent unless `overflow_checks` is in force. What is left out here changes no value, which
+`test_instruments.py` shows: with and without, kernels return the same bits and touch the same bytes.
+
+It knows the inside of one version. With another the interpreter is left as it is shipped, slower and no less right.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import math
+
+KNOWN = "3.9.0"
+_undo = contextlib.ExitStack()
+
+
+def _replace(owner, name, value) -> None:
+    _undo.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def install() -> None:
+    """Until `uninstall`, if Triton is of the known version."""
+    import triton
+
+    if triton.__version__ == KNOWN:
+        _patch_the_language_once_a_launch()
+        _leave_out_silent_checks()
+        _remember_types()
+        _answer_at_once()
+
+
+def uninstall() -> None:
+    _undo.close()
+
+
+@contextlib.contextmanager
+def as_shipped():
+    """The interpreter as Triton has it, within the block."""
+    uninstall()
+    try:
+        yield
+    finally:
+        install()
+
+
+class _Scope:
+    """What a launch's patches are undone with; those of a call within a launch stay, as the interpreter leaves them."""
+
+    def __init__(self, restore):
+        self.restore = restore
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """A device function's call finds the language patched by the launch or by a call before it."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    original, patched = interpreter._patch_lang, set()
+
+    @functools.cache
+    def languages(fn):
+        known = {language.__name__, language.core.__name__}
+        return {m.__name__ for m in fn.__globals__.values() if inspect.ismodule(m) and m.__name__ in known}
+
+    def patch(fn):
+        wanted, within = languages(fn), bool(patched)
+        if within and wanted and wanted <= patched:
+            return _Scope(lambda: None)
+        scope = original(fn)
+        patched.update(wanted)
+        if within:
+            return scope
+
+        def restore():
+            patched.clear()
+            scope.restore()
+
+        return _Scope(restore)
+
+    _replace(interpreter, "_patch_lang", patch)
+
+
+def _leave_out_silent_checks() -> None:
+    """`interpreter.overflow_checks` asks for them again."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    _replace(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+
+
+def _remember_types() -> None:
+    """Types are values: those of one shape share what was worked out for the first."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    make_block, with_element, numpy_type = (
+        core.block_type.__init__, core.block_type.with_element_ty, interpreter._get_np_dtype
+    )  # fmt: skip
+    blocks, dtypes = {}, {}
+
+    def init_block(self, element_ty, shape):
+        sizes = shape.values if isinstance(shape, core.tuple) else shape
+        key = (element_ty.name, *(core._unwrap_if_constexpr(size) for size in sizes))
+        if (known := blocks.get(key)) is None:
+            make_block(self, element_ty, shape)
+            self.parts, self.others = None, {}
+            blocks[key] = self
+        else:
+            self.__dict__.update(known.__dict__)
+            self.element_ty = element_ty
+
+    def with_element_ty(self, scalar_ty):
+        if scalar_ty.is_ptr():
+            return with_element(self, scalar_ty)
+        if (other := self.others.get(scalar_ty.name)) is None:
+            other = self.others[scalar_ty.name] = with_element(self, scalar_ty)
+        return other
+
+    def parts(shape):
+        return core.tuple([core.constexpr(size) for size in shape]), core.constexpr(math.prod(shape))
+
+    scalar = parts(())
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        if type.is_block():
+            if type.parts is None:
+                type.parts = parts(type.shape)
+            self.shape, self.numel = type.parts
+        else:
+            self.shape, self.numel = scalar
+
+    def get_np_dtype(tt_dtype):
+        if (known := dtypes.get(tt_dtype.name)) is None:
+            known = dtypes[tt_dtype.name] = numpy_type(tt_dtype)
+        return known
+
+    _replace(core.block_type, "__init__", init_block)
+    _replace(core.block_type, "with_element_ty", with_element_ty)
+    _replace(core.tensor, "__init__", init_tensor)
+    _replace(interpreter, "_get_np_dtype", get_np_dtype)
+
+
+def _answer_at_once() -> None:
+    """Questions whose answer is plain, or was given before."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    unwrap, broadcast, cast = core._unwrap_if_constexpr, TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+    promote, promoted = TritonSemantic.computation_type_impl, {}
+    plain = {int, float, bool, str, type(None), core.tensor, core.dtype, core.pointer_type, core.block_type}
+
+    def unwrap_if_constexpr(o):
+        kind = type(o)
+        return o if kind in plain else o.value if kind is core.constexpr else unwrap(o)
+
+    def broadcast_impl_value(self, lhs, rhs):
+        left, right = lhs.type, rhs.type
+        if left is right or (left.is_block() and right.is_block() and left.shape is right.shape):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    def cast_unless_same(self, input, dst_ty, *rounding):
+        return input if input.type.scalar is dst_ty.scalar else cast(self, input, dst_ty, *rounding)
+
+    def computation_type_impl(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod):
+        key = a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod
+        if (known := promoted.get(key)) is None:
+            known = promoted[key] = promote(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod)
+        return known
+
+    _replace(core, "_unwrap_if_constexpr", unwrap_if_constexpr)
+    _replace(TritonSemantic, "broadcast_impl_value", broadcast_impl_value)
+    _replace(TritonSemantic, "cast", cast_unless_same)
+    _replace(TritonSemantic, "computation_type_impl", computation_type_impl)
