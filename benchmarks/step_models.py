@@ -105,10 +105,9 @@ def _peft(case: Case):
 def _ours(case: Case, backend: str | None):
     import fastpeft
     from fastpeft.errors import ConfigError, TargetError
-    from fastpeft.mapping import TUNERS
 
     method = METHODS[case.method]
-    if method.peft_type not in {each.value for each in TUNERS}:
+    if method.peft_type not in fastpeft.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise Missing(f"fastpeft has no tuner for {method.peft_type}")
 
     def wrap(module, config):

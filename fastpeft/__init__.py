@@ -40,6 +40,7 @@ from fastpeft.errors import (
     PatchError,
     TargetError,
 )
+from fastpeft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from fastpeft.patching import patch, unpatch
 from fastpeft.prefix_init import (
     initialize_kv_prefix_from_past_key_values,
@@ -52,6 +53,7 @@ from fastpeft.state import adapter_state_dict
 __version__ = "0.1.0"
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdapterFileError",
     "AdaptionPromptConfig",

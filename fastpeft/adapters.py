@@ -56,7 +56,7 @@ def _write(model: nn.Module, name: str, target: str | Path) -> None:
     config = state.configs[name]
     original = state.original_class
     mapping = {"base_model_class": original.__name__, "parent_library": original.__module__}
-    side = {"format": 1, "hf_quirks": state.hf_quirks}
+    side = {"format": 1, "hf_quirks": name in state.quirky}
     if options := config.side_values():
         side[files.OPTIONS] = options
     written = config.to_file_dict(None if config.task_type else mapping)
@@ -131,7 +131,7 @@ def load_adapter(
         config = as_config(raw_config)
         config = config.with_side_values({**config.of_peft_s_files, **((side or {}).get(files.OPTIONS) or {})})
         config.inference_mode = not trainable
-        plan = tuner_of(config.peft_type).plan(model, config)
+        plan = tuner_of(config).plan(model, config)
         places = places_in_file(model, plan)
         check_names_and_shapes(places, {key: each.shape for key, each in header.items()}, str(directory))
         check_demand(model, plan, state_of(model).backend if patched else None)
@@ -148,7 +148,8 @@ def load_adapter(
         check_encoder(plan.config, found)
         resumes = trainable and found.encoder is not None
         plan = plan.resuming() if resumes else plan
-        add_planned(model, state, plan, adapter_name, init=False, autocast=autocast_adapter_dtype)
+        options = {"autocast": autocast_adapter_dtype, "quirky": hf_quirks}
+        add_planned(model, state, plan, adapter_name, init=False, **options)
         fill(model, adapter_name, places, plan.in_today_s_layout(found.tensors), found.path)
         if resumes:
             fill_encoder(model, adapter_name, found)
@@ -170,7 +171,7 @@ def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_ad
         raise PatchError(f"add_adapter: there is already an adapter {adapter_name!r}; choose another name")
     config = as_config(config)
     config.validate_new()
-    plan = tuner_of(config.peft_type).plan(model, config)
+    plan = tuner_of(config).plan(model, config)
     check_demand(model, plan, state.backend)
     with adding(model, state, adapter_name):
         add_planned(model, state, plan, adapter_name, init=True, autocast=autocast_adapter_dtype)

@@ -57,9 +57,12 @@ def own(default: Any, *, stored: bool = True) -> Any:
     return field(default=default, metadata={"own": True, "stored": stored})
 
 
-# Method -> configuration class, filled in by `fastpeft.configs`. A method that is in PeftType and not here is known and
-# not yet supported.
-PEFT_TYPE_TO_CONFIG_MAPPING: "dict[PeftType, type[PeftConfig]]" = {}
+# Method -> configuration class, filled in by `fastpeft.configs`. The class names the module that injects the method, so
+# that one entry, of anybody's, makes a method known.
+PEFT_TYPE_TO_CONFIG_MAPPING: "dict[str, type[PeftConfig]]" = {}
+
+# Task -> the class that gives a patched model that task's behaviour, filled in by `fastpeft.tasks`; open to all too.
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type] = {}
 
 
 @dataclass
@@ -74,7 +77,8 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    method: ClassVar[PeftType | None] = None
+    method: ClassVar[PeftType | str | None] = None
+    tuner: ClassVar[str] = ""  # the module with the method's `plan(model, config)` and `inject(plan, name, state, ...)`
     of_peft_s_files: ClassVar[dict] = {}  # what our own fields are for a file that says nothing of them
 
     def __post_init__(self):
@@ -94,10 +98,11 @@ class PeftConfig:
 
     def validate(self) -> None:
         """Raises ConfigError unless every field is one that fastpeft can honour. Changes nothing."""
-        if self.peft_type is not self.method:
+        if self.peft_type != self.method:
             refuse("peft_type", self.peft_type, f"a {type(self).__name__} is for {_value(self.method)}; leave it out")
-        if self.task_type is not None and not one_of(self.task_type, TaskType):
-            refuse("task_type", self.task_type, f"choose one of {', '.join(t.value for t in TaskType)}")
+        if self.task_type is not None and not one_of(self.task_type, MODEL_TYPE_TO_PEFT_MODEL_MAPPING):
+            known = ", ".join(map(_plain, MODEL_TYPE_TO_PEFT_MODEL_MAPPING))
+            refuse("task_type", self.task_type, f"choose one of {known}")
         for name in ("peft_version", "base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
                 refuse(name, getattr(self, name), "must be a string or None")
@@ -183,15 +188,12 @@ class PeftConfig:
 
 def class_for(peft_type: object) -> type[PeftConfig]:
     """The class of a method's configurations. Raises ConfigError."""
-    supported = ", ".join(method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING)
+    supported = ", ".join(map(_plain, PEFT_TYPE_TO_CONFIG_MAPPING))
     if peft_type is None:
         raise ConfigError(f"peft_type is missing from the configuration; fastpeft supports {supported}")
-    if not one_of(peft_type, PeftType):
+    if not one_of(peft_type, PEFT_TYPE_TO_CONFIG_MAPPING):
         refuse("peft_type", peft_type, f"unknown method; fastpeft supports {supported}")
-    method = PeftType(peft_type)
-    if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ConfigError(f"peft_type={method.value}: not supported yet; fastpeft supports {supported}")
-    return PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
 
 
 def require_bool(config: PeftConfig, name: str) -> None:
@@ -265,8 +267,12 @@ def _default(each) -> object:
     return each.default if each.default is not MISSING else each.default_factory()
 
 
-def _value(method: PeftType | None) -> str:
-    return method.value if method is not None else "no method"
+def _value(method: PeftType | str | None) -> str:
+    return _plain(method) if method is not None else "no method"
+
+
+def _plain(name: str) -> str:
+    return name.value if isinstance(name, Enum) else name
 
 
 def _to_json(value: object) -> object:

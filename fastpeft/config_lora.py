@@ -79,6 +79,7 @@ class LoraConfig(PeftConfig):
     ensure_weight_tying: Any = unhonoured(False)
 
     method: ClassVar[PeftType | None] = PeftType.LORA
+    tuner: ClassVar[str] = "fastpeft.tuners.lora_injection"
 
     def normalise(self) -> None:
         super().normalise()

@@ -76,6 +76,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     legacy_bloom_layout: bool = own(False, stored=False)  # what is saved has today's layout
 
     method: ClassVar[PeftType | None] = PeftType.PREFIX_TUNING
+    tuner: ClassVar[str] = "fastpeft.tuners.prefix_injection"
 
     def validate_new(self) -> None:
         super().validate_new()
@@ -109,6 +110,7 @@ class AdaptionPromptConfig(PeftConfig):
     modules_to_save: list[str] | None = own(None)
 
     method: ClassVar[PeftType | None] = PeftType.ADAPTION_PROMPT
+    tuner: ClassVar[str] = "fastpeft.tuners.adaption_prompt_injection"
     of_peft_s_files: ClassVar[dict] = {"modules_to_save": []}
 
     def normalise(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import fields
 
 from fastpeft.config_base import (
     FORMAT_VERSION,
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PeftConfig,
     PeftType,
@@ -61,6 +62,7 @@ def get_peft_config(config_dict: Mapping) -> PeftConfig:
 
 __all__ = [
     "FORMAT_VERSION",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdaptionPromptConfig",
     "LoraConfig",

@@ -1,26 +1,31 @@
-"""The table that drives `patch`: a method's PEFT type -> what its configuration is and what injects it.
+"""The two tables that drive `patch`, and what a configuration finds in them.
 
-A method is one tuner module and one entry here. Its module is imported when it is first used.
+PEFT_TYPE_TO_CONFIG_MAPPING: a method's PEFT type -> its configuration class, which names the module that injects it.
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: a task -> the class in front of the model's own that gives it the task's behaviour.
+
+A method, or a task, is one entry, whoever makes it.
 """
 
 import importlib
 from types import ModuleType
 
-from fastpeft.configs import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+from fastpeft.configs import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from fastpeft.errors import ConfigError
-
-TUNERS: dict[PeftType, str] = {
-    PeftType.LORA: "fastpeft.tuners.lora_injection",
-    PeftType.ADAPTION_PROMPT: "fastpeft.tuners.adaption_prompt_injection",
-    PeftType.PREFIX_TUNING: "fastpeft.tuners.prefix_injection",
-}
+from fastpeft.model import PatchedModel
+from fastpeft.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 
-def tuner_of(peft_type: PeftType) -> ModuleType:
-    """The module with a method's `plan(model, config)` and `inject(...)`. Raises ConfigError for an unknown method."""
-    if peft_type not in TUNERS:
-        raise ConfigError(f"peft_type {peft_type} has no tuner; available: {', '.join(map(str, TUNERS))}")
-    return importlib.import_module(TUNERS[peft_type])
+def tuner_of(config: PeftConfig) -> ModuleType:
+    """The module with a method's `plan(model, config)` and `inject(...)`; it is imported when it is first used. Raises
+    ConfigError for a configuration that names none."""
+    if not config.tuner:
+        raise ConfigError(f"{type(config).__name__} names no tuner; set its class attribute `tuner` to a module's name")
+    return importlib.import_module(config.tuner)
 
 
-__all__ = ["PEFT_TYPE_TO_CONFIG_MAPPING", "TUNERS", "tuner_of"]
+def task_class(config: PeftConfig) -> type[PatchedModel]:
+    """The class of a configuration's task; `PatchedModel` itself where it has none."""
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PatchedModel)
+
+
+__all__ = ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_CONFIG_MAPPING", "task_class", "tuner_of"]

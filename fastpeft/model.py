@@ -1,14 +1,40 @@
 """What a patched model can do: the mixin in front of the model's own class, with peft's verbs."""
 
-import copy
 import functools
+from typing import ClassVar
 
+from fastpeft.calls import Room, widened
+from fastpeft.forward import forward as adapted_forward
+from fastpeft.generation import PromptedGeneration
 from fastpeft.selection import CarriedCheckpoint
-from fastpeft.tuners.attention_layer import IMPLEMENTATION, AdaptedAttention
+from fastpeft.tuners.attention_layer import AdaptedAttention
 
 
-class PatchedModel:
-    """Methods that scripts written for peft call, with peft's names and meaning. Each is one function of fastpeft."""
+class PatchedModel(PromptedGeneration):
+    """Methods that scripts written for peft call, with peft's names and meaning. Each is one function of fastpeft.
+
+    A task's class (`fastpeft.tasks`) says besides: heads, what the task trains whole, by the end of a module's path;
+    peft_drops, the arguments that HF peft's class of the task does not hand on.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    peft_drops: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def move_targets(cls, given: dict, room: Room, spares: bool) -> None:
+        """Fit the targets among a call's arguments to virtual tokens in front, in place. `spares`: the model can leave
+        out the logits of some places, and the caller asks for all."""
+
+    @classmethod
+    def move_targets_as_peft(cls, given: dict, room: Room) -> None:
+        """The same, and segments, as HF peft does it."""
+        if (kinds := given.get("token_type_ids")) is not None:
+            given["token_type_ids"] = widened(kinds, room, 0)
+
+    @classmethod
+    def decodes_its_input(cls, given: dict) -> bool:
+        """Whether a sequence-to-sequence model will make its decoder's input of the encoder's."""
+        return all(given.get(name) is None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
 
     def __call__(self, *args, **kwargs):
         """The model's own call. Raises PatchError if it asks for attention weights over virtual tokens."""
@@ -118,19 +144,6 @@ class PatchedModel:
         adapters.check_resize(self, new_num_tokens)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
-    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, **kwargs):
-        """What `generate` calls before it fills a static cache, to hand the model a mask of fixed shape. With a prefix
-        the model makes a better one of the prompt's mask itself; for the single tokens after it, this is done."""
-        from transformers.masking_utils import create_masks_for_generate
-
-        if getattr(config.get_text_config(), "_attn_implementation", None) == IMPLEMENTATION:
-            if inputs_embeds.shape[1] > 1:
-                return attention_mask
-            config = copy.deepcopy(config)
-            config.get_text_config()._attn_implementation_internal = "sdpa"  # whose masks are matrices
-        original = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
-        return original(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-
     def unload(self):
         """The plain model, without the adapters."""
         from fastpeft.patching import unpatch
@@ -163,16 +176,26 @@ class PatchedModel:
             disable_input_grads(state)
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self).__bases__[1],), self.__dict__
+        return _rebuild, type(self).__bases__, self.__dict__
 
 
-def _rebuild(original: type):
-    cls = patched_model_class(original)
+def _rebuild(task: type, original: type):
+    cls = patched_model_class(original, task)
     return cls.__new__(cls)
 
 
 @functools.cache
-def patched_model_class(original: type) -> type:
-    """The subclass of a model's class with a patched model's methods, under the same name: transformers asks for it."""
+def patched_model_class(original: type, task: type = PatchedModel) -> type:
+    """The subclass of a model's class with a patched model's methods and a task's, under the same name: transformers
+    asks for it, and for the arguments of its forward."""
     namespace = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (PatchedModel, original), namespace)
+    return type(original.__name__, (task, original), {**namespace, "forward": _forward_of(original)})
+
+
+@functools.cache
+def _forward_of(original: type):
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        return adapted_forward(self, args, kwargs)
+
+    return forward

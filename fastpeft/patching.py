@@ -18,11 +18,12 @@ from fastpeft.dispatch import backend as forced_backend
 from fastpeft.dispatch import checked_backend, choose_backend
 from fastpeft.errors import ConfigError, PatchError
 from fastpeft.files import adapter_directory
-from fastpeft.mapping import tuner_of
-from fastpeft.model import patched_model_class
+from fastpeft.forward import Part
+from fastpeft.mapping import task_class, tuner_of
+from fastpeft.model import PatchedModel, patched_model_class
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
-from fastpeft.tuners.layer import AdapterLayer, detach, offloaded_to
+from fastpeft.tuners.layer import AdapterLayer, detach, give_back_forward, offloaded_to, take_forward
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 
 
@@ -44,6 +45,10 @@ class PatchState:
     # The base parameters that are trained in place or that a file has replaced, as they were.
     trained_biases: dict[str, torch.Tensor] = field(default_factory=dict)
     input_hooks: list = field(default_factory=list)  # what makes the input embeddings' outputs want a gradient
+    quirky: set[str] = field(default_factory=set)  # which compute as HF peft does where that is wrong
+    parts: dict[str, Part] = field(default_factory=dict)  # what adapters do at the root of the model
+    original_forward: Any = None  # a forward that stood on the instance, or None
+    traced_call: Any = None  # the call that torch.compile is tracing
     undo: list | None = None  # (tensor, its values before) of the base, while an adapter is being added
 
 
@@ -133,7 +138,7 @@ def patch(
     config = as_config(config)
     config.validate_new()
     adapter_directory("", adapter_name)
-    plan = tuner_of(config.peft_type).plan(model, config)
+    plan = tuner_of(config).plan(model, config)
     check_demand(model, plan, backend)
     state = begin(model, backend, autocast_adapter_dtype, hf_quirks)
     with adding(model, state, adapter_name, undo_all=True):
@@ -162,6 +167,7 @@ def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool
     training = {name: module.training for name, module in model.named_modules()}
     state = PatchState(type(model), backend, hf_quirks, autocast, requires_grad, training)
     model.__class__ = patched_model_class(type(model))
+    state.original_forward = take_forward(model, state.original_class)
     model.__dict__["_fastpeft"] = state
     try:
         for parameter in model.parameters():
@@ -234,7 +240,9 @@ def remove_adapter(model: nn.Module, state: PatchState, name: str) -> None:
         if not layer._fastpeft.adapters and not isinstance(layer, PromptEncoders):
             detach(layer)
     config = state.configs.pop(name, None)
-    state.thawed.discard(name)
+    state.parts.pop(name, None)
+    for names in (state.thawed, state.quirky):
+        names.discard(name)
     if config is not None and trains_biases(config):
         restore_biases(model, state)
     drop_unused(model)
@@ -265,9 +273,11 @@ def restore_biases(model: nn.Module, state: PatchState) -> None:
 
 
 def add_planned(
-    model: nn.Module, state: PatchState, plan, adapter_name: str, *, init: bool, autocast: bool | None = None
-) -> None:
-    """Inject a planned adapter and note its configuration; it is not active yet. `autocast` None: as in `patch`."""
+    model: nn.Module, state: PatchState, plan, adapter_name: str, *, init: bool, autocast: bool | None = None,
+    quirky: bool | None = None,
+) -> None:  # fmt: skip
+    """Inject a planned adapter and note its configuration; it is not active yet. `autocast`, `quirky` None: as in
+    `patch`."""
     config = plan.config
     if state.merged:
         raise PatchError(
@@ -283,14 +293,29 @@ def add_planned(
     if init or config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     autocast = state.autocast if autocast is None else autocast
-    tuner_of(config.peft_type).inject(plan, adapter_name, state, init=init, autocast=autocast)
+    tuner = tuner_of(config)
+    if state.hf_quirks if quirky is None else quirky:
+        state.quirky.add(adapter_name)
+    tuner.inject(plan, adapter_name, state, init=init, autocast=autocast)
     state.configs[adapter_name] = config
+    _note_part(model, state, adapter_name, getattr(tuner, "after_call", None))
     for name, parameter in _biases(model, plan):
         state.trained_biases[name] = parameter.detach().to("cpu", copy=True)
     for _, layer in layers(model):
         if adapter_name in layer._fastpeft.adapters:
             layer.train(layer.training)
     _set_trainable(model, state)
+
+
+def _note_part(model: nn.Module, state: PatchState, name: str, after) -> None:
+    """What the adapter does where the model is entered."""
+    config, holder = state.configs[name], model._modules.get(PromptEncoders.NAME)
+    encoder = holder[name] if isinstance(holder, PromptEncoders) and name in holder else None
+    encoder = encoder if hasattr(encoder, "rows") else None  # a prefix's has no rows in front
+    shows = getattr(config, "virtual_logits", False)
+    part = Part(task_class(config), name in state.quirky, encoder, shows, after)
+    if part.acts:
+        state.parts[name] = part
 
 
 def is_bias(name: str) -> bool:
@@ -341,6 +366,8 @@ def activate(model: nn.Module, state: PatchState, names: tuple[str, ...], traina
     """Make these the adapters that every call uses from now on."""
     check_names(state, names, "set_adapter")
     state.active, state.trainable = tuple(names), trainable
+    task = task_class(state.configs[names[0]]) if names else PatchedModel
+    model.__class__ = patched_model_class(state.original_class, task)
     _set_trainable(model, state)
 
 
@@ -384,5 +411,5 @@ def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
         if hasattr(carried, "without_choice"):
             module._gradient_checkpointing_func = carried.without_choice
     disable_input_grads(state)
-    model.__class__ = state.original_class
+    give_back_forward(model, state.original_class, state.original_forward)
     del model.__dict__["_fastpeft"]

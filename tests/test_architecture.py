@@ -24,6 +24,7 @@ MAY_KNOW = {
     "fastpeft/ops/": ("fastpeft.kernels", "fastpeft.ops", "fastpeft.dispatch", "fastpeft.errors"),
     "fastpeft/tuners/": (
         "fastpeft.attention",  # where a prefix goes
+        "fastpeft.calls",  # what a call hands to the embeddings
         "fastpeft.ops",
         "fastpeft.tuners",
         "fastpeft.configs",

@@ -416,7 +416,6 @@ def test_checkpointing_is_as_in_peft(kwargs):
     assert_same_step(hf, ours, batch())
 
 
-@pytest.mark.xfail(strict=True, reason="hf_quirks does not yet make a patched model drop what peft's QA class drops")
 def test_question_answering_of_a_loaded_adapter_is_as_in_peft(tmp_path):
     import fastpeft
 

@@ -89,21 +89,38 @@ def offloaded_to(module: nn.Module) -> torch.device | None:
     return None
 
 
-def attach(module: nn.Module, mixin: type, model_state) -> None:
-    """Make `module` a patched one, in place. Its class's forward gives way; an instance-level forward is called.
+def take_forward(module: nn.Module, original: type) -> Any:
+    """Put the forward of a module's present class in the place of its former one's, `original`'s; returns the forward
+    that stood on the instance, which is to be called where there was one, or None.
 
     accelerate's is one that calls the module's own forward in `_old_forward`, and puts that back when it is removed.
     So it stays in front, and gets ours to call.
     """
-    original = type(module)
-    patched = patched_class(mixin, original)
     behind = module.__dict__.get("_old_forward")
-    hooked = "_hf_hook" in module.__dict__ and getattr(behind, "__func__", None) is original.forward
-    module.__class__ = patched
-    forward = None if hooked else module.__dict__.pop("forward", None)
-    module.__dict__["_fastpeft"] = LayerState(model_state, original, forward)
-    if hooked:
-        module._old_forward = MethodType(patched.forward, module)
+    if "_hf_hook" in module.__dict__ and getattr(behind, "__func__", None) is original.forward:
+        module._old_forward = MethodType(type(module).forward, module)
+        return None
+    return module.__dict__.pop("forward", None)
+
+
+def give_back_forward(module: nn.Module, original: type, forward: Any) -> None:
+    """Give a module the class `original` again, and undo `take_forward`."""
+    ours = type(module).forward
+    module.__class__ = original
+    # accelerate's hooks may remember our forward as the module's own, and put it on the instance when they go
+    if getattr(module.__dict__.get("_old_forward"), "__func__", None) is ours:
+        module._old_forward = MethodType(original.forward, module)
+    if getattr(module.__dict__.get("forward"), "__func__", None) is ours:
+        del module.__dict__["forward"]
+    if forward is not None:
+        module.__dict__["forward"] = forward
+
+
+def attach(module: nn.Module, mixin: type, model_state) -> None:
+    """Make `module` a patched one, in place. Its class's forward gives way; an instance-level forward is called."""
+    original = type(module)
+    module.__class__ = patched_class(mixin, original)
+    module.__dict__["_fastpeft"] = LayerState(model_state, original, take_forward(module, original))
     for name, container in mixin.containers.items():
         module.add_module(name, container())
 
@@ -117,13 +134,5 @@ def detach(module: nn.Module) -> None:
     for name, tensor in state.kept.items():
         with torch.no_grad():
             getattr(module, name).copy_(tensor)
-    ours = type(module).forward
-    module.__class__ = state.original_class
+    give_back_forward(module, state.original_class, state.original_forward)
     del module.__dict__["_fastpeft"]
-    # accelerate's hooks may remember our forward as the module's own, and put it on the instance when they go
-    if getattr(module.__dict__.get("_old_forward"), "__func__", None) is ours:
-        module._old_forward = MethodType(state.original_class.forward, module)
-    if getattr(module.__dict__.get("forward"), "__func__", None) is ours:
-        del module.__dict__["forward"]
-    if state.original_forward is not None:
-        module.__dict__["forward"] = state.original_forward

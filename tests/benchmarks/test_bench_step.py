@@ -21,12 +21,12 @@ from benchmarks.request import Request
 from benchmarks.step_cases import METHODS, Case, cases, cases_of
 from benchmarks.step_check import Check, Outcome, errors_of
 from benchmarks.step_models import OURS, PEFT, build_base, model_flops, share, trained
-from fastpeft.mapping import TUNERS
+from fastpeft.configs import PEFT_TYPE_TO_CONFIG_MAPPING
 from fastpeft.tuners.lora import LoraLayer
 
 CPU = torch.device("cpu")
 LORA, PREFIX = Case("tiny", "lora", 2, 32, "fp32"), Case("tiny", "prefix", 2, 32, "fp32")
-HAD = {peft_type.value for peft_type in TUNERS}
+HAD = {peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING}
 LLAMA = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=61)
 SMALLER = {
     "qwen3-8b": {**LLAMA, "num_key_value_heads": 2, "head_dim": 16},
@@ -115,7 +115,7 @@ def test_every_method_is_measured_or_named(quick):
 
 
 def test_a_method_without_a_tuner_is_named(monkeypatch):
-    monkeypatch.setattr("fastpeft.mapping.TUNERS", {})
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "LORA")
     document = run([LORA])
     assert found(document, OURS)["status"] == "missing"
     assert found(document, OURS)["note"] == "fastpeft has no tuner for LORA"

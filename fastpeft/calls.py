@@ -1,0 +1,123 @@
+"""What a call of a patched model hands from its root to its token embeddings: the virtual tokens that it begins with.
+
+Virtual tokens (prompt tuning, P-tuning) are tokens of a vocabulary that goes on behind the model's own: ids V, V + 1, …
+The root writes them into the rows of a batch, and everything that a model makes of ids (positions, padding, the place
+of a class, the decoder's shifted input) is made as for any other token. Only embeddings look them up elsewhere.
+"""
+
+import contextlib
+import contextvars
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where P virtual tokens go in rows of S tokens: in front of the tokens, behind padding that stands before them.
+
+    start: (B,) how much padding that is; None where there is none. source, virtual: (B, T) of the new rows, the place
+    of a token in the old ones and the number of a virtual token, or -1; None without a start. kept: (B, S) where a
+    token is now, where several sequences share a row and each has virtual tokens of its own; else None.
+    """
+
+    count: int
+    tokens: int
+    start: Tensor | None = None
+    source: Tensor | None = None
+    virtual: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tokens (B, S) of a call and its prompt (P, H); `decodes`: whether a decoder too is given virtual tokens."""
+
+    ids: Tensor
+    prompt: Tensor
+    room: Room
+    decodes: bool = False
+
+
+# Per patched model, the call in progress: {id of its PatchState: Call}.
+_current: contextvars.ContextVar[dict[int, Call]] = contextvars.ContextVar("fastpeft_call")
+
+
+def current_call(state) -> Call | None:
+    """What the model's root has handed over, in this thread."""
+    if torch.compiler.is_compiling():
+        return state.traced_call
+    return _current.get({}).get(id(state))
+
+
+@contextlib.contextmanager
+def _handing(state, call: Call):
+    token = _current.set({**_current.get({}), id(state): call})
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def calling(state, call: Call | None, function, *args, **kwargs):
+    """`function(*args, **kwargs)`, inside which `current_call` is `call`."""
+    if call is None:
+        return function(*args, **kwargs)
+    if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
+        state.traced_call = call
+        out = function(*args, **kwargs)
+        state.traced_call = None
+        return out
+    with _handing(state, call):
+        return function(*args, **kwargs)
+
+
+def room_for(count: int, tokens: int, mask: Tensor | None) -> Room:
+    """The room for P virtual tokens in rows whose mask (B, S) is not zero at real tokens."""
+    if mask is None:
+        return Room(count, tokens)
+    start = (mask != 0).to(torch.int8).argmax(-1)  # (B,), 0 in a row without tokens
+    place = torch.arange(count + tokens, device=mask.device) - start[:, None]  # (B, T), behind the padding
+    behind = place >= count
+    virtual = place.where((place >= 0) & ~behind, -1)
+    source = (place - count).where(behind, place) + start[:, None]
+    return Room(count, tokens, start, source.where(virtual < 0, 0), virtual)
+
+
+def packed_room_for(count: int, positions: Tensor) -> Room | None:
+    """The room in rows of several sequences each, whose positions (B, S) begin anew; None if none does. A row with
+    fewer sequences than another ends in virtual tokens of sequences without tokens."""
+    batch, tokens = positions.shape
+    begins = positions != torch.cat((positions[:, :1], positions[:, :-1] + 1), 1)  # (B, S), never the first
+    sequence = begins.long().cumsum(1)
+    most = int(sequence.max()) + 1
+    if most == 1:
+        return None
+    kept = torch.arange(tokens, device=positions.device) + count * (sequence + 1)
+    total = tokens + most * count
+    source = kept.new_full((batch, total), -1)
+    source.scatter_(1, kept, torch.arange(tokens, device=positions.device).expand(batch, -1))
+    empty = source < 0
+    virtual = (empty.long().cumsum(1) - 1) % count
+    return Room(count, tokens, None, source.clamp(min=0), virtual.where(empty, -1), kept)
+
+
+def widened(values: Tensor, room: Room, fill: Tensor | int) -> Tensor:
+    """values (..., S) with `fill`, a number or (P,), at the virtual tokens: (..., P + S)."""
+    fill = torch.as_tensor(fill, dtype=values.dtype, device=values.device)
+    if room.source is None:
+        return torch.cat((fill.expand(*values.shape[:-1], room.count), values), -1)
+    source, virtual = (each.expand(*values.shape[:-1], -1) for each in (room.source, room.virtual))
+    if len(values) != source.shape[-2]:  # one row of positions for all samples
+        values, source, virtual = values.expand(len(room.source), -1), room.source, room.virtual
+    found = fill if fill.ndim == 0 else fill[virtual.clamp(min=0)]
+    return torch.where(virtual >= 0, found, values.gather(-1, source))
+
+
+def trimmed(values: Tensor, room: Room) -> Tensor:
+    """What of (B, L, ...) belongs to the tokens (B, S, ...), of the L last places; where padding stands in front, what
+    is there has no meaning before and after."""
+    if room.kept is None:
+        return values[:, -room.tokens :]
+    return values[torch.arange(len(values), device=values.device)[:, None], room.kept]

@@ -1,0 +1,128 @@
+"""One call of a patched model, around the base model's own forward: virtual tokens in front, terms of the loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.calls import Room, calling
+from fastpeft.selection import active_names
+from fastpeft.tuners.prompt_call import (
+    behind_virtual_tokens,
+    filled,
+    named_arguments,
+    prompt_of,
+    takes,
+    with_virtual_tokens,
+    without_virtual_tokens,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one adapter does to a call of its model.
+
+    task: its class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING. quirky: as HF peft does it where that is wrong. encoder: what
+    its virtual tokens' rows come from, or None. shows_virtual: whether the result has places for these. after:
+    `after(model, name, output) -> output`, or None.
+    """
+
+    task: type
+    quirky: bool
+    encoder: nn.Module | None = None
+    shows_virtual: bool = False
+    after: Callable | None = None
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything."""
+        return self.encoder is not None or self.after is not None or (self.quirky and bool(self.task.peft_drops))
+
+
+def forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward of a patched model."""
+    state = model._fastpeft
+    parts = {name: state.parts[name] for name in active_names(state) if name in state.parts}
+    if not parts:
+        return _base(model, state)(*args, **kwargs)
+    given = named_arguments(state.original_class, args, kwargs)
+    for part in parts.values():
+        if part.quirky:
+            given = {key: value for key, value in given.items() if key not in part.task.peft_drops}
+    prompted = [part for part in parts.values() if part.encoder is not None]
+    output = _prompted(model, prompted, given) if prompted else _base(model, state)(**given)
+    for name, part in parts.items():
+        if part.after is not None:
+            output = part.after(model, name, output)
+    return output
+
+
+def _base(model: nn.Module, state) -> Callable:
+    """The forward that the model had: one that stood on the instance, or its class's."""
+    if state.original_forward is not None:
+        return state.original_forward
+    return state.original_class.forward.__get__(model)
+
+
+def text_embedding(model: nn.Module) -> nn.Module:
+    """The embedding of the tokens that virtual tokens stand in front of: an encoder's, if there is one."""
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    return (model.get_encoder() if encoder_decoder else model).get_input_embeddings()
+
+
+def prompt_length(model: nn.Module) -> tuple[int, bool]:
+    """How many virtual tokens a call of a decoder now begins with, and whether before all padding."""
+    state = model._fastpeft
+    parts = [part for name in active_names(state) if (part := state.parts.get(name)) and part.encoder is not None]
+    if not parts or getattr(model.config, "is_encoder_decoder", False):
+        return 0, False
+    return sum(part.encoder.used for part in parts), any(part.quirky for part in parts)
+
+
+def _prompted(model: nn.Module, parts: list[Part], given: dict[str, Any]) -> Any:
+    state, prompt = model._fastpeft, prompt_of([part.encoder for part in parts])
+    base = _base(model, state)
+    task, quirky = parts[0].task, any(part.quirky for part in parts)
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    cached = given.get("encoder_outputs") is not None if encoder_decoder else filled(given.get("past_key_values"))
+    if cached:
+        behind_virtual_tokens(given, len(prompt), foremost=quirky)
+        if quirky:
+            given.pop("position_ids", None)
+        return base(**given)
+    if given.get("input_ids") is None and given.get("inputs_embeds") is None:
+        return base(**given)  # which says what is missing
+    if quirky:
+        return base(**_as_in_peft(model, task, prompt, given))
+    decodes = encoder_decoder and task.decodes_its_input(given)
+    first = text_embedding(model).num_embeddings
+    room, call = with_virtual_tokens(given, prompt, first, decodes=decodes)
+    total = (given["inputs_embeds"] if call is None else given["input_ids"]).shape[1]
+    trims = not any(part.shows_virtual for part in parts)
+    spares = trims and room.kept is None and takes(state.original_class, "logits_to_keep")
+    task.move_targets(given, room, spares and not given.get("logits_to_keep"))
+    as_dict = given.pop("return_dict", None)
+    as_dict = getattr(model.config, "return_dict", True) if as_dict is None else as_dict
+    output = calling(state, call, base, **given, return_dict=True)
+    if trims:
+        output = without_virtual_tokens(output, room, total)
+    return output if as_dict else output.to_tuple()
+
+
+def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that HF peft calls the base model with: embeddings, the prompt before everything, a mask of floats,
+    positions dropped; places of answers not moved, and results not either."""
+    given = dict(given)
+    ids = given.pop("input_ids", None)
+    mask = given.get("attention_mask")
+    embedding = text_embedding(model)
+    rows = given["inputs_embeds"] if ids is None else None
+    room = Room(len(prompt), (rows if ids is None else ids).shape[1])
+    given["inputs_embeds"] = embedding.in_front(ids, rows, prompt, room)
+    if mask is not None:
+        given["attention_mask"] = torch.cat((torch.ones(len(mask), room.count, device=mask.device), mask), 1)
+    given.pop("position_ids", None)
+    task.move_targets_as_peft(given, room)
+    return given

@@ -1,0 +1,68 @@
+"""The learned rows of prompt tuning (Lester et al., arXiv 2104.08691) and P-tuning (Liu et al., arXiv 2103.10385,
+section 3.2), under HF peft's names: a table, or a table behind a small network that is gone once training is over."""
+
+import torch
+from torch import Tensor, nn
+
+
+class PromptTable(nn.Module):
+    """`length` rows of `width` numbers, trained as they are; the first `used` of them stand in front of the tokens."""
+
+    projects = False  # whether the rows come out of a network
+    left_behind = False  # whether the file it is from has a network, and this is the table alone
+    parts: dict = {}  # no other stack has any
+
+    def __init__(self, length: int, width: int, used: int, device=None):
+        super().__init__()
+        self.used = used
+        self.embedding = nn.Embedding(length, width, device=device)
+
+    def rows(self) -> Tensor:
+        """(used, width), for a call."""
+        return self.embedding.weight[: self.used]
+
+    def table(self) -> Tensor:
+        """(length, width): what HF peft saves."""
+        return self.embedding.weight
+
+
+class PromptNetwork(nn.Module):
+    """The same rows out of a table and, as HF peft has them, three linear layers ("MLP"), or a bidirectional LSTM of
+    `layers` layers and two linear ones ("LSTM"). Drawn in this order."""
+
+    projects = True
+    left_behind = False
+    parts: dict = {}
+
+    def __init__(self, length: int, width: int, used: int, kind: str, hidden: int, layers: int, dropout: float):
+        super().__init__()
+        self.used = used
+        self.embedding = nn.Embedding(length, width)
+        if kind == "LSTM":
+            options = {"dropout": dropout, "bidirectional": True, "batch_first": True}
+            self.lstm_head = nn.LSTM(width, hidden, layers, **options)
+            inner = nn.Linear(2 * hidden, 2 * hidden)
+            self.mlp_head = nn.Sequential(inner, nn.ReLU(), nn.Linear(2 * hidden, width))
+        else:
+            first, second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
+            self.mlp_head = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, width))
+
+    def rows(self) -> Tensor:
+        """(used, width), for a call: computed once for the batch, with dropout in training."""
+        return self._all()[: self.used]
+
+    def _all(self) -> Tensor:
+        rows = self.embedding.weight
+        if "lstm_head" in self._modules:
+            rows = self.lstm_head(rows)[0]
+        return self.mlp_head(rows)
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """(length, width), without dropout: what HF peft saves."""
+        training = self.training
+        self.eval()
+        try:
+            return self._all()
+        finally:
+            self.train(training)
