@@ -22,6 +22,7 @@ from fastpeft.adapters import (
 )
 from fastpeft.configs import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    AdaLoraConfig,
     AdaptionPromptConfig,
     LoraConfig,
     PeftConfig,
@@ -47,6 +48,7 @@ from fastpeft.prefix_init import (
     initialize_kv_prefix_from_text,
     prompt_embeddings_from_past_key_values,
 )
+from fastpeft.rank_allocator import update_and_allocate
 from fastpeft.reporting import report
 from fastpeft.state import adapter_state_dict
 
@@ -55,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "AdaLoraConfig",
     "AdapterFileError",
     "AdaptionPromptConfig",
     "BackendError",
@@ -89,5 +92,6 @@ __all__ = [
     "set_backend",
     "unmerge",
     "unpatch",
+    "update_and_allocate",
     "use_adapter",
 ]

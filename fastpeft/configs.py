@@ -10,6 +10,7 @@ that merely describe where an adapter comes from (`peft_version`, `revision`, `b
 from collections.abc import Mapping
 from dataclasses import fields
 
+from fastpeft.config_adalora import AdaLoraConfig
 from fastpeft.config_base import (
     FORMAT_VERSION,
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -28,7 +29,7 @@ from fastpeft.config_prompt import AdaptionPromptConfig, PrefixTuningConfig, Pro
 from fastpeft.errors import ConfigError
 
 PEFT_TYPE_TO_CONFIG_MAPPING.update(
-    {each.method: each for each in (LoraConfig, PrefixTuningConfig, AdaptionPromptConfig)}
+    {each.method: each for each in (LoraConfig, AdaLoraConfig, PrefixTuningConfig, AdaptionPromptConfig)}
 )
 
 
@@ -64,6 +65,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "AdaLoraConfig",
     "AdaptionPromptConfig",
     "LoraConfig",
     "LoraRuntimeConfig",

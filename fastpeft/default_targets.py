@@ -1,6 +1,7 @@
-"""Facts about model families that LoRA needs where the user says nothing: which modules it goes to, which are heads.
+"""Facts about model families that LoRA and AdaLoRA need where the user says nothing: which modules they go to, which
+are heads.
 
-The table is that of Hugging Face peft 0.21.2, so that a configuration without target_modules means the same in both.
+The tables are those of Hugging Face peft 0.21.2, so that a configuration without target_modules means the same in both.
 """
 
 from fastpeft.configs import TaskType
@@ -29,6 +30,27 @@ _FAMILIES: dict[tuple[str, ...], str] = {
 DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
     **{family: names for names, families in _FAMILIES.items() for family in families.split()},
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+}
+
+_ADALORA_FAMILIES: dict[tuple[str, ...], str] = {
+    ("q_proj", "v_proj"): "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3",
+    ("query_key_value",): "bloom gpt_neox",
+    ("query", "value"): "bert",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("in_proj",): "deberta",
+    ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"): "bart opt",
+    ("q", "k", "v", "o", "wi", "wo"): "t5",
+    ("q", "k", "v", "o", "wi_0", "wi_1", "wo"): "mt5",
+    ("query", "key", "value", "dense"): "roberta",
+    ("query_proj", "key_proj", "value_proj", "dense"): "deberta-v2",
+    ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
+}
+
+# The same for AdaLoRA, and what peft leaves out.
+ADALORA_TARGETS: dict[str, tuple[str, ...] | str] = {
+    **{family: names for names, families in _ADALORA_FAMILIES.items() for family in families.split()},
+    **{family: DEFAULT_TARGETS[family] for family in ("gemma4", "mistral", "mixtral")},
+    "phi3": ("qkv_proj",),
 }
 
 # Names that a linear layer inside an attention module has when it makes queries or values, alone or fused with others;

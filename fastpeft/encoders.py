@@ -10,6 +10,7 @@ from fastpeft.configs import PeftConfig
 from fastpeft.errors import AdapterFileError
 from fastpeft.files import AdapterFiles
 from fastpeft.journal import ENCODER, SIDE
+from fastpeft.mapping import tuner_of
 from fastpeft.tuners.prefix_encoder import TABLE, PrefixEncoder, PromptEncoders
 
 
@@ -19,7 +20,10 @@ def _encoder(model: nn.Module, name: str) -> PrefixEncoder | None:
 
 
 def encoder_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor] | None:
-    """The parameters of an adapter's network by name; None if it has none."""
+    """The parameters of an adapter's network by name, or what else its training needs; None if there is nothing."""
+    tuner = tuner_of(model._fastpeft.configs[name])
+    if hasattr(tuner, "training_tensors"):
+        return tuner.training_tensors(model, name)
     encoder = _encoder(model, name)
     if encoder is None:
         return None
@@ -34,7 +38,8 @@ def encoder_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor] | No
 
 def check_encoder(config: PeftConfig, found: AdapterFiles) -> None:
     """Raises AdapterFileError for a network beside an adapter that has none."""
-    if found.encoder is not None and not getattr(config, "prefix_projection", False):
+    trains_on = getattr(config, "prefix_projection", False) or hasattr(tuner_of(config), "fill_training")
+    if found.encoder is not None and not trains_on:
         raise AdapterFileError(
             f"{found.path} has {ENCODER}, and {config.peft_type.value} of this configuration has no network; delete it "
             f"and {SIDE}, or save the adapter again"
@@ -43,6 +48,10 @@ def check_encoder(config: PeftConfig, found: AdapterFiles) -> None:
 
 def fill_encoder(model: nn.Module, name: str, found: AdapterFiles) -> None:
     """Copy the network's parameters in. Raises AdapterFileError unless they fit, and give the table in the file."""
+    tuner = tuner_of(model._fastpeft.configs[name])
+    if hasattr(tuner, "fill_training"):
+        tuner.fill_training(model, name, found.encoder, found.path)
+        return
     encoder = _encoder(model, name)
     own = encoder.state_dict()
     wanted, have = ({key: tuple(t.shape) for key, t in tensors.items()} for tensors in (own, found.encoder))
@@ -63,4 +72,6 @@ def fill_encoder(model: nn.Module, name: str, found: AdapterFiles) -> None:
 
 def forget_encoder(model: nn.Module, name: str) -> None:
     """Note that the directory has a network, and the adapter, which is for inference, only the table."""
-    _encoder(model, name).left_behind = True
+    encoder = _encoder(model, name)
+    if encoder is not None:
+        encoder.left_behind = True

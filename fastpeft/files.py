@@ -239,7 +239,7 @@ def _check_savable(name: str, tensor: torch.Tensor, where: str) -> None:
         )
     if tensor.layout != torch.strided:
         raise AdapterFileError(f"{where}: tensor {name!r} has layout {tensor.layout}. Save its to_dense().")
-    check_tensor_kind(name, tensor.dtype, tensor.dtype in DTYPES.values(), tensor.numel(), where)
+    check_tensor_kind(name, tensor.dtype, tensor.dtype in DTYPES.values(), tensor.shape, where)
 
 
 def _encode_json(value: dict[str, Any], where: str) -> bytes:

@@ -82,7 +82,7 @@ def _strategies(layer: LoraLinear, weight: torch.Tensor) -> str:
     """Which a step of training over ROWS tokens gets, adapter by adapter, and from where that is known."""
     plans = []
     for name, settings in layer._fastpeft.adapters.items():
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        a, b = layer.factors(name)
         dtype = torch.promote_types(a.dtype, weight.dtype)
         sizes = (ROWS, a.shape[1], len(b), settings.r)
         plans.append(lora_linear_plan_for(weight.device, weight.dtype, dtype, sizes, settings.dropout))

@@ -7,6 +7,8 @@ still reads the data itself (`fastpeft.files`); what it lets pass and an adapter
 
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -23,6 +25,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Per tensor 21 quotes, commas and brackets, and one comma for each dimension beyond the second.
 _MAX_MARKS = 25 * MAX_TENSORS
 _ZERO_NUMEL = "holds no values (saved under ZeRO-3 or FSDP without gathering the parameters first?)"
+_TRIPLETS = re.compile(r"\.lora_[AEB]$")
 _DISGUISES = {
     b"PK\x03\x04": "a zip archive, as torch.save writes; it can run code when it is opened. If you trust it, convert "
     "it: torch.load(path, weights_only=True), then safetensors.torch.save_file",
@@ -85,14 +88,15 @@ def check_tensor_name(name: str, where: str) -> None:
     raise AdapterFileError(f"{where} has a tensor named {shown(name)}; {reason}.")
 
 
-def check_tensor_kind(name: str, dtype: object, allowed: bool, numel: int, where: str) -> None:
-    """Raises AdapterFileError for a dtype that adapters do not have, or no values; `dtype` is only for the message."""
+def check_tensor_kind(name: str, dtype: object, allowed: bool, shape: Sequence[int], where: str) -> None:
+    """Raises AdapterFileError for a dtype that adapters do not have, or no values; `dtype` is only for the message.
+    AdaLoRA alone may have matrices without values, in layers that have lost all their triplets."""
     if not allowed:
         raise AdapterFileError(
             f"{where}: tensor {shown(name)} has dtype {shown(dtype)}; adapters hold float64, float32, float16 or "
             "bfloat16. Cast it to one of them, or leave it out if it is not a weight."
         )
-    if numel == 0:
+    if 0 in shape and not (len(shape) == 2 and _TRIPLETS.search(name)):
         raise AdapterFileError(f"{where}: tensor {shown(name)} {_ZERO_NUMEL}. Gather, then save again.")
 
 
@@ -146,7 +150,7 @@ def _check_tensor(name: str, entry: Any, where: str) -> tuple[TensorInfo, int, i
         raise AdapterFileError(f"{where}: tensor {shown(name)} has the data_offsets {shown(offsets)}.")
     dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
     numel = math.prod(shape)
-    check_tensor_kind(name, entry["dtype"], dtype is not None, numel, where)
+    check_tensor_kind(name, entry["dtype"], dtype is not None, shape, where)
     begin, end = offsets
     if end - begin != numel * dtype.itemsize:
         raise AdapterFileError(

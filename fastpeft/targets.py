@@ -13,8 +13,9 @@ from functools import cached_property
 
 from torch import nn
 
-from fastpeft.configs import AdaptionPromptConfig, LoraConfig, PeftConfig, as_config
+from fastpeft.configs import AdaptionPromptConfig, LoraConfig, PeftConfig, PeftType, as_config
 from fastpeft.default_targets import (
+    ADALORA_TARGETS,
     DEFAULT_TARGETS,
     OTHER_HEADS,
     QUERY_VALUE_NAMES,
@@ -59,8 +60,9 @@ class Resolution:
     config: LoraConfig
 
 
-def resolve_targets(model: nn.Module, config: LoraConfig) -> Resolution:
-    """The modules that `config` asks for, in the order of `model.named_modules()`, and the ones trained whole.
+def resolve_targets(model: nn.Module, config: LoraConfig, method: PeftType = PeftType.LORA) -> Resolution:
+    """The modules that `config` asks for, in the order of `model.named_modules()`, and the ones trained whole. Where
+    it has no target_modules, those that are usual for the model and the method.
 
     Raises ConfigError for a configuration that cannot be honoured, TargetError when nothing matches, when a match is
     of a class that cannot carry the adapter, or when layers or modules are named that the model does not have. Warns
@@ -68,7 +70,8 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> Resolution:
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module to adapt, not {type(model).__name__}")
-    selection = _Selection(model, as_config(config))
+    defaults = ADALORA_TARGETS if method is PeftType.ADALORA else DEFAULT_TARGETS
+    selection = _Selection(model, as_config(config), defaults)
     selection.fill_target_modules()
     selection.check_layers()
     chosen = selection.chosen()
@@ -118,8 +121,9 @@ def _add_heads(config: PeftConfig, heads: tuple[str, ...], paths: list[str]) -> 
 class _Selection:
     """One configuration's view of one model."""
 
-    def __init__(self, model: nn.Module, config: LoraConfig):
+    def __init__(self, model: nn.Module, config: LoraConfig, defaults: dict):
         self.model = model
+        self.defaults = defaults
         self.config = config
         self.by_user = config.target_modules
         self.modules = {name: module for name, module in model.named_modules() if name and not _inside_adapter(name)}
@@ -143,7 +147,7 @@ class _Selection:
             raise TargetError(f"target_modules={given!r} names nothing; the linear layers are {self._linear_leaves()}")
 
     def _default_targets(self) -> set[str]:
-        known = DEFAULT_TARGETS.get(self.model_type, ())
+        known = self.defaults.get(self.model_type, ())
         found = {name for name in self.modules if _hits(known, name)}
         if found:
             return shortest_ends(found, self.modules.keys() - found) if isinstance(known, str) else set(known)

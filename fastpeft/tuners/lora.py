@@ -50,6 +50,9 @@ class LoraLayer(AdapterLayer):
         """(A [r, K], B [N, r])"""
         return self.lora_A[name].weight, self.lora_B[name].weight
 
+    def is_offloaded(self, name: str) -> bool:
+        return self.factors(name)[0].is_meta
+
     def magnitude(self, name: str) -> torch.Tensor:
         return self.lora_magnitude_vector[name].weight
 
@@ -75,7 +78,7 @@ class LoraLayer(AdapterLayer):
         if settings.use_dora:
             self._add_magnitude(name, settings, empty=init is None)
         if autocast:
-            for container in (*self.parameter_holders(), self.lora_magnitude_vector):
+            for container in (getattr(self, key) for key in self.containers):
                 if name in container:
                     _widen(container, name)
         self._fastpeft.adapters[name] = settings
@@ -224,7 +227,7 @@ class LoraLayer(AdapterLayer):
         names = self.active_adapters()
         if not names or self._fastpeft.model.merged:
             return self.base_forward(*args, **kwargs)
-        if not self.factors(names[0])[0].is_meta:
+        if not self.is_offloaded(names[0]):
             return self.adapted_forward(names, *args, **kwargs)
         with self._fetched(names):
             return self.adapted_forward(names, *args, **kwargs)

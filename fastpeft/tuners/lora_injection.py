@@ -3,6 +3,7 @@ what the plan has checked."""
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from fastpeft.configs import LoraConfig
 from fastpeft.errors import ConfigError, TargetError
-from fastpeft.targets import Target, resolve_targets
+from fastpeft.targets import Resolution, Target, resolve_targets
 from fastpeft.tuners.layer import AdapterLayer, attach
 from fastpeft.tuners.lora import LoraLayer, Settings, settings_of
 from fastpeft.tuners.lora_init import decomposes
@@ -43,20 +44,36 @@ class Plan:
 def plan(model: nn.Module, config: LoraConfig) -> Plan:
     """Resolve and check everything; the model is not touched. Raises TargetError or ConfigError."""
     resolution = resolve_targets(model, config)
-    whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SavedModule))
-    targets = []
-    for target in resolution.targets:
-        kind = layer_class(target.module)
-        if isinstance(target.module, SavedModule) or target.name.startswith(whole):
-            raise TargetError(f"{target.name} is already trained whole by another adapter; exclude it from the targets")
-        _check_called(target.name, model.get_submodule(target.name.rpartition(".")[0]))
-        check_target(target.name, target.module, resolution.config, target.r, target.alpha)
-        targets.append((target, kind, settings_of(resolution.config, target.r, target.alpha)))
+    targets = tuple(
+        (target, kind, settings_of(resolution.config, target.r, target.alpha))
+        for target, kind in checked_targets(model, resolution, lambda name, module: layer_class(module))
+    )
     if decomposes(resolution.config.init_lora_weights):
         _check_untied(model, resolution)
     saved = tuple((name, model.get_submodule(name)) for name in resolution.saved_modules)
     check_saved(model, saved)
-    return Plan(resolution.config, tuple(targets), saved)
+    return Plan(resolution.config, targets, saved)
+
+
+def checked_targets(model: nn.Module, resolution: Resolution, class_of: Callable) -> list[tuple[Target, type]]:
+    """The targets and the class that `class_of(name, module)` has for each. Raises TargetError or ConfigError for one
+    that cannot carry the adapter, by itself or because of what it carries already."""
+    whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SavedModule))
+    found = []
+    for target in resolution.targets:
+        name, module = target.name, target.module
+        if isinstance(module, SavedModule) or name.startswith(whole):
+            raise TargetError(f"{name} is already trained whole by another adapter; exclude it from the targets")
+        kind = class_of(name, module)
+        if isinstance(module, AdapterLayer) and type(module).__bases__[0] is not kind:
+            raise TargetError(
+                f"{name} already carries an adapter of another method ({type(module).__bases__[0].__name__}, not "
+                f"{kind.__name__}); choose one method for each module, with exclude_modules"
+            )
+        _check_called(name, model.get_submodule(name.rpartition(".")[0]))
+        check_target(name, module, resolution.config, target.r, target.alpha)
+        found.append((target, kind))
+    return found
 
 
 def _check_called(name: str, parent: nn.Module) -> None:
