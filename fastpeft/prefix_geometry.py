@@ -61,6 +61,8 @@ def geometry(model: object) -> Geometry:
         kv_heads = 1
     layers = getattr(config, "num_hidden_layers", None)  # which need not be in the dict
     layers, decoder = layers if is_count(layers) else _first(values, _LAYERS), _first(values, _DECODER_LAYERS)
+    if layers is not None:
+        layers *= _first(values, ("inner_group_num",)) or 1  # ALBERT's layers may be groups of them
     model_type = str(values.get("model_type") or top.get("model_type") or "model of unknown type")
     longer = max((count for count in (layers, decoder) if count is not None), default=None)
     both = bool(top.get("is_encoder_decoder"))

@@ -23,6 +23,9 @@ _DECODER = {
 }
 _ENCODER = {key: value for key, value in _DECODER.items() if key != "num_key_value_heads"}
 
+_ALBERT = {**_ENCODER, "embedding_size": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | {
+    "classifier_dropout_prob": 0.0
+}
 _FALCON = {"multi_query": False, "alibi": False, "new_decoder_architecture": False}
 
 # Family -> model type of transformers and what its configuration needs beside or in place of `_DECODER`.
@@ -129,6 +132,42 @@ MORE_FAMILIES: dict[str, tuple[str, dict]] = {
     "camembert": ("camembert", FAMILIES["roberta"][1]),
 }
 
+# Families that HF peft's virtual tokens do not reach, or whose inputs are no text.
+OTHER_FAMILIES: dict[str, tuple[str, dict]] = {
+    "distilbert": (
+        "distilbert",
+        {"vocab_size": VOCABULARY, "dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "pad_token_id": 0}
+        | {"max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+        | {"qa_dropout": 0.0},
+    ),
+    "albert": ("albert", {**_ALBERT, "num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 1}),
+    "albert-inner": ("albert", {**_ALBERT, "num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}),
+    "albert-one": ("albert", {**_ALBERT, "num_hidden_layers": 3, "num_hidden_groups": 1, "inner_group_num": 1}),
+    "electra-small": ("electra", {**FAMILIES["bert"][1], "embedding_size": 16}),
+    "modernbert": (
+        "modernbert",
+        {**_ENCODER, "global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "deberta-v2": (
+        "deberta-v2",
+        {**_ENCODER, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"]}
+        | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0}
+        | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pooler_hidden_size": HIDDEN},
+    ),
+    "gpt_bigcode-heads": ("gpt_bigcode", {**FAMILIES["gpt2"][1], "multi_query": False}),
+    "t5-wide": ("t5", {**FAMILIES["t5"][1], "d_kv": 16}),  # as mT5-small has it: heads times their width is another
+    "whisper": (
+        "whisper",
+        {**FAMILIES["bart"][1], "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64}
+        | {"decoder_start_token_id": 1, "classifier_proj_size": 16},
+    ),
+    "vit": (
+        "vit",
+        {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        | {"image_size": 8, "patch_size": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+}
+
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -136,18 +175,23 @@ _AUTO = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+_AUTO_OF = {  # of a model type, where its inputs are no text
+    ("whisper", "SEQ_2_SEQ_LM"): "AutoModelForSpeechSeq2Seq",
+    ("whisper", "SEQ_CLS"): "AutoModelForAudioClassification",
+    ("vit", "SEQ_CLS"): "AutoModelForImageClassification",
+}
 
 
 @functools.cache
 def _built(family: str, task: str) -> torch.nn.Module:
     import transformers
 
-    model_type, settings = (FAMILIES | MORE_FAMILIES)[family]
+    model_type, settings = (FAMILIES | MORE_FAMILIES | OTHER_FAMILIES)[family]
     config = transformers.AutoConfig.for_model(model_type, **settings)
     config.num_labels = 3 if task in ("SEQ_CLS", "TOKEN_CLS") else 2
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    model = getattr(transformers, _AUTO[task]).from_config(config)
+    model = getattr(transformers, _AUTO_OF.get((model_type, task), _AUTO[task])).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -181,6 +225,32 @@ def batch(task: str = "CAUSAL_LM", rows: int = 2, length: int = 9) -> dict[str, 
         return {**inputs, "start_positions": torch.tensor([1] * rows), "end_positions": torch.tensor([4] * rows)}
     shape = (rows,) if task == "SEQ_CLS" else (rows, length)
     return {**inputs, "labels": torch.randint(0, 3, shape, generator=generator)}
+
+
+def batch_for(family: str, task: str) -> dict[str, torch.Tensor]:
+    """As `batch`, in what the family reads: sounds, pictures, or sentences that end with their token for the end, of
+    which encoder-decoder models make a class."""
+    inputs = batch(task)
+    generator = torch.Generator().manual_seed(6)
+    if family == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator), "labels": inputs["labels"]}
+    if family == "whisper":
+        return {"input_features": torch.randn(2, 8, 24, generator=generator), "labels": inputs["labels"]}
+    model_type, settings = (FAMILIES | MORE_FAMILIES | OTHER_FAMILIES)[family]
+    if task == "SEQ_CLS" and "decoder_start_token_id" in settings:
+        last = inputs["attention_mask"].sum(1, keepdim=True) - 1
+        inputs["input_ids"] = inputs["input_ids"].scatter(1, last, settings["eos_token_id"])
+    return inputs
+
+
+def longer(inputs: dict[str, torch.Tensor], more: int = 3) -> dict[str, torch.Tensor]:
+    """A batch of text with more padding behind it, for which there are no labels."""
+    text = inputs["attention_mask"].shape
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.nn.functional.pad(value, (0, more), value=fills[key]) if value.shape == text else value
+        for key, value in inputs.items()
+    }
 
 
 def snapshot(model: torch.nn.Module) -> dict:

@@ -1,5 +1,6 @@
 """BLOOM, whose attention computes its scores itself: the same forward over the op, with ALiBi by slopes."""
 
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.attention.alibi import alibi_slopes
@@ -8,7 +9,7 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 
 
 class BloomAttention(AdaptedAttention):
-    """transformers' class of this name, with a prefix. (pretraining_tp only changes the order of a sum there.)"""
+    """transformers' class of this name, with virtual tokens. (pretraining_tp only changes the order of a sum there.)"""
 
     attends_itself = True
 
@@ -22,8 +23,11 @@ class BloomAttention(AdaptedAttention):
             key, value = layer_past.update(key, value, self.layer_idx)
         out = attend(
             self, query, key, value, attention_mask, self.active_prefix(query.dtype),
-            dropout=self.attention_dropout.p if self.training else 0.0, scaling=self.inv_norm_factor,
-            alibi_slopes=alibi_slopes(self.num_heads, query.device), **kwargs,
+            self.active_prompts(), dropout=self.attention_dropout.p if self.training else 0.0,
+            scaling=self.inv_norm_factor, alibi_slopes=alibi_slopes(self.num_heads, query.device), **kwargs,
         )  # fmt: skip
         out = self.dense(out.transpose(1, 2).flatten(2))
         return residual + F.dropout(out, self.hidden_dropout, self.training), None
+
+    def prompt_pair(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        return self._reshape(self.query_key_value(prompt))[1:]

@@ -9,7 +9,7 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 
 
 class DisentangledSelfAttention(AdaptedAttention):
-    """transformers' class of this name, with a prefix: the other two terms are a bias, whose gradient is wanted."""
+    """transformers' class of this name, with virtual tokens. The other two terms are a bias, whose gradient counts."""
 
     attends_itself = True
 
@@ -34,7 +34,7 @@ class DisentangledSelfAttention(AdaptedAttention):
             bias = bias.unflatten(0, (-1, self.num_attention_heads))
         out = attend(
             self, query, key, value, attention_mask.bool(), self.active_prefix(query.dtype),
-            scaling=1 / math.sqrt(query.shape[-1] * terms), score_bias=bias,
+            self.active_prompts(), scaling=1 / math.sqrt(query.shape[-1] * terms), score_bias=bias,
             dropout=self.dropout.p if self.training else 0.0,
         )  # fmt: skip
         return out.transpose(1, 2).flatten(2), None

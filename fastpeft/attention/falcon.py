@@ -8,7 +8,7 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 
 
 class FalconAttention(AdaptedAttention):
-    """transformers' class of this name, with a prefix."""
+    """transformers' class of this name, with virtual tokens."""
 
     attends_itself = True
 
@@ -28,7 +28,7 @@ class FalconAttention(AdaptedAttention):
                 position_ids=position_ids, layer_past=layer_past, position_embeddings=position_embeddings, **kwargs,
             )  # fmt: skip
         self.refuse_weights(kwargs.get("output_attentions"))
-        query, key, value = (t.transpose(1, 2) for t in self._split_heads(self.query_key_value(hidden_states)))
+        query, key, value = self._projected(hidden_states)
         if alibi is None:
             from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
@@ -37,10 +37,16 @@ class FalconAttention(AdaptedAttention):
             key, value = layer_past.update(key, value, self.layer_idx)
         options = {} if alibi is None else self._alibi_options(query)
         out = attend(
-            self, query, key, value, attention_mask, self.active_prefix(query.dtype), scaling=self.inv_norm_factor,
-            **options, **kwargs,
+            self, query, key, value, attention_mask, self.active_prefix(query.dtype),
+            self.active_prompts(), scaling=self.inv_norm_factor, **options, **kwargs,
         )  # fmt: skip
         return self.dense(out.transpose(1, 2).flatten(2)), None
+
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.transpose(1, 2) for t in self._split_heads(self.query_key_value(hidden)))
+
+    def prompt_pair(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        return self._projected(prompt)[1:]
 
     def _alibi_options(self, query: Tensor) -> dict:
         """Falcon scales its slopes as it does its products, and rounds them; it has no dropout without ALiBi."""

@@ -43,11 +43,12 @@ def switch_back(config) -> None:
     delattr(config, BEFORE)
 
 
-def attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """transformers' contract: query (B, H, S, D), key and value (B, Hkv, T, D) -> ((B, S, H, D), None)."""
+def attention_forward(module, query, key, value, attention_mask, pass_number=None, **kwargs):
+    """transformers' contract: query (B, H, S, D), key and value (B, Hkv, T, D) -> ((B, S, H, D), None). pass_number:
+    which of the layers that share the module this is."""
     prefix, prompts, apart = None, [], None
     if isinstance(module, AdaptedAttention):
-        prefix, prompts = module.active_prefix(query.dtype), module.active_prompts()
+        prefix, prompts = module.active_prefix(query.dtype, pass_number), module.active_prompts()
         if prefix is not None or prompts:
             module.refuse_weights(kwargs.get("output_attentions"))
         if prefix is not None and _out_of_sight(module, attention_mask):

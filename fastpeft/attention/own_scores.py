@@ -4,6 +4,7 @@ GPT-J and CodeGen rotate by `position_ids`, which move by the prefix; GPT-Neo ha
 """
 
 import torch
+from torch import Tensor
 
 from fastpeft.attention.interface import attend, plain_mask
 from fastpeft.tuners.attention_layer import AdaptedAttention
@@ -25,8 +26,9 @@ class _OwnScores(AdaptedAttention):
         prefix = self.active_prefix(torch.float32)
         dropout = self.attn_dropout.p if self.training else 0.0
         out = attend(
-            self, query, key, value.float(), attention_mask, prefix, dropout=dropout, **self.score_options(query)
-        )
+            self, query, key, value.float(), attention_mask, prefix, self.active_prompts(), dropout=dropout,
+            **self.score_options(query),
+        )  # fmt: skip
         return out.to(value.dtype), None
 
     def score_options(self, query) -> dict:
@@ -43,15 +45,20 @@ class _Rotated(_OwnScores):
 
 
 class GPTJAttention(_Rotated):
-    """transformers' class of this name, with a prefix."""
+    """transformers' class of this name, with virtual tokens."""
 
 
 class CodeGenAttention(_Rotated):
-    """transformers' class of this name, with a prefix."""
+    """transformers' class of this name, with virtual tokens."""
+
+    def prompt_pair(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Its fused projection is made of four parts, each with queries, values and keys of a part of the heads."""
+        _, value, key = self.qkv_proj(prompt).unflatten(-1, (4, -1)).chunk(3, -1)
+        return tuple(t.flatten(2).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for t in (key, value))
 
 
 class GPTNeoSelfAttention(_OwnScores):
-    """transformers' class of this name, with a prefix: unscaled scores, and a window in its local layers."""
+    """transformers' class of this name, with virtual tokens: unscaled scores, and a window in its local layers."""
 
     def score_options(self, query) -> dict:
         window = self.config.window_size if self.attention_type == "local" else None

@@ -8,40 +8,22 @@ import inspect
 
 from torch import nn
 
-from fastpeft.errors import TargetError
+from fastpeft.attention.numbering import Companion
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
 
 TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 
-class Shift(AdapterLayer):
+class Shift(Companion):
     """A module that makes something of positions; an adapter's entry is its number of virtual tokens."""
 
     prefix = "Shifted"
+    does = "of positions, which a prefix moves"
 
     def shift(self) -> int:
         """How far this call's positions are moved."""
         return sum(self._fastpeft.adapters[name] for name in self.active_adapters())
-
-    def add_adapter(self, name: str, *args, **kwargs) -> None:
-        """What other tuners call, which find a layer of fastpeft here. Raises TargetError."""
-        kind = self._fastpeft.original_class.__name__
-        raise TargetError(
-            f"adapter {name!r}: one of its targets is the {kind} of positions, which a prefix moves; leave it out"
-        )
-
-    def parameters_of(self, name: str) -> dict:
-        return {}
-
-    def delete_adapter(self, name: str) -> None:
-        self._fastpeft.adapters.pop(name, None)
-
-    def prepare_merge(self, names) -> None:
-        """Nothing to merge."""
-
-    def unmerge(self) -> None:
-        """Nothing to do."""
 
 
 class ShiftedRotary(Shift):
@@ -121,12 +103,21 @@ def _mixin_of_table(kind: type) -> type[Shift] | None:
     return ShiftedCount if _takes(kind, "past_key_values_length") else None
 
 
+def _reads_all_of(owner: nn.Module) -> bool:
+    """Whether every call of a table's owner takes the whole table, whose rows are places in a sound (Whisper's encoder)
+    and leave none to move to."""
+    forward = inspect.unwrap(type(owner).forward)
+    return "num_embeddings" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
 def shifted_modules(backbone: nn.Module, path: str) -> list[tuple[str, nn.Module, type[Shift]]]:
     """(path, module, mixin) of all that makes something of positions inside the backbone."""
     found = []
     for name, module in backbone.named_modules(prefix=path):
         kind = module._fastpeft.original_class if isinstance(module, AdapterLayer) else type(module)
-        mixin = _mixin_of_table(kind) if name.rpartition(".")[2] in TABLES else None
+        owner, _, called = name.rpartition(".")
+        table = called in TABLES and not _reads_all_of(backbone.get_submodule(owner[len(path) :].lstrip(".")))
+        mixin = _mixin_of_table(kind) if table else None
         if any(buffer.endswith("inv_freq") for buffer in module._buffers) and _takes(kind, "position_ids"):
             mixin = ShiftedRotary
         if mixin is not None:

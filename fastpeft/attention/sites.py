@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastpeft.attention.numbering import Numbering
 from fastpeft.attention.positions import RelativeBias, Shift, shifted_modules
 from fastpeft.errors import TargetError
 from fastpeft.tuners.attention_layer import AdaptedAttention
@@ -14,6 +15,7 @@ from fastpeft.tuners.layer import AdapterLayer
 # Attention classes of transformers' families that do not ask its interface, or need more than that -> the module of
 # this package with the mixin of the same name.
 OWN_FORWARD = {
+    "albert.AlbertTransformer": "albert",
     "bloom.BloomAttention": "bloom",
     "codegen.CodeGenAttention": "own_scores",
     "deberta_v2.DisentangledSelfAttention": "deberta_v2",
@@ -34,11 +36,24 @@ CROSS = (
 @dataclass(frozen=True)
 class Sites:
     """The attention modules of a stack of layers, in the order of the layers: (path, module, mixin) each; what makes
-    something of positions; and the configurations that their attention functions are named by."""
+    something of positions; the configurations that their attention functions are named by; for each attention module
+    {number of a pass: the layer that it is in it}, and the stacks that number passes where layers share modules."""
 
     attention: tuple[tuple[str, nn.Module, type[AdaptedAttention]], ...]
     positions: tuple[tuple[str, nn.Module, type[Shift]], ...]
     configs: tuple
+    passes: tuple[dict[int, int], ...] = ()
+    stacks: tuple[tuple[str, nn.Module, type[Numbering]], ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """How many layers attend."""
+        return sum(map(len, self.passes))
+
+    @property
+    def companions(self) -> tuple[tuple[str, nn.Module, type], ...]:
+        """What is not attention, and works for a prefix."""
+        return (*self.positions, *self.stacks)
 
 
 def find_sites(model: nn.Module, part: str = "decoder") -> Sites:
@@ -49,11 +64,13 @@ def find_sites(model: nn.Module, part: str = "decoder") -> Sites:
         raise TargetError(f"{name} is not a transformers model: it has no config, so nothing says how it attends")
     stack = model.get_encoder() if part == "encoder" else _stack(model)
     path = next(path for path, module in model.named_modules() if module is stack)
-    found = [
+    served = [
         (each, module, mixin)
         for each, module in stack.named_modules(prefix=path)
         if _is_cross(each, module) == (part == "cross") and (mixin := _mixin(module)) is not None
     ]
+    found = [each for each in served if issubclass(each[2], AdaptedAttention)]
+    stacks = tuple(each for each in served if issubclass(each[2], Numbering))
     if not found or any(_family(module) in UNSERVED for _, module, _ in found):
         classes = sorted({type(m).__name__ for m in stack.modules() if "ttention" in type(m).__name__})
         raise TargetError(
@@ -63,7 +80,9 @@ def find_sites(model: nn.Module, part: str = "decoder") -> Sites:
     found = _in_order(name, found)
     configs = {id(config): config for config in _configs(stack, found)}
     positions = () if part == "cross" else shifted_modules(stack, path)  # which is without positions
-    return Sites(tuple(found), tuple(positions), tuple(configs.values()))
+    shared = {key: value for _, module, mixin in stacks for key, value in mixin.passes_of(module).items()}
+    passes = tuple(shared.get(id(module), {0: layer}) for layer, (_, module, _) in enumerate(found))
+    return Sites(tuple(found), tuple(positions), tuple(configs.values()), passes, stacks)
 
 
 def _stack(model: nn.Module) -> nn.Module:
@@ -89,8 +108,8 @@ def _family(module: nn.Module) -> str:
     return family if package == "transformers.models" else ""
 
 
-def _mixin(module: nn.Module) -> type[AdaptedAttention] | None:
-    """What makes this module carry a prefix; None if it is no attention that could."""
+def _mixin(module: nn.Module) -> type[AdaptedAttention] | type[Numbering] | None:
+    """What makes this module carry a prefix, or number the passes of one that does; None if it does neither."""
     original = _original(module)
     home = OWN_FORWARD.get(f"{_family(module)}.{original.__name__}")
     if home is not None:

@@ -13,18 +13,20 @@ from fastpeft.errors import TargetError
 from fastpeft.names import leaf, listed
 from fastpeft.prefix_geometry import geometry
 from fastpeft.targets import saved_modules
-from fastpeft.tuners.attention_layer import AdaptedAttention
+from fastpeft.tuners.attention_layer import NOTHING, AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer, attach
 from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What gated prompts will touch: attention modules, their configurations, and the modules trained whole."""
+    """What gated prompts will touch: attention modules, others that must know of it, their configurations, and the
+    modules trained whole."""
 
     config: AdaptionPromptConfig
     hidden: int
     attention: tuple[tuple[str, nn.Module, type[AdaptedAttention]], ...]
+    others: tuple[tuple[str, nn.Module, type[AdaptedAttention]], ...]
     configs: tuple
     saved: tuple[tuple[str, nn.Module], ...]
     targets = ()
@@ -57,18 +59,18 @@ def plan(model: nn.Module, config: AdaptionPromptConfig) -> Plan:
             f"that; they are called {listed(sorted(names))}"
         )
     if len(chosen) < config.adapter_layers:
+        shared = f", which {sites.layers} layers share, each with its prompt" if sites.layers > len(chosen) else ""
         raise TargetError(
             f"adapter_layers={config.adapter_layers!r}: this {type(model).__name__} has {len(chosen)} attention "
-            f"modules called {config.target_modules!r}"
+            f"modules called {config.target_modules!r}{shared}"
         )
     chosen = chosen[-config.adapter_layers :]
     for name, module, mixin in chosen:
-        if mixin.attends_itself:
-            raise TargetError(f"{name} ({type(module).__name__}) cannot carry a gated prompt, only a prefix")
-        check_projections(name, module)
+        check_projections(name, module, mixin)
     saved = tuple((name, model.get_submodule(name)) for name in saved_modules(model, config))
     check_saved(model, saved)
-    return Plan(config, geometry(model).width, tuple(chosen), sites.configs, saved)
+    others = tuple(site for site in sites.attention if site not in chosen and site[2].attends_itself)
+    return Plan(config, geometry(model).width, tuple(chosen), others, sites.configs, saved)
 
 
 def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
@@ -80,6 +82,10 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
         if not isinstance(module, AdapterLayer):
             attach(module, mixin, state)
         module.add_prompt(name, plan.config.adapter_len, plan.hidden, init)
+    for _, module, mixin in plan.others:
+        if not isinstance(module, AdapterLayer):
+            attach(module, mixin, state)
+        module._fastpeft.adapters[name] = NOTHING
     for _, module in plan.saved:
         if not isinstance(module, AdapterLayer):
             attach(module, SavedModule, state)

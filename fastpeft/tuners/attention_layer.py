@@ -15,16 +15,16 @@ from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.prefix_encoder import PrefixEncoder
 
 IMPLEMENTATION = "fastpeft"  # the name under which transformers finds the attention function that looks here
+NOTHING = "nothing"  # the entry of an adapter in a module that has none of its virtual tokens
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One adapter's prefix in one layer: two of the encoder's blocks, of `heads` heads each. `window`: "slide" or
-    "pin"."""
+    """One adapter's prefix in one attention module: two of the encoder's blocks, of `heads` heads each, for each pass
+    of the stack in which the module is called. `window`: "slide" or "pin"."""
 
     encoder: PrefixEncoder
-    key_block: int
-    value_block: int
+    blocks: dict[int, tuple[int, int]]
     heads: int
     window: str
 
@@ -32,29 +32,47 @@ class Slice:
     def length(self) -> int:
         return self.encoder.length
 
-    def keys_and_values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Two tensors (heads, P, D)."""
-        key, value = self.encoder.blocks(self.key_block, self.value_block)
+    def keys_and_values(self, dtype: torch.dtype, number: int | None = None) -> tuple[Tensor, Tensor]:
+        """Two tensors (heads, P, D), of the pass of this number, which may be unsaid where there is one. Raises
+        PatchError."""
+        if len(self.blocks) == 1:
+            (blocks,) = self.blocks.values()
+        elif number in self.blocks:
+            blocks = self.blocks[number]
+        else:
+            raise PatchError(
+                f"an attention module that is {len(self.blocks)} layers was called without saying which "
+                f"({number!r}); call the model, or the stack of its layers, as a whole"
+            )
+        key, value = self.encoder.blocks(*blocks)
         return tuple(t.to(dtype).unflatten(1, (self.heads, -1)).transpose(0, 1) for t in (key, value))
 
 
 class AdaptedAttention(AdapterLayer):
-    """An attention module with virtual tokens: the entry of an adapter is its `Slice` of a prefix, or None for a gated
-    prompt, whose parameters are here. As it is, it serves every class that asks transformers' interface for its
-    attention function; the function finds the virtual tokens here."""
+    """An attention module with virtual tokens: the entry of an adapter is its `Slice` of a prefix, None for a gated
+    prompt, whose parameters are here, or NOTHING. As it is, it serves every class that asks transformers' interface for
+    its attention function; the function finds the virtual tokens here."""
 
     prefix = "Adapted"
-    attends_itself = False  # whether its forward calls the op, and not transformers' interface
+    # Whether its forward calls the op, and not transformers' interface. The class's own forward then knows none of our
+    # masks, so where one module of a model is such a one, all are.
+    attends_itself = False
     containers = {"adaption_prompt": nn.ParameterDict, "adaption_gate": nn.ParameterDict}
+
+    def active_adapters(self) -> list[str]:
+        """The adapters that this call uses and that have virtual tokens here."""
+        entries = self._fastpeft.adapters
+        return [name for name in super().active_adapters() if entries[name] != NOTHING]
 
     def slices(self) -> list[Slice]:
         """The prefixes of a call now."""
         entries = self._fastpeft.adapters
         return [entries[name] for name in self.active_adapters() if entries[name] is not None]
 
-    def active_prefix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """((Hkv, P, D), (Hkv, P, D)), one after the other of the active adapters; None without any."""
-        found = [each.keys_and_values(dtype) for each in self.slices()]
+    def active_prefix(self, dtype: torch.dtype, number: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """((Hkv, P, D), (Hkv, P, D)), one after the other of the active adapters, in the pass of this number; None
+        without any."""
+        found = [each.keys_and_values(dtype, number) for each in self.slices()]
         if len(found) < 2:
             return found[0] if found else None
         return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
@@ -107,9 +125,9 @@ class AdaptedAttention(AdapterLayer):
 
     def with_prompts(self, out: tuple) -> tuple:
         """The module's result, into whose output projection the prompts' part has gone already. HF peft projects that
-        part by itself, and so adds the projection's bias once more."""
-        projection = next((p for n, p in self.named_children() if n == "o_proj"), None)
-        bias = getattr(projection, "bias", None)
+        part by itself, and so adds the projection's bias once more, on the families that it serves."""
+        served = self.config.model_type in ("llama", "mistral")
+        bias = self.o_proj.bias if served else None
         return out if bias is None else (out[0] + bias, *out[1:])
 
     def parameters_of(self, name: str) -> dict:

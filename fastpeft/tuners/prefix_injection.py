@@ -67,15 +67,15 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
     """Resolve and check everything; the model is not touched. Raises TargetError or ConfigError."""
     config = fill_prompt_dims(model, config)
     sites = find_sites(model)
-    if len(sites.attention) > config.num_layers:
+    if sites.layers > config.num_layers:
         raise ConfigError(
-            f"num_layers={config.num_layers!r}: this {type(model).__name__} has {len(sites.attention)} layers that "
-            "attend; leave it out"
+            f"num_layers={config.num_layers!r}: this {type(model).__name__} has {sites.layers} layers that attend; "
+            "leave it out"
         )
-    if len(sites.attention) < config.num_layers and not hasattr(sites.attention[0][1], "layer_idx"):
+    if sites.layers < config.num_layers and not hasattr(sites.attention[0][1], "layer_idx"):
         raise TargetError(
-            f"this {type(model).__name__} has {len(sites.attention)} attention modules for {config.num_layers} layers: "
-            "layers that share one cannot have a prefix each; use LoRA"
+            f"this {type(model).__name__} has {sites.layers} attention modules for {config.num_layers} layers, and "
+            "nothing says which of them a call is for, so they cannot have a prefix each; use LoRA"
         )
     for path, module, _ in sites.positions:
         rows = getattr(module, "num_embeddings", None)
@@ -89,7 +89,7 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
         if wanted:
             parts.append(_other_part(model, name))
     for part in parts:
-        for path, module, mixin in (*part.sites.attention, *part.sites.positions):
+        for path, module, mixin in (*part.sites.attention, *part.sites.companions):
             if isinstance(module, AdapterLayer) and not isinstance(module, mixin):
                 raise TargetError(
                     f"{path} carries another adapter already, beside which a prefix has no place; leave it out there"
@@ -105,7 +105,7 @@ def _other_part(model: nn.Module, name: str) -> Part:
     module = sites.attention[0][1]
     heads = next(getattr(module, each) for each in ("num_heads", "n_heads") if hasattr(module, each))
     width = next(getattr(module, each).out_features for each in ("k_proj", "k") if hasattr(module, each))
-    return Part(name, sites, heads, width, 2 * len(sites.attention))
+    return Part(name, sites, heads, width, 2 * sites.layers)
 
 
 def blocks_of(config: PrefixTuningConfig, layer: int) -> tuple[int, int]:
@@ -143,12 +143,15 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
 def _inject_part(part: Part, encoder: PrefixEncoder, name: str, state, config: PrefixTuningConfig) -> None:
     for each in part.sites.configs:
         switch(each)
-    for layer, (_, module, mixin) in enumerate(part.sites.attention):
+    for (_, module, mixin), passes in zip(part.sites.attention, part.sites.passes, strict=True):
         if not isinstance(module, AdapterLayer):
             attach(module, mixin, state)
-        blocks = blocks_of(config, layer) if part.name == "decoder" else (2 * layer, 2 * layer + 1)
-        module._fastpeft.adapters[name] = Slice(encoder, *blocks, part.heads, config.prefix_window)
-    for _, module, mixin in part.sites.positions:
+        blocks = {
+            number: blocks_of(config, layer) if part.name == "decoder" else (2 * layer, 2 * layer + 1)
+            for number, layer in passes.items()
+        }
+        module._fastpeft.adapters[name] = Slice(encoder, blocks, part.heads, config.prefix_window)
+    for _, module, mixin in part.sites.companions:
         if not isinstance(module, AdapterLayer):
             attach(module, mixin, state)
         module._fastpeft.adapters[name] = config.num_virtual_tokens
