@@ -70,8 +70,12 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
-# Tried where none of TASK_HEADS is in the model: BART's and T5's heads, which peft leaves random and untrained.
-OTHER_HEADS: dict[TaskType, tuple[str, ...]] = {TaskType.SEQ_CLS: ("classification_head",)}
+# Tried where none of TASK_HEADS is in the model: BART's and T5's heads, and ModernBERT's for answers, which peft leaves
+# random and untrained.
+OTHER_HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classification_head",),
+    TaskType.QUESTION_ANS: ("classifier",),
+}
 
 # State space models hand these weights to a fused kernel that does not call the module, so an adapter has no effect.
 UNCALLED_FAMILIES = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))
