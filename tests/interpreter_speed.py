@@ -32,6 +32,7 @@ def install() -> None:
         _leave_out_silent_checks()
         _remember_types()
         _answer_at_once()
+        _broadcast_as_before()
 
 
 def uninstall() -> None:
@@ -150,7 +151,7 @@ def _answer_at_once() -> None:
     from triton.language import core
     from triton.language.semantic import TritonSemantic
 
-    unwrap, broadcast, cast = core._unwrap_if_constexpr, TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+    unwrap, cast, check = core._unwrap_if_constexpr, TritonSemantic.cast, TritonSemantic.binary_op_type_checking_impl
     promote, promoted = TritonSemantic.computation_type_impl, {}
     plain = {int, float, bool, str, type(None), core.tensor, core.dtype, core.pointer_type, core.block_type}
 
@@ -158,11 +159,11 @@ def _answer_at_once() -> None:
         kind = type(o)
         return o if kind in plain else o.value if kind is core.constexpr else unwrap(o)
 
-    def broadcast_impl_value(self, lhs, rhs):
-        left, right = lhs.type, rhs.type
-        if left is right or (left.is_block() and right.is_block() and left.shape is right.shape):
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
+    def binary_op_type_checking_impl(self, lhs, rhs, *options, **more):
+        alike = type(lhs) is type(rhs) is core.tensor and lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr()
+        if alike and len(options) < 4 and not more.get("div_or_mod"):  # of one type of numbers: nothing to promote
+            return self.broadcast_impl_value(lhs, rhs)
+        return check(self, lhs, rhs, *options, **more)
 
     def cast_unless_same(self, input, dst_ty, *rounding):
         return input if input.type.scalar is dst_ty.scalar else cast(self, input, dst_ty, *rounding)
@@ -174,6 +175,37 @@ def _answer_at_once() -> None:
         return known
 
     _replace(core, "_unwrap_if_constexpr", unwrap_if_constexpr)
-    _replace(TritonSemantic, "broadcast_impl_value", broadcast_impl_value)
+    _replace(TritonSemantic, "binary_op_type_checking_impl", binary_op_type_checking_impl)
     _replace(TritonSemantic, "cast", cast_unless_same)
     _replace(TritonSemantic, "computation_type_impl", computation_type_impl)
+
+
+def _broadcast_as_before() -> None:
+    """Blocks of two shapes that met before; equal ones need nothing."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    original, met = TritonSemantic.broadcast_impl_value, {}
+
+    def to_shape(self, value, shape):
+        if value.type.shape.values == shape:
+            return value
+        return self.make_tensor(
+            self.builder.create_broadcast(value.handle, shape), core.block_type(value.type.scalar, shape)
+        )
+
+    def broadcast_impl_value(self, lhs, rhs):
+        left, right = lhs.type, rhs.type
+        if not (left.is_block() and right.is_block()):
+            return (lhs, rhs) if left is right else original(self, lhs, rhs)
+        if left.shape is right.shape:
+            return lhs, rhs
+        pair = id(left.shape), id(right.shape)
+        if (known := met.get(pair)) is not None:
+            return to_shape(self, lhs, known[2]), to_shape(self, rhs, known[2])
+        lhs, rhs = original(self, lhs, rhs)
+        if len(left.shape) == len(right.shape):
+            met[pair] = left.shape, right.shape, lhs.type.shape.values  # which are kept, and their ids with them
+        return lhs, rhs
+
+    _replace(TritonSemantic, "broadcast_impl_value", broadcast_impl_value)

@@ -177,7 +177,7 @@ def test_refusals(monkeypatch, tmp_path, capsys):
     if not torch.cuda.is_available():
         assert cli.main(["check", "--backend", "triton"]) == 2
         assert "CPU tensors need TRITON_INTERPRET=1" in capsys.readouterr().err
-    assert cli.main(["check", "--backend", "torch", "--json", str(tmp_path)]) == 2
+    assert cli.main(["check", "--method", "lora", "--backend", "torch", "--json", str(tmp_path)]) == 2
     assert f"--json {tmp_path}: cannot be written" in capsys.readouterr().err
 
 
