@@ -32,9 +32,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Call:
-    """The tokens (B, S) of a call and its prompt (P, H); `decodes`: whether a decoder too is given virtual tokens."""
+    """The tokens (B, S) of a call, None where it came with embeddings, and its prompt (P, H); `decodes`: whether a
+    decoder too is given virtual tokens."""
 
-    ids: Tensor
+    ids: Tensor | None
     prompt: Tensor
     room: Room
     decodes: bool = False
@@ -60,10 +61,8 @@ def _handing(state, call: Call):
         _current.reset(token)
 
 
-def calling(state, call: Call | None, function, *args, **kwargs):
+def calling(state, call: Call, function, *args, **kwargs):
     """`function(*args, **kwargs)`, inside which `current_call` is `call`."""
-    if call is None:
-        return function(*args, **kwargs)
     if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
         state.traced_call = call
         out = function(*args, **kwargs)

@@ -98,7 +98,7 @@ class PeftConfig:
 
     def validate(self) -> None:
         """Raises ConfigError unless every field is one that fastpeft can honour. Changes nothing."""
-        if self.peft_type != self.method:
+        if self.peft_type is not self.method:
             refuse("peft_type", self.peft_type, f"a {type(self).__name__} is for {_value(self.method)}; leave it out")
         if self.task_type is not None and not one_of(self.task_type, MODEL_TYPE_TO_PEFT_MODEL_MAPPING):
             known = ", ".join(map(_plain, MODEL_TYPE_TO_PEFT_MODEL_MAPPING))

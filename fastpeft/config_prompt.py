@@ -1,6 +1,9 @@
-"""The configurations of the methods that train virtual tokens: prefix tuning and LLaMA-Adapter."""
+"""The configurations of the methods that train virtual tokens: in front of the input, in attention, or both."""
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
 
 from fastpeft.config_base import (
@@ -9,6 +12,7 @@ from fastpeft.config_base import (
     in_order,
     is_count,
     is_names,
+    is_number,
     one_of,
     own,
     refuse,
@@ -47,12 +51,10 @@ class PromptLearningConfig(PeftConfig):
         require_count(self, "token_dim", "the width of a virtual token in one layer's keys")
         require_count(self, "num_attention_heads", "the number of heads that the keys have")
         require_count(self, "num_layers", "the number of layers")
-        stacks, heads = self.num_transformer_submodules, self.num_attention_heads
+        stacks = self.num_transformer_submodules
         if stacks is not None and not (is_count(stacks) and stacks <= 2):
             why = "must be 1, 2 (sequence-to-sequence) or None, which takes it from task_type"
             refuse("num_transformer_submodules", stacks, why)
-        if self.token_dim is not None and heads is not None and self.token_dim % heads:
-            refuse("token_dim", self.token_dim, f"must be a multiple of num_attention_heads={heads}")
         require_saved_names(self)
 
 
@@ -85,6 +87,9 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def validate(self) -> None:
         super().validate()
+        heads = self.num_attention_heads
+        if self.token_dim is not None and heads is not None and self.token_dim % heads:
+            refuse("token_dim", self.token_dim, f"must be a multiple of num_attention_heads={heads}")
         if self.init_weights is not None and not one_of(self.init_weights, ["zero"]):
             refuse("init_weights", self.init_weights, "must be None (random) or 'zero'")
         require_count(self, "encoder_hidden_size", "the width of the network that prefix_projection=True makes")
@@ -92,6 +97,103 @@ class PrefixTuningConfig(PromptLearningConfig):
             refuse("prefix_window", self.prefix_window, "must be 'slide' (as peft) or 'pin'")
         for name in ("prefix_projection", "encoder_prefix", "cross_prefix", "legacy_bloom_layout"):
             require_bool(self, name)
+
+
+class PromptTuningInit(str, Enum):
+    """How a prompt's rows begin: at random, as those of random tokens of the vocabulary, or as those of a text."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class PromptEncoderReparameterizationType(str, Enum):
+    """The network that P-tuning's rows come out of."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass
+class PromptTuningConfig(PromptLearningConfig):
+    """Prompt tuning (Lester et al., arXiv 2104.08691), with peft's fields and one of our own.
+
+    prompt_tuning_init: RANDOM, SAMPLE_VOCAB, or TEXT, which needs prompt_tuning_init_text and tokenizer_name_or_path;
+    tokenizer_kwargs are for loading that tokenizer, whose own code is never run.
+    virtual_logits: the model's result keeps the places of the virtual tokens, as peft's does.
+    """
+
+    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict | None = None
+    virtual_logits: bool = own(False)
+
+    method: ClassVar[PeftType | None] = PeftType.PROMPT_TUNING
+    tuner: ClassVar[str] = "fastpeft.tuners.prompt_injection"
+
+    def normalise(self) -> None:
+        super().normalise()
+        if one_of(self.prompt_tuning_init, PromptTuningInit):
+            self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+        if isinstance(self.tokenizer_kwargs, Mapping):
+            self.tokenizer_kwargs = dict(self.tokenizer_kwargs)
+
+    def validate(self) -> None:
+        super().validate()
+        init, kwargs = self.prompt_tuning_init, self.tokenizer_kwargs
+        if not one_of(init, PromptTuningInit):
+            refuse("prompt_tuning_init", init, "must be 'RANDOM', 'SAMPLE_VOCAB' or 'TEXT'")
+        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                refuse(name, value, "must be a string, or None")
+            if init == PromptTuningInit.TEXT and value is None:
+                refuse(name, None, "prompt_tuning_init='TEXT' needs it")
+        if kwargs is not None and not (isinstance(kwargs, dict) and all(isinstance(key, str) for key in kwargs)):
+            refuse("tokenizer_kwargs", kwargs, "must be a dict with string keys, or None")
+        if kwargs and init != PromptTuningInit.TEXT:
+            refuse("tokenizer_kwargs", kwargs, "is for prompt_tuning_init='TEXT' alone; leave it out")
+        require_bool(self, "virtual_logits")
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning (Liu et al., arXiv 2103.10385), with peft's fields and one of our own.
+
+    encoder_reparameterization_type: "MLP", three linear layers of width encoder_hidden_size, or "LSTM", bidirectional,
+    of encoder_num_layers layers with encoder_dropout between them, and two linear ones.
+    virtual_logits: the model's result keeps the places of the virtual tokens, as peft's does.
+    """
+
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+    virtual_logits: bool = own(False)
+
+    method: ClassVar[PeftType | None] = PeftType.P_TUNING
+    tuner: ClassVar[str] = "fastpeft.tuners.prompt_injection"
+
+    def normalise(self) -> None:
+        super().normalise()
+        if one_of(self.encoder_reparameterization_type, PromptEncoderReparameterizationType):
+            kind = PromptEncoderReparameterizationType(self.encoder_reparameterization_type)
+            self.encoder_reparameterization_type = kind
+
+    def validate(self) -> None:
+        super().validate()
+        kind, dropout, layers = self.encoder_reparameterization_type, self.encoder_dropout, self.encoder_num_layers
+        if not one_of(kind, PromptEncoderReparameterizationType):
+            refuse("encoder_reparameterization_type", kind, "must be 'MLP' or 'LSTM'")
+        require_count(self, "encoder_hidden_size", "the width of the network")
+        require_count(self, "encoder_num_layers", "the number of the LSTM's layers", needed=True)
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            refuse("encoder_dropout", dropout, "must be a number from 0 to below 1")
+        require_bool(self, "virtual_logits")
+        if kind == PromptEncoderReparameterizationType.MLP and (layers != 2 or dropout):
+            what = f"encoder_num_layers={layers} and encoder_dropout={dropout}"
+            warnings.warn(f"{what} are the LSTM's; the MLP has three layers and no dropout", stacklevel=4)
 
 
 @dataclass

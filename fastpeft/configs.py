@@ -25,12 +25,22 @@ from fastpeft.config_base import (
     require_pattern,
 )
 from fastpeft.config_lora import LoraConfig, LoraRuntimeConfig
-from fastpeft.config_prompt import AdaptionPromptConfig, PrefixTuningConfig, PromptLearningConfig
+from fastpeft.config_prompt import (
+    AdaptionPromptConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+)
 from fastpeft.errors import ConfigError
 
-PEFT_TYPE_TO_CONFIG_MAPPING.update(
-    {each.method: each for each in (LoraConfig, AdaLoraConfig, PrefixTuningConfig, AdaptionPromptConfig)}
+_METHODS = (
+    *(LoraConfig, AdaLoraConfig),
+    *(PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig, AdaptionPromptConfig),
 )
+PEFT_TYPE_TO_CONFIG_MAPPING.update({each.method: each for each in _METHODS})
 
 
 def as_config(config: object) -> PeftConfig:
@@ -72,7 +82,11 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "TaskType",
     "as_config",
     "get_peft_config",

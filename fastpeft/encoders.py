@@ -1,20 +1,20 @@
-"""The network that a prefix comes out of (`prefix_projection`), which HF peft does not save: its parameters in a file
-beside the adapter's, for training to go on from where it was."""
+"""The network that virtual tokens come out of (`prefix_projection`, P-tuning), which HF peft does not save: its
+parameters in a file beside the adapter's, for training to go on from where it was."""
 
 import warnings
 
 import torch
 from torch import nn
 
-from fastpeft.configs import PeftConfig
+from fastpeft.configs import PeftConfig, PromptEncoderConfig
 from fastpeft.errors import AdapterFileError
 from fastpeft.files import AdapterFiles
 from fastpeft.journal import ENCODER, SIDE
 from fastpeft.mapping import tuner_of
-from fastpeft.tuners.prefix_encoder import TABLE, PrefixEncoder, PromptEncoders
+from fastpeft.tuners.prefix_encoder import TABLE, PromptEncoders
 
 
-def _encoder(model: nn.Module, name: str) -> PrefixEncoder | None:
+def _encoder(model: nn.Module, name: str) -> nn.Module | None:
     holder = model._modules.get(PromptEncoders.NAME)
     return holder[name] if isinstance(holder, PromptEncoders) and name in holder else None
 
@@ -29,7 +29,7 @@ def encoder_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor] | No
         return None
     if encoder.left_behind:
         warnings.warn(
-            f"adapter {name!r} was loaded without the network of its projection, and is saved without; load it with "
+            f"adapter {name!r} was loaded without the network that it came out of, and is saved without; load it with "
             "trainable=True to keep that",
             stacklevel=4,
         )
@@ -38,8 +38,8 @@ def encoder_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor] | No
 
 def check_encoder(config: PeftConfig, found: AdapterFiles) -> None:
     """Raises AdapterFileError for a network beside an adapter that has none."""
-    trains_on = getattr(config, "prefix_projection", False) or hasattr(tuner_of(config), "fill_training")
-    if found.encoder is not None and not trains_on:
+    has_network = isinstance(config, PromptEncoderConfig) or getattr(config, "prefix_projection", False)
+    if found.encoder is not None and not has_network and not hasattr(tuner_of(config), "fill_training"):
         raise AdapterFileError(
             f"{found.path} has {ENCODER}, and {config.peft_type.value} of this configuration has no network; delete it "
             f"and {SIDE}, or save the adapter again"

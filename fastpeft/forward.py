@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.calls import Room, calling
+from fastpeft.calls import Call, Room, calling
 from fastpeft.selection import active_names
 from fastpeft.tuners.prompt_call import (
     behind_virtual_tokens,
@@ -95,11 +95,12 @@ def _prompted(model: nn.Module, parts: list[Part], given: dict[str, Any]) -> Any
     if given.get("input_ids") is None and given.get("inputs_embeds") is None:
         return base(**given)  # which says what is missing
     if quirky:
-        return base(**_as_in_peft(model, task, prompt, given))
+        call, given = _as_in_peft(model, task, prompt, given)
+        return calling(state, call, base, **given)
     decodes = encoder_decoder and task.decodes_its_input(given)
     first = text_embedding(model).num_embeddings
-    room, call = with_virtual_tokens(given, prompt, first, decodes=decodes)
-    total = (given["inputs_embeds"] if call is None else given["input_ids"]).shape[1]
+    call = with_virtual_tokens(given, prompt, first, decodes=decodes)
+    room, total = call.room, (given["inputs_embeds"] if call.ids is None else given["input_ids"]).shape[1]
     trims = not any(part.shows_virtual for part in parts)
     spares = trims and room.kept is None and takes(state.original_class, "logits_to_keep")
     task.move_targets(given, room, spares and not given.get("logits_to_keep"))
@@ -111,7 +112,7 @@ def _prompted(model: nn.Module, parts: list[Part], given: dict[str, Any]) -> Any
     return output if as_dict else output.to_tuple()
 
 
-def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, Any]) -> tuple[Call, dict[str, Any]]:
     """The arguments that HF peft calls the base model with: embeddings, the prompt before everything, a mask of floats,
     positions dropped; places of answers not moved, and results not either."""
     given = dict(given)
@@ -125,4 +126,4 @@ def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, A
         given["attention_mask"] = torch.cat((torch.ones(len(mask), room.count, device=mask.device), mask), 1)
     given.pop("position_ids", None)
     task.move_targets_as_peft(given, room)
-    return given
+    return Call(ids, prompt, room), given

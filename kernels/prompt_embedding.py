@@ -3,10 +3,11 @@
     _prepend       out[b, :P] = prompt, out[b, P:] = table[ids[b]] or embeds[b]     one write of every row of the result
     _grad_prompt   dprompt = Σ_b dout[b, :P]                                        one read of the prompts' rows
 
-A prompt that the batch shares is read once. Shapes: ids [B, S], table [V, H], embeds [B, S, H], prompt [P, H] or
-[B, P, H], out [B, P + S, H]. Every offset is computed in 64 bits. Nothing is multiplied: how long a launch takes is a
-matter of its bytes, and the blocks below are predicted, measured on no GPU: two loads of 16 bytes a thread in half
-precision, so that the 16 programs that a processor has room for keep 64 KiB in flight.
+With a start [B] the first start[b] rows of a sample, padding, stay in front of its prompt. A prompt that the batch
+shares is read once. Shapes: ids [B, S], table [V, H], embeds [B, S, H], prompt [P, H] or [B, P, H], out [B, P + S, H].
+Every offset is computed in 64 bits. Nothing is multiplied: how long a launch takes is a matter of its bytes, and the
+blocks below are predicted, measured on no GPU: two loads of 16 bytes a thread in half precision, so that the 16
+programs that a processor has room for keep 64 KiB in flight.
 """
 
 import torch
@@ -23,9 +24,9 @@ WARPS = 4
 
 @triton.jit
 def _prepend_kernel(
-    ids_ptr, rows_ptr, prompt_ptr, out_ptr, B, S, P, H, entries,
+    ids_ptr, rows_ptr, prompt_ptr, start_ptr, out_ptr, B, S, P, H, entries,
     stride_ib, stride_is, stride_rb, stride_rs, stride_rh, stride_pb, stride_pp, stride_ph,
-    BLOCK_H: tl.constexpr, LOOK_UP: tl.constexpr, BY_SAMPLE: tl.constexpr,
+    BLOCK_H: tl.constexpr, LOOK_UP: tl.constexpr, BY_SAMPLE: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
     """The first programs have a block of columns of one row of the prompt each, and write it for every sample, or for
     its own one (BY_SAMPLE). The others have one token each, and all its columns.
@@ -49,8 +50,14 @@ def _prepend_kernel(
         p_prompt = prompt_ptr + sample * stride_pb + row * stride_pp + columns * stride_ph
         prompt = tl.load(p_prompt, mask=m_h).to(out_ptr.dtype.element_ty)
         p_copy = out_ptr + (sample * length + row) * H + columns
+        if STARTS:
+            p_start = start_ptr + sample
         for _ in range(copies):
-            tl.store(p_copy, prompt, mask=m_h)
+            if STARTS:
+                tl.store(p_copy + tl.load(p_start).to(tl.int64) * H, prompt, mask=m_h)
+                p_start += 1
+            else:
+                tl.store(p_copy, prompt, mask=m_h)
             p_copy += length * H
     else:
         token = program - prompts
@@ -62,7 +69,10 @@ def _prepend_kernel(
         else:
             readable = H
             p_row = rows_ptr + sample * stride_rb + place * stride_rs
-        p_out = out_ptr + (sample * length + P + place) * H
+        moved = tl.cast(P, tl.int64)
+        if STARTS:
+            moved = tl.where(place >= tl.load(start_ptr + sample), moved, 0)
+        p_out = out_ptr + (sample * length + moved + place) * H
         for first in range(0, H, BLOCK_H):
             inner = first + tl.arange(0, BLOCK_H).to(tl.int64)
             found = tl.load(p_row + inner * stride_rh, mask=inner < readable, other=float("nan"))
@@ -71,8 +81,9 @@ def _prepend_kernel(
 
 @triton.jit
 def _grad_prompt_kernel(
-    dout_ptr, out_ptr, B, H, stride_db, stride_dp, stride_dh, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
-):
+    dout_ptr, start_ptr, out_ptr, B, H, stride_db, stride_dp, stride_dh,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, STARTS: tl.constexpr,
+):  # fmt: skip
     """One program sums a block of columns of one row of the prompt over all samples in fp32, always in the same order:
     BLOCK_B sums of every BLOCK_B-th sample, then those."""
     program = tl.program_id(0).to(tl.int64)
@@ -85,15 +96,21 @@ def _grad_prompt_kernel(
     acc = tl.zeros([BLOCK_B, BLOCK_H], dtype=tl.float32)
     for first in range(0, B, BLOCK_B):
         mask = (samples < B - first)[:, None] & (columns < H)[None, :]
-        acc += tl.load(p_dout, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_B, BLOCK_H]
+        p_rows = p_dout
+        if STARTS:
+            starts = tl.load(start_ptr + first + samples, mask=samples < B - first, other=0).to(tl.int64)
+            p_rows = p_dout + starts[:, None] * stride_dp
+        acc += tl.load(p_rows, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_B, BLOCK_H]
         p_dout += step
     tl.store(out_ptr + row * H + columns, tl.sum(acc, axis=0), mask=columns < H)
 
 
-def prepend(ids: torch.Tensor | None, rows: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+def prepend(
+    ids: torch.Tensor | None, rows: torch.Tensor, prompt: torch.Tensor, start: torch.Tensor | None = None
+) -> torch.Tensor:
     """[B, P + S, H] in rows' dtype: prompt [P, H] or [B, P, H], rounded to it, in front of rows[ids], where rows is a
-    table [V, H] and ids [B, S] are int32 or int64, or of rows [B, S, H] where there are no ids. Any strides; B, P and H
-    are not 0."""
+    table [V, H] and ids [B, S] are int32 or int64, or of rows [B, S, H] where there are no ids; behind the first
+    start[b] of them, where start [B] is int32 or int64, contiguous, 0 to S. Any strides; B, P and H are not 0."""
     (batch, tokens), hidden = (rows if ids is None else ids).shape[:2], rows.shape[-1]
     by_sample = prompt.ndim == 3
     count = prompt.shape[-2]
@@ -102,22 +119,24 @@ def prepend(ids: torch.Tensor | None, rows: torch.Tensor, prompt: torch.Tensor) 
     programs = batch * tokens + count * triton.cdiv(hidden, block) * (batch if by_sample else 1)
     with on_device_of(rows):
         _prepend_kernel[(programs,)](
-            ids, rows, prompt, out, batch, tokens, count, hidden, len(rows),
+            ids, rows, prompt, start, out, batch, tokens, count, hidden, len(rows),
             *((0, 0) if ids is None else ids.stride()), *((0,) if ids is not None else ()), *rows.stride(),
             *(() if by_sample else (0,)), *prompt.stride(),
-            BLOCK_H=block, LOOK_UP=ids is not None, BY_SAMPLE=by_sample, num_warps=WARPS, enable_fp_fusion=True,
+            BLOCK_H=block, LOOK_UP=ids is not None, BY_SAMPLE=by_sample, STARTS=start is not None,
+            num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
-def grad_prompt(dout: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Σ_b dout[b, :count] [count, H], summed in fp32 and rounded once to `dtype`: dout [B, P + S, H], any strides."""
+def grad_prompt(dout: torch.Tensor, count: int, dtype: torch.dtype, start: torch.Tensor | None = None) -> torch.Tensor:
+    """Σ_b dout[b, start[b] : start[b] + count] [count, H], without a start from 0, summed in fp32 and rounded once to
+    `dtype`: dout [B, P + S, H], any strides; start [B] as in `prepend`."""
     batch, _, hidden = dout.shape
     out = torch.empty(count, hidden, dtype=dtype, device=dout.device)
     block = min(SUMMED_COLUMNS, triton.next_power_of_2(hidden))
     with on_device_of(dout):
         _grad_prompt_kernel[(count * triton.cdiv(hidden, block),)](
-            dout, out, batch, hidden, *dout.stride(), min(SAMPLES, triton.next_power_of_2(batch)), block,
-            num_warps=WARPS, enable_fp_fusion=True,
+            dout, start, out, batch, hidden, *dout.stride(), min(SAMPLES, triton.next_power_of_2(batch)), block,
+            start is not None, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out

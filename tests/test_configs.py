@@ -289,8 +289,6 @@ def test_nothing_of_the_callers_is_kept_or_changed():
         ({"peft_type": "EVIL"}, "peft_type='EVIL': unknown method; fastpeft supports LORA"),
         ({"peft_type": ["LORA"]}, "peft_type=['LORA']: unknown method"),
         ({"peft_type": "IA3"}, "peft_type='IA3': unknown method; fastpeft supports LORA"),
-        ({"peft_type": "P_TUNING", "num_virtual_tokens": 4}, "P_TUNING: not supported yet; fastpeft supports"),
-        (peft.PromptTuningConfig(num_virtual_tokens=4), "peft_type=PROMPT_TUNING: not supported yet"),
         (peft.IA3Config(), "unknown method"),
         (PeftConfig(), "peft_type is missing"),
         ({"peft_type": "LORA", "rr": 8}, "rr=8: LoraConfig has no such field"),

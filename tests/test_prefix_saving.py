@@ -69,7 +69,7 @@ def test_peft_reads_the_table_and_inference_needs_no_network(tmp_path):
     keep = batch()["attention_mask"].bool()
     for each in (loaded, theirs):
         torch.testing.assert_close(logits(each)[keep], logits(model)[keep], rtol=1e-5, atol=1e-4)
-    with pytest.warns(UserWarning, match="without the network of its projection"):
+    with pytest.warns(UserWarning, match="without the network that it came out of"):
         loaded.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / ENCODER).exists()
 

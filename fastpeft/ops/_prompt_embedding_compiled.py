@@ -4,58 +4,63 @@ and one backward. Inside a compiled graph the backend is chosen when the graph r
 import torch
 from torch import Tensor
 
+from fastpeft.ops._prompt_embedding_torch import rows_of_prompt
 from fastpeft.ops.prompt_embedding import _path, grad_rows, on_triton
 
 
-def compiled_prompt_embedding(prompt: Tensor, rows: Tensor, ids: Tensor | None, padding: int, patched: str | None):
+def compiled_prompt_embedding(
+    prompt: Tensor, rows: Tensor, ids: Tensor | None, start: Tensor | None, padding: int, patched: str | None
+) -> Tensor:
     """out (B, P + S, H) of tensors as in the Function's `apply`, through the operator."""
-    return torch.ops.fastpeft.prompt_embedding(prompt, rows, ids, padding, patched or "")[0]
+    return torch.ops.fastpeft.prompt_embedding(prompt, rows, ids, start, padding, patched or "")[0]
 
 
 @torch.library.custom_op("fastpeft::prompt_embedding", mutates_args=())
-def _forward(prompt: Tensor, rows: Tensor, ids: Tensor | None, padding: int, patched: str) -> tuple[Tensor, Tensor]:
+def _forward(
+    prompt: Tensor, rows: Tensor, ids: Tensor | None, start: Tensor | None, padding: int, patched: str
+) -> tuple[Tensor, Tensor]:
     """(out, backend): the latter is 1 where Triton ran, for backward to use the same."""
     triton = on_triton(rows, ids, prompt, patched or None)
-    return _path(triton).forward(ids, rows, prompt), torch.tensor([triton])
+    return _path(triton).forward(ids, rows, prompt, start), torch.tensor([triton])
 
 
 @_forward.register_fake
-def _(prompt, rows, ids, padding, patched):
+def _(prompt, rows, ids, start, padding, patched):
     batch, tokens = (rows if ids is None else ids).shape[:2]
     out = rows.new_empty(batch, prompt.shape[-2] + tokens, rows.shape[-1])
     return out, torch.empty(1, dtype=torch.bool, device="cpu")
 
 
 @torch.library.custom_op("fastpeft::prompt_embedding_backward", mutates_args=())
-def _backward(dout: Tensor, like: Tensor, triton: Tensor) -> Tensor:
+def _backward(dout: Tensor, like: Tensor, start: Tensor | None, triton: Tensor) -> Tensor:
     """The gradient of a prompt that the batch shares, of the shape and dtype of `like`, which is not read."""
-    return _path(bool(triton.item())).grad_prompt(dout, len(like), like.dtype)
+    return _path(bool(triton.item())).grad_prompt(dout, len(like), like.dtype, start)
 
 
 @_backward.register_fake
-def _(dout, like, triton):
+def _(dout, like, start, triton):
     return like.new_empty(like.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    prompt, rows, ids, ctx.padding, _ = inputs
-    ctx.save_for_backward(prompt, ids, output[1])
+    prompt, rows, ids, start, ctx.padding, _ = inputs
+    ctx.save_for_backward(prompt, ids, start, output[1])
     ctx.entries = len(rows)
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, dout, _):
     """What is no sum is no node of its own: torch's operators, which the graph may fuse with others."""
-    prompt, ids, triton = ctx.saved_tensors
+    prompt, ids, start, triton = ctx.saved_tensors
     need_prompt, need_rows, *_ = ctx.needs_input_grad
     dprompt = drows = None
     if need_prompt and prompt.ndim == 3:
-        dprompt = dout[:, : prompt.shape[1]].to(prompt.dtype)
+        dprompt = rows_of_prompt(dout, prompt.shape[1], start).to(prompt.dtype)
     elif need_prompt:
-        dprompt = torch.ops.fastpeft.prompt_embedding_backward(dout, prompt, triton)
+        dprompt = torch.ops.fastpeft.prompt_embedding_backward(dout, prompt, start, triton)
     if need_rows:
-        drows = grad_rows(dout, prompt.shape[-2], ids, ctx.entries, ctx.padding)
-    return dprompt, drows, None, None, None
+        drows = grad_rows(dout, prompt.shape[-2], ids, start, ctx.entries, ctx.padding)
+    return dprompt, drows, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -5,8 +5,9 @@ Liu et al., arXiv 2103.10385, section 3), each written once where it belongs:
 
     dprompt = Σ_b dout[b, :P] in fp32      dembeds = dout[:, P:]      dtable: as torch's own embedding has it
 
-A prompt of each sample's own has dout[:, :P]. The result has the table's dtype, as HF peft has it, and an fp32 prompt
-gets fp32 gradients. Nothing is saved for backward but the ids, and these only for a table that learns.
+With a start (B,) the first start[b] rows of a sample, its padding, stay in front of its prompt; all else is the same. A
+prompt of each sample's own has dout[:, :P]. The result has the table's dtype, as HF peft has it, and an fp32 prompt
+gets fp32 gradients. Nothing is saved for backward but the start and the ids, and these only for a table that learns.
 """
 
 from typing import NamedTuple
@@ -32,17 +33,20 @@ class Call(NamedTuple):
 
 
 def prompt_embedding_reference(
-    input_ids: Tensor, weight: Tensor, prompt: Tensor, padding_idx: int | None = None
+    input_ids: Tensor, weight: Tensor, prompt: Tensor, padding_idx: int | None = None, start: Tensor | None = None
 ) -> Tensor:
-    """The definition, for autograd, as HF peft computes it."""
-    return prepend_prompt_reference(torch.nn.functional.embedding(input_ids, weight, padding_idx), prompt)
+    """The definition, for autograd, as HF peft computes it where there is no start."""
+    return prepend_prompt_reference(torch.nn.functional.embedding(input_ids, weight, padding_idx), prompt, start)
 
 
-def prepend_prompt_reference(inputs_embeds: Tensor, prompt: Tensor) -> Tensor:
+def prepend_prompt_reference(inputs_embeds: Tensor, prompt: Tensor, start: Tensor | None = None) -> Tensor:
     """The definition, for autograd. As in HF peft each sample's rows are cast, so the batch's gradients are summed in
     the prompt's dtype."""
     prompt_BPH = prompt.expand(len(inputs_embeds), -1, -1).to(inputs_embeds.dtype)
-    return torch.cat((prompt_BPH, inputs_embeds), 1)
+    if start is None:
+        return torch.cat((prompt_BPH, inputs_embeds), 1)
+    samples = zip(inputs_embeds, prompt_BPH, start.tolist(), strict=True)
+    return torch.stack([torch.cat((rows[:at], own, rows[at:])) for rows, own, at in samples])
 
 
 def _path(triton: bool):
@@ -57,9 +61,9 @@ class PromptEmbeddingFunction(torch.autograd.Function):
     """prompt (P, H) or (B, P, H); rows: a table (V, H) with ids (B, S), or embeddings (B, S, H) with None."""
 
     @staticmethod
-    def forward(ctx, prompt, rows, ids_BS, call: Call):
-        out_BTH = _path(call.triton).forward(ids_BS, rows, prompt)
-        ctx.save_for_backward(ids_BS if ctx.needs_input_grad[1] else None)
+    def forward(ctx, prompt, rows, ids_BS, start_B, call: Call):
+        out_BTH = _path(call.triton).forward(ids_BS, rows, prompt, start_B)
+        ctx.save_for_backward(ids_BS if ctx.needs_input_grad[1] else None, start_B)
         ctx.call, ctx.shape, ctx.dtype, ctx.entries = call, prompt.shape, prompt.dtype, len(rows)
         return out_BTH
 
@@ -67,25 +71,34 @@ class PromptEmbeddingFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout_BTH):
         need_prompt, need_rows, *_ = ctx.needs_input_grad
-        (ids_BS,) = ctx.saved_tensors
+        ids_BS, start_B = ctx.saved_tensors
         dprompt = drows = None
         if need_prompt:
-            dprompt = grad_prompt(dout_BTH, ctx.shape, ctx.dtype, ctx.call.triton)
+            dprompt = grad_prompt(dout_BTH, ctx.shape, ctx.dtype, start_B, ctx.call.triton)
         if need_rows:
-            drows = grad_rows(dout_BTH, ctx.shape[-2], ids_BS, ctx.entries, ctx.call.padding)
-        return dprompt, drows, None, None
+            drows = grad_rows(dout_BTH, ctx.shape[-2], ids_BS, start_B, ctx.entries, ctx.call.padding)
+        return dprompt, drows, None, None, None
 
 
-def grad_prompt(dout_BTH: Tensor, shape: torch.Size, dtype: torch.dtype, triton: bool) -> Tensor:
-    """(P, H) or (B, P, H), as `shape` is, in `dtype`; the latter is a view of dout where the dtypes are equal."""
+def grad_prompt(
+    dout_BTH: Tensor, shape: torch.Size, dtype: torch.dtype, start_B: Tensor | None, triton: bool
+) -> Tensor:
+    """(P, H) or (B, P, H), as `shape` is, in `dtype`; the latter is a view of dout where the dtypes are equal and there
+    is no start."""
     if len(shape) == 3:
-        return dout_BTH[:, : shape[1]].to(dtype)
-    return _path(triton).grad_prompt(dout_BTH, shape[0], dtype)
+        return torch_path.rows_of_prompt(dout_BTH, shape[1], start_B).to(dtype)
+    return _path(triton).grad_prompt(dout_BTH, shape[0], dtype, start_B)
 
 
-def grad_rows(dout_BTH: Tensor, count: int, ids_BS: Tensor | None, entries: int, padding: int) -> Tensor:
-    """The gradient of a table of `entries` rows, by torch's own backward; without ids that of embeddings, a view."""
+def grad_rows(
+    dout_BTH: Tensor, count: int, ids_BS: Tensor | None, start_B: Tensor | None, entries: int, padding: int
+) -> Tensor:
+    """The gradient of a table of `entries` rows, by torch's own backward; without ids that of embeddings, a view where
+    there is no start."""
     dout_BSH = dout_BTH[:, count:]
+    if start_B is not None:
+        place_S = torch.arange(dout_BSH.shape[1], device=dout_BTH.device)
+        dout_BSH = dout_BTH[:, : len(place_S)].where((place_S < start_B[:, None])[..., None], dout_BSH)
     if ids_BS is None:
         return dout_BSH
     return torch.ops.aten.embedding_dense_backward(dout_BSH, ids_BS, entries, padding, False)
@@ -99,12 +112,13 @@ def on_triton(rows: Tensor, ids: Tensor | None, prompt: Tensor, patched: str | N
     return choose_backend(rows, torch.promote_types(rows.dtype, prompt.dtype), patched=patched).backend == "triton"
 
 
-def _apply(prompt: Tensor, rows: Tensor, ids: Tensor | None, padding: int, patched: str | None) -> Tensor:
+def _apply(prompt: Tensor, rows: Tensor, ids: Tensor | None, start: Tensor | None, padding: int, patched) -> Tensor:
     if torch.compiler.is_compiling():
         from fastpeft.ops._prompt_embedding_compiled import compiled_prompt_embedding
 
-        return compiled_prompt_embedding(prompt, rows, ids, padding, patched)
-    return PromptEmbeddingFunction.apply(prompt, rows, ids, Call(padding, on_triton(rows, ids, prompt, patched)))
+        return compiled_prompt_embedding(prompt, rows, ids, start, padding, patched)
+    call = Call(padding, on_triton(rows, ids, prompt, patched))
+    return PromptEmbeddingFunction.apply(prompt, rows, ids, start, call)
 
 
 def _check_tensor(op: str, name: str, tensor, dtypes: tuple[torch.dtype, ...], like: tuple[str, Tensor]) -> None:
@@ -131,12 +145,23 @@ def _check_prompt(op: str, prompt: Tensor, batch: int, hidden: int) -> None:
         raise OpError(f"{op}: prompt has P = 0 rows; at least 1 is needed")
 
 
+def _checked_start(op: str, start: Tensor | None, batch: int, rows: Tensor) -> Tensor | None:
+    """`start`, contiguous. Raises OpError unless it is (B,), of integers, with the rows, or None."""
+    if start is None:
+        return None
+    _check_tensor(op, "start", start, ID_DTYPES, ("the embeddings", rows))
+    if start.shape != (batch,):
+        raise OpError(f"{op}: start has shape {tuple(start.shape)}; ({batch},) is needed")
+    return start.contiguous()
+
+
 def prompt_embedding(
     input_ids: Tensor,
     weight: Tensor,
     prompt: Tensor,
     *,
     padding_idx: int | None = None,
+    start: Tensor | None = None,
     patched_backend: str | None = None,
 ) -> Tensor:
     """The prompt's rows, then those of the table that the ids name; with the gradients of prompt and weight.
@@ -152,6 +177,8 @@ def prompt_embedding(
             dense one, the torch path's on either backend.
         prompt: (P, H), shared by the batch, or (B, P, H), any of these dtypes; rounded to weight's.
         padding_idx: as of nn.Embedding, the row of weight that gets no gradient.
+        start: (B,) int32 or int64, from 0 to S: how many of a sample's ids, its padding, stay in front of its prompt.
+            None is 0. A value outside is an error of scatter's on the torch backend, and not looked for by the kernels.
         patched_backend: as `patch(backend=)` was given.
 
     Returns:
@@ -170,20 +197,24 @@ def prompt_embedding(
     if input_ids.ndim != 2:
         raise OpError(f"{op}: input_ids has shape {tuple(input_ids.shape)}; (B, S) is needed")
     _check_prompt(op, prompt, len(input_ids), weight.shape[1])
+    start = _checked_start(op, start, len(input_ids), weight)
     entries, padding = len(weight), -1
     if padding_idx is not None:
         if not isinstance(padding_idx, int) or not -entries <= padding_idx < entries:
             raise OpError(f"{op}: padding_idx is {padding_idx!r}; a row of weight's {entries}, or None is needed")
         padding = padding_idx % entries
-    return _apply(prompt, weight, input_ids, padding, patched_backend)
+    return _apply(prompt, weight, input_ids, start, padding, patched_backend)
 
 
-def prepend_prompt(inputs_embeds: Tensor, prompt: Tensor, *, patched_backend: str | None = None) -> Tensor:
+def prepend_prompt(
+    inputs_embeds: Tensor, prompt: Tensor, *, start: Tensor | None = None, patched_backend: str | None = None
+) -> Tensor:
     """The prompt's rows, then those of embeddings that were made elsewhere; with the gradients of both.
 
     Args:
-        inputs_embeds: (B, S, H), any strides; S may be 0. Its gradient is a view of the result's.
-        prompt, patched_backend: as in `prompt_embedding`, with inputs_embeds in the place of weight.
+        inputs_embeds: (B, S, H), any strides; S may be 0. Its gradient is a view of the result's, where there is no
+            start.
+        prompt, start, patched_backend: as in `prompt_embedding`, with inputs_embeds in the place of weight.
 
     Returns:
         (B, P + S, H), contiguous, in inputs_embeds' dtype.
@@ -197,4 +228,5 @@ def prepend_prompt(inputs_embeds: Tensor, prompt: Tensor, *, patched_backend: st
     if inputs_embeds.ndim != 3:
         raise OpError(f"{op}: inputs_embeds has shape {tuple(inputs_embeds.shape)}; (B, S, H) is needed")
     _check_prompt(op, prompt, len(inputs_embeds), inputs_embeds.shape[2])
-    return _apply(prompt, inputs_embeds, None, -1, patched_backend)
+    start = _checked_start(op, start, len(inputs_embeds), inputs_embeds)
+    return _apply(prompt, inputs_embeds, None, start, -1, patched_backend)

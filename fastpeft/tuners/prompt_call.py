@@ -59,9 +59,9 @@ def check_mask(mask: Any, begins: bool) -> bool:
 
 def with_virtual_tokens(
     given: dict[str, Any], prompt: Tensor, first: int, *, decodes: bool = False, foremost: bool = False
-) -> tuple[Room, Call | None]:
+) -> Call:
     """Put virtual tokens, whose ids begin at `first`, into the arguments of a call, in place: behind padding that
-    stands in front, or `foremost`. The call for the embeddings is None where the caller gives embeddings, longer now."""
+    stands in front, or `foremost`. Embeddings that the caller gives are longer then, and the call has no ids."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     room = _room(given, len(prompt), (ids if ids is not None else embeds).shape[:2], foremost)
     if (mask := given.get("attention_mask")) is not None:
@@ -72,9 +72,9 @@ def with_virtual_tokens(
         given["position_ids"] = _positions(positions, room)
     if ids is None:
         given["inputs_embeds"] = prepend_prompt(embeds, prompt, start=room.start)
-        return room, None
+        return Call(None, prompt, room)
     given["input_ids"] = widened(ids, room, torch.arange(first, first + len(prompt), device=ids.device))
-    return room, Call(ids, prompt, room, decodes)
+    return Call(ids, prompt, room, decodes)
 
 
 def _positions(positions: Tensor, room: Room) -> Tensor:
@@ -88,16 +88,13 @@ def _positions(positions: Tensor, room: Room) -> Tensor:
     return widened(moved, room, torch.arange(room.count, device=positions.device))
 
 
-def _room(given: dict[str, Any], count: int, shape: Sequence[int]) -> Room:
+def _room(given: dict[str, Any], count: int, shape: Sequence[int], foremost: bool) -> Room:
     batch, tokens = shape
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     check_mask(mask, begins=True)
-    if (
-        mask is None
-        and positions is not None
-        and given.get("input_ids") is not None
-        and _may_be_packed(positions, given)
-    ):
+    if foremost:
+        return Room(count, tokens)
+    if mask is None and positions is not None and _may_be_packed(positions, given):
         packed = packed_room_for(count, positions.expand(batch, -1))
         if packed is not None:
             given.setdefault("use_cache", False)  # with which a model does not see that sequences are packed
@@ -107,7 +104,8 @@ def _room(given: dict[str, Any], count: int, shape: Sequence[int]) -> Room:
 
 
 def _may_be_packed(positions: Tensor, given: dict[str, Any]) -> bool:
-    return positions.ndim == 2 and given.get("past_key_values") is None and not torch.compiler.is_compiling()
+    plain = given.get("input_ids") is not None and given.get("past_key_values") is None
+    return plain and positions.ndim == 2 and not torch.compiler.is_compiling()
 
 
 def _move_bounds(given: dict[str, Any], count: int) -> None:

@@ -85,7 +85,7 @@ class PromptedEncoder(AdapterLayer):
         given = named_arguments(state.original_class, args, kwargs)
         prompt = prompt_of([state.adapters[name] for name in names])
         first = self.get_input_embeddings().num_embeddings
-        _, call = with_virtual_tokens(given, prompt, first, foremost=bool(state.model.quirky.intersection(names)))
+        call = with_virtual_tokens(given, prompt, first, foremost=bool(state.model.quirky.intersection(names)))
         return calling(state.model, call, self.base_forward, **given)
 
     parameters_of = PromptedEmbedding.parameters_of

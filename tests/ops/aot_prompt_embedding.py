@@ -35,7 +35,11 @@ def launch_all(dtypes: str, batch: int, tokens: int, count: int, hidden: int) ->
         for kind in (torch.int32, torch.int64):
             path.forward(_meta(batch, tokens, dtype=kind), table, prompt)
         out = path.forward(None, embeds, prompt)
+        start = _meta(batch, dtype=torch.int64)
+        path.forward(_meta(batch, tokens, dtype=torch.int64), table, prompt, start)
+        path.forward(None, embeds, prompt, start)
     path.grad_prompt(out, count, adapter)
+    path.grad_prompt(out, count, adapter, start)
 
 
 def cases():

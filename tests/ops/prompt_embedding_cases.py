@@ -26,12 +26,14 @@ EXACT_IN_INTERPRETER = ("fp32", "fp16", "fp16-fp32", "fp32-fp16")
 
 @dataclass(frozen=True)
 class Problem:
-    """ids (B, S) and rows (V, H), or None and rows (B, S, H); prompt (P, H) or (B, P, H); dout (B, P + S, H)."""
+    """ids (B, S) and rows (V, H), or None and rows (B, S, H); prompt (P, H) or (B, P, H); dout (B, P + S, H); start
+    (B,) or None."""
 
     ids: torch.Tensor | None
     rows: torch.Tensor
     prompt: torch.Tensor
     dout: torch.Tensor
+    start: torch.Tensor | None = None
 
     def double(self) -> "Problem":
         return dataclasses.replace(self, rows=self.rows.double(), prompt=self.prompt.double(), dout=self.dout.double())
@@ -39,7 +41,7 @@ class Problem:
 
 def draw(
     dtypes: str = "fp32", *, batch=BATCH, tokens=TOKENS, count=COUNT, hidden=HIDDEN, entries=ENTRIES, seed=0,
-    embeds=False, by_sample=False, ids=torch.int64, device="cpu",
+    embeds=False, by_sample=False, ids=torch.int64, device="cpu", starts=False,
 ) -> Problem:  # fmt: skip
     dtype, adapter = DTYPES[dtypes]
     generator = torch.Generator(device).manual_seed(seed)
@@ -48,11 +50,13 @@ def draw(
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     numbers = torch.randint(entries, (batch, tokens), generator=generator, device=device).to(ids)
+    start = (torch.arange(batch, device=device) * 3 + tokens) % (tokens + 1) if starts else None  # none to all
     return Problem(
         None if embeds else numbers,
         normal(*((batch, tokens) if embeds else (entries,)), hidden, dtype=dtype),
         normal(*((batch,) if by_sample else ()), count, hidden, dtype=adapter),
         normal(batch, count + tokens, hidden, dtype=dtype),
+        start,
     )
 
 
@@ -60,18 +64,19 @@ def op_on(problem: Problem, *, learns=False):
     """(the op as a function of its leaves, the leaves); `learns`: a table too."""
     leaves = [problem.prompt.requires_grad_(), problem.rows.requires_grad_(learns or problem.ids is None)]
     if problem.ids is None:
-        return (lambda prompt, rows: prepend_prompt(rows, prompt)), leaves
-    return (lambda prompt, rows: prompt_embedding(problem.ids, rows, prompt)), leaves
+        return (lambda prompt, rows: prepend_prompt(rows, prompt, start=problem.start)), leaves
+    return (lambda prompt, rows: prompt_embedding(problem.ids, rows, prompt, start=problem.start)), leaves
 
 
 def results(problem: Problem, *, reference: bool = False, table: bool = False) -> dict[str, torch.Tensor]:
     """{"out", "dprompt"}, of embeddings also "drows", of a table if `table`: by the op, or by the definition."""
     prompt, rows = (t.detach().requires_grad_() for t in (problem.prompt, problem.rows))
     if problem.ids is None:
-        out = (prepend_prompt_reference if reference else prepend_prompt)(rows, prompt)
+        out = (prepend_prompt_reference if reference else prepend_prompt)(rows, prompt, start=problem.start)
     else:
         rows.requires_grad_(table)
-        out = (prompt_embedding_reference if reference else prompt_embedding)(problem.ids, rows, prompt)
+        op = prompt_embedding_reference if reference else prompt_embedding
+        out = op(problem.ids, rows, prompt, start=problem.start)
     leaves = [prompt, rows] if rows.requires_grad else [prompt]
     names = ("out", "dprompt", "drows")
     return dict(zip(names, [out.detach(), *torch.autograd.grad(out, leaves, problem.dout)], strict=False))

@@ -64,6 +64,30 @@ def test_kernels_in_bfloat16_to_within_the_interpreters_truncation(dtypes):
         assert_right([draw(dtypes, seed=seed, tokens=2) for seed in range(4)], TRUNCATED, exact_out=dtypes == "bf16")
 
 
+@SOURCES
+@KINDS
+@pytest.mark.parametrize("name", BOTH)
+def test_prompts_behind_padding(name, by_sample, embeds):
+    """Of no, some and all tokens of a sample; a table's gradient too."""
+    options = {"by_sample": by_sample, "embeds": embeds, "starts": True}
+    with backend(name):
+        assert_right([draw("fp16", **options)])
+        assert_right([draw("fp32-fp16", tokens=3, seed=seed, **options) for seed in range(4)])
+        if not embeds:
+            problem = draw(starts=True, by_sample=by_sample)
+            found, expected = results(problem, table=True), results(problem, table=True, reference=True)
+            torch.testing.assert_close(found["drows"], expected["drows"])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_padding_of_nobody_changes_nothing(name):
+    problem = draw()
+    with backend(name):
+        plain = results(problem)
+        behind = results(dataclasses.replace(problem, start=torch.zeros(BATCH, dtype=torch.int32)))
+    assert all(torch.equal(behind[key], plain[key]) for key in plain)
+
+
 SHAPES = {
     "one of everything": (1, 1, 1, 1),
     "one sample": (1, 7, 3, 33),

@@ -276,10 +276,12 @@ def test_the_operators_keep_torchs_rules(embeds, by_sample):
     _, (prompt, rows) = op_on(problem)
     kinds = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        torch.ops.fastpeft.prompt_embedding.default, (prompt, rows, problem.ids, -1, ""), test_utils=kinds
+        torch.ops.fastpeft.prompt_embedding.default,
+        (prompt, rows, problem.ids, problem.start, -1, ""),
+        test_utils=kinds,
     )
     if not by_sample:
-        args = (problem.dout, prompt.detach(), torch.tensor([False]))
+        args = (problem.dout, prompt.detach(), problem.start, torch.tensor([False]))
         torch.library.opcheck(torch.ops.fastpeft.prompt_embedding_backward.default, args, test_utils=kinds[:2])
 
 

@@ -32,7 +32,8 @@ def problems() -> list[Problem]:
     for name in ("ids", "rows", "prompt", "dout"):
         shared = with_layout(shared, name, "gappy")
         own = own if name == "ids" else with_layout(own, name, "gappy")
-    return [shared, own]
+    behind = draw("fp32", starts=True, **SIZES)
+    return [shared, own, behind, draw("fp32", embeds=True, by_sample=True, starts=True, **SIZES)]
 
 
 def assert_unknown_rows_are_nan() -> None:

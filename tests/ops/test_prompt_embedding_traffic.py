@@ -51,6 +51,18 @@ def test_a_prompt_in_fp32_is_read_and_its_gradient_written_in_fp32():
     assert backward.of("_grad_prompt_kernel") == ({"dout_ptr": 3 * 2 * 40 * 2}, {"out_ptr": 2 * 40 * 4})
 
 
+def test_behind_padding_only_the_starts_are_read_besides():
+    """Once for each token, for each block of a prompt's row, and for each block of a gradient's."""
+    forward, backward = moved(draw("fp16", batch=3, tokens=2, count=2, hidden=40, starts=True))
+    loads, stores = forward.of("_prepend_kernel")
+    assert loads == {
+        "ids_ptr": 3 * 2 * 8, "rows_ptr": 3 * 2 * 80, "prompt_ptr": 2 * 80, "start_ptr": (3 * 2 + 2 * 2 * 3) * 8
+    }  # fmt: skip
+    assert stores == {"out_ptr": 3 * 4 * 80}
+    expected = {"dout_ptr": 3 * 2 * 80, "start_ptr": 2 * 2 * 3 * 8}
+    assert backward.of("_grad_prompt_kernel") == (expected, {"out_ptr": 2 * 80})
+
+
 def test_prompts_by_sample_and_embeddings_are_read_once_and_have_gradients_for_nothing():
     forward, backward = moved(draw("fp16", batch=3, tokens=2, count=2, hidden=40, embeds=True, by_sample=True))
     rows = 3 * 2 * 40 * 2
