@@ -125,7 +125,7 @@ def assert_same_files(hf, ours, directory: Path) -> None:
     for config in configs:
         if config.get("modules_to_save"):
             config["modules_to_save"] = list(dict.fromkeys(config["modules_to_save"]))  # peft adds a task's twice
-        if config["peft_type"] == "LORA":
+        if config["peft_type"] in ("LORA", "ADALORA"):
             del config["target_modules"]
             config["exclude_modules"] = sorted(config["exclude_modules"] or ())
             config["target_parameters"] = config["target_parameters"] or None  # peft writes [] for mixtral
