@@ -1,10 +1,7 @@
-"""Facts about model families that LoRA and AdaLoRA need where the user says nothing: which modules they go to, which
-are heads.
+"""Facts about model families that LoRA and AdaLoRA need where the user says nothing: which modules they go to.
 
 The tables are those of Hugging Face peft 0.21.2, so that a configuration without target_modules means the same in both.
 """
-
-from fastpeft.configs import TaskType
 
 _FAMILIES: dict[tuple[str, ...], str] = {
     ("q_proj", "v_proj"): (
@@ -62,20 +59,6 @@ QUERY_VALUE_NAMES = frozenset(
         *("qkv", "Wqkv", "qkv_proj", "to_qkv", "attn_qkv", "query_key_value", "c_attn", "in_proj"),
     )
 )
-
-# What a task trains whole beside the adapter, by the end of a module's path.
-TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-
-# Tried where none of TASK_HEADS is in the model: BART's and T5's heads, and ModernBERT's for answers, which peft leaves
-# random and untrained.
-OTHER_HEADS: dict[TaskType, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classification_head",),
-    TaskType.QUESTION_ANS: ("classifier",),
-}
 
 # State space models hand these weights to a fused kernel that does not call the module, so an adapter has no effect.
 UNCALLED_FAMILIES = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))

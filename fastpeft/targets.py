@@ -13,19 +13,25 @@ from functools import cached_property
 
 from torch import nn
 
-from fastpeft.configs import AdaptionPromptConfig, LoraConfig, PeftConfig, PeftType, as_config
+from fastpeft.configs import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    as_config,
+)
 from fastpeft.default_targets import (
     ADALORA_TARGETS,
     DEFAULT_TARGETS,
-    OTHER_HEADS,
     QUERY_VALUE_NAMES,
-    TASK_HEADS,
     UNCALLED_FAMILIES,
     UNCALLED_NAMES,
 )
 from fastpeft.errors import TargetError
 from fastpeft.names import dotted_ends, leaf, listed, nearest, shortest_ends
 from fastpeft.patterns import layer_index, matches_name, matches_tail
+from fastpeft.tuners.prefix_encoder import PromptEncoders
 
 ALL_LINEAR = "all-linear"
 
@@ -92,9 +98,10 @@ def saved_modules(model: nn.Module, config: PeftConfig) -> tuple[str, ...]:
         return ()  # a file of peft's, which has no heads
     # Every path, as in peft: one module may be reached by two, and is replaced under each.
     every = dict(model.named_modules(remove_duplicate=False))
-    paths = [name for name in every if name and not _inside_adapter(name)]
-    heads = TASK_HEADS.get(config.task_type, ())
-    _add_heads(config, heads, paths)
+    ours = tuple(f"{name}." for name, module in every.items() if isinstance(module, PromptEncoders))
+    paths = [name for name in every if name and not _inside_adapter(name) and not f"{name}.".startswith(ours)]
+    heads = getattr(MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type), "heads", ())
+    _add_heads(model, config, heads, paths)
     entries = config.modules_to_save or []
     for entry in entries:
         if entry not in heads and not any(name.endswith(entry) for name in paths):
@@ -107,15 +114,26 @@ def saved_modules(model: nn.Module, config: PeftConfig) -> tuple[str, ...]:
     return tuple(name for name in found if not any(name.startswith(f"{outer}.") for outer in found))
 
 
-def _add_heads(config: PeftConfig, heads: tuple[str, ...], paths: list[str]) -> None:
+def _add_heads(model: nn.Module, config: PeftConfig, heads: tuple[str, ...], paths: list[str]) -> None:
     entries = list(config.modules_to_save or [])
     missing = [head for head in heads if head not in entries]
     # A saved configuration names peft's heads already; then it says what its file holds, and nothing is added.
-    if missing == list(heads) and not any(name.endswith(heads) for name in paths):
-        others = OTHER_HEADS.get(config.task_type, ())
-        missing += [head for head in others if any(name.endswith(head) for name in paths)]
+    if missing and missing == list(heads) and not any(name.endswith(heads) for name in paths):
+        missing += [name for name in _beside_backbone(model) if name in paths]
     if missing:
         config.modules_to_save = list(dict.fromkeys(entries + missing))
+
+
+def _beside_backbone(model: nn.Module) -> list[str]:
+    """The children of a transformers model that have parameters and are neither its backbone nor what predicts tokens:
+    the head, whatever it is called. peft leaves those that it has no name for random and untrained, as BART's, T5's
+    and ModernBERT's."""
+    backbone = getattr(model, "base_model_prefix", None)
+    if backbone not in model._modules:
+        return []
+    others = (model._modules[backbone], model.get_output_embeddings())
+    children = ((name, child) for name, child in model.named_children() if child not in others)
+    return [name for name, child in children if next(child.parameters(), None) is not None]
 
 
 class _Selection:
