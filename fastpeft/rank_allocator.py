@@ -42,6 +42,11 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
     if isinstance(global_step, bool) or not isinstance(global_step, int) or global_step < 0:
         raise PatchError(f"update_and_allocate: global_step={global_step!r}: the number of the step, an int from 0 up")
     allocator = RankAllocator(model, _trained_adapter(model))
+    if allocator.config.total_step is None:
+        raise PatchError(
+            f"update_and_allocate: the configuration of {allocator.name!r} has no total_step, and so no schedule; set "
+            "it in model.peft_config, or in adapter_config.json before loading"
+        )
     with torch.no_grad():
         allocator.step(global_step)
 

@@ -251,6 +251,44 @@ def test_lora_and_adalora_live_in_one_model_in_different_modules(tmp_path):
     close(result(loaded, batch()), both, 1e-5)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", ["linear", "conv1d-of-gpt2"])
+def test_the_kernels_serve_it(kind):
+    """The same on both backends, with a rank that is no power of two."""
+    found = []
+    for backend in ("torch", "triton"):
+        config = fastpeft.AdaLoraConfig(target_modules=["0"], **SCHEDULE)
+        ours = fastpeft.patch(module_of(kind), config, backend=backend)
+        randomise(ours)
+        x = inputs_of(kind).requires_grad_()
+        output = ours(x)
+        output.square().sum().backward()
+        found.append([output, x.grad, *(p.grad for p in ours.parameters() if p.requires_grad)])
+    for mine, expected in zip(*reversed(found), strict=True):
+        close(mine, expected, 1e-4)
+    assert "AdaLora" in str(fastpeft.report(ours)) and "on triton" in str(fastpeft.report(ours))
+
+
+def test_an_offloaded_adapter_says_what_to_do_with_labels():
+    from accelerate import cpu_offload
+
+    ours = ours_alone(**TARGETS).eval()
+    randomise(ours)
+    inputs = unlabelled(batch())
+    expected = result(ours, inputs)
+    cpu_offload(ours, torch.device("cpu"))
+    close(result(ours, inputs), expected, 1e-6)
+    with pytest.raises(
+        fastpeft.PatchError, match="its adapter is offloaded by accelerate, and the loss has a term of it"
+    ):
+        ours(**batch())
+    model = tiny()
+    cpu_offload(model, torch.device("cpu"))
+    torch.manual_seed(11)
+    patched = fastpeft.patch(model, fastpeft.AdaLoraConfig(task_type="CAUSAL_LM", **SCHEDULE, **TARGETS))
+    close(patched(**batch()).loss, ours_alone(**TARGETS)(**batch()).loss, 1e-6)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(reentrant):
     gradients = []

@@ -36,8 +36,8 @@ def quiet(function, *args, **kwargs):
 
 
 def by_hand(model, order: list, steps=8) -> None:
-    """The Trainer's steps: batches accumulated, each with its share of the mean over all their tokens, gradients clipped,
-    then the optimizer, the allocator, zero_grad."""
+    """The Trainer's steps: batches accumulated, each with its share of the mean over all their tokens, gradients
+    clipped, then the optimizer, the allocator, zero_grad."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     rows = iter(order)
     for step in range(1, steps + 1):

@@ -313,6 +313,10 @@ def test_what_cannot_be_allocated_is_said(tmp_path):
     frozen = fastpeft.load_adapter(tiny(), tmp_path)
     with pytest.raises(fastpeft.PatchError, match="'default' is frozen; load it with trainable=True"):
         fastpeft.update_and_allocate(frozen, 1)
+    frozen.peft_config["default"].total_step = None  # as a file that only says what inference needs
+    frozen.set_adapter("default")
+    with pytest.raises(fastpeft.PatchError, match="'default' has no total_step, and so no schedule; set"):
+        fastpeft.update_and_allocate(frozen, 1)
 
 
 def test_an_infinite_gradient_is_said():

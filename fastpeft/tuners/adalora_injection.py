@@ -102,7 +102,14 @@ def after_call(model: nn.Module, name: str, outputs):
     weight = model._fastpeft.configs[name].orth_reg_weight
     if not isinstance(loss, torch.Tensor) or not weight or (is_tuple and loss.ndim):
         return outputs
-    layers = [layer for _, layer in layers_of(model, name)]
+    layers = []
+    for path, layer in layers_of(model, name):
+        if layer.is_offloaded(name):
+            raise PatchError(
+                f"{path}: its adapter is offloaded by accelerate, and the loss has a term of it; call without labels, "
+                "or dispatch the model first and patch it then"
+            )
+        layers.append(layer)
     distance = mean_distance([e.lora_A[name] for e in layers], [e.lora_B[name] for e in layers], loss.device)
     loss = loss + (weight * distance).to(loss.dtype)
     if is_tuple:
