@@ -74,10 +74,6 @@ PROMPTS = [
     ("llama", {"target_modules": "attn"}, TARGET, ("target_modules='attn'", "'self_attn'")),
     ("llama", {"target_modules": "model.layers"}, CONFIG, ("target_modules='model.layers'",)),
     ("llama", {"modules_to_save": ["lm_hed"]}, TARGET, ("lm_hed", "lm_head")),
-    *(
-        (family, {}, TARGET, ("cannot carry a gated prompt, only a prefix",))
-        for family in ("bloom", "falcon", "gptj", "gpt_neo", "codegen", "mpt")
-    ),
     ("xglm", {}, TARGET, ("XGLMForCausalLM", "XGLMAttention")),
 ]
 
