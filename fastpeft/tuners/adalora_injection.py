@@ -140,9 +140,11 @@ def fill_training(model: nn.Module, name: str, tensors: dict[str, torch.Tensor],
     """Put back what `training_tensors` has saved, into an adapter that its file has filled. Raises AdapterFileError,
     with the adapter as it was, if it does not fit."""
     config: AdaLoraConfig = model._fastpeft.configs[name]
-    left, ready = dict(tensors), []
+    left, ready, lacking = dict(tensors), [], []
     for path, layer in layers_of(model, name):
         mine = {key: left.pop(f"{path}.{key}") for key in _SAVED if f"{path}.{key}" in left}
+        if "lora_E.exp_avg_ipt" not in mine and (mine or layer._fastpeft.adapters[name].r):
+            lacking.append(path)
         if not mine:
             continue
         ranks = Ranks(_positions(mine.get("positions"), config.init_r, f"{where}: {path}.positions"))
@@ -153,6 +155,8 @@ def fill_training(model: nn.Module, name: str, tensors: dict[str, torch.Tensor],
         ready.append((layer, ranks, mine))
     if left:
         raise AdapterFileError(f"{where}: {listed(sorted(left))} belong to no layer of the adapter")
+    if any(key.endswith(".exp_avg_ipt") for key in tensors) and lacking:
+        raise AdapterFileError(f"{where}: the saved state of training has no importances for {listed(lacking)}")
     for layer, ranks, mine in ready:
         if "lora_E.dropped" in mine:
             layer.regrow(name, ranks, {key: mine[f"{key}.dropped"] for key in KEYS})
