@@ -122,6 +122,19 @@ def test_the_stacks_of_whisper_have_a_prefix_each(more, tmp_path):
     assert differences(before, snapshot(model)) == []
 
 
+def test_an_encoder_alone_has_one_prefix():
+    model = tiny("whisper", "SEQ_CLS")
+    before = snapshot(model)
+    for name, word in (
+        ("encoder_prefix", "all that this WhisperForAudioClassification has"),
+        ("cross_prefix", "cannot"),
+    ):
+        config = fastpeft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=LENGTH, **{name: True})
+        with pytest.raises(fastpeft.FastpeftError, match=word):
+            fastpeft.patch(model, config)
+    assert differences(before, snapshot(model)) == []
+
+
 def test_the_encoder_of_whisper_keeps_its_positions():
     """A call takes all of them, so that there are none to move to; the decoder's move."""
     from fastpeft.attention.sites import find_sites

@@ -32,9 +32,12 @@ class DisentangledSelfAttention(AdaptedAttention):
             rel_embeddings = self.pos_dropout(rel_embeddings)
             bias = self.disentangled_attention_bias(folded[0], folded[1], relative_pos, rel_embeddings, terms)
             bias = bias.unflatten(0, (-1, self.num_attention_heads))
+        mask = attention_mask.bool()
         out = attend(
-            self, query, key, value, attention_mask.bool(), self.active_prefix(query.dtype),
+            self, query, key, value, mask, self.active_prefix(query.dtype),
             self.active_prompts(), scaling=1 / math.sqrt(query.shape[-1] * terms), score_bias=bias,
             dropout=self.dropout.p if self.training else 0.0,
         )  # fmt: skip
+        if not self.slices():  # tokens at padding see nothing, for which transformers has every key alike
+            out = out + value.mean(2, keepdim=True) * ~mask.any(-1, keepdim=True)
         return out.transpose(1, 2).flatten(2), None

@@ -88,6 +88,11 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
     for name, wanted in (("encoder", config.encoder_prefix), ("cross", config.cross_prefix)):
         if wanted:
             parts.append(_other_part(model, name))
+            if parts[-1].sites.attention[0][1] is sites.attention[0][1]:
+                raise ConfigError(
+                    f"{name}_prefix=True: the {name} is all that this {type(model).__name__} has, and has the prefix; "
+                    "leave it out"
+                )
     for part in parts:
         for path, module, mixin in (*part.sites.attention, *part.sites.companions):
             if isinstance(module, AdapterLayer) and not isinstance(module, mixin):
