@@ -100,6 +100,11 @@ class Launch:
     def key(self) -> str:
         return repr((self.kernel.fn.__name__, self.signature, self.constants, self.attributes, self.options))
 
+    @property
+    def outline(self) -> str:
+        """The name, what is left out (a bias, a gate) and the options: what differs in types and alignment has one."""
+        return repr((self.name, sorted(path for path, value in self.constants.items() if value is None), self.options))
+
 
 @dataclass
 class Facts:
@@ -237,13 +242,14 @@ def all_cases(ops: Iterable[str]) -> Iterator[Case]:
 
 
 def work(cases: Iterable[Case], targets: Iterable[str], quick: bool) -> list[tuple[Launch, str, Case]]:
-    """(launch, target, first case that makes it): each distinct launch once per target."""
+    """(launch, target, first case that makes it): each distinct launch once per target; if quick, each outline once."""
     wanted = {}
     for case in cases:
         for target in targets:
             if not quick or target in case.quick:
                 for launch in recorded_launches(case.run, TARGETS[target].gpu):
-                    wanted.setdefault((launch.key, target), (launch, target, case))
+                    key = launch.outline if quick else launch.key
+                    wanted.setdefault((key, target), (launch, target, case))
     return list(wanted.values())
 
 

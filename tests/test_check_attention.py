@@ -37,6 +37,13 @@ def small(monkeypatch):
 
 
 @pytest.fixture
+def few(monkeypatch):
+    """For a mistake in the op, which a draw or two of each case shows; of the model as many, where nothing is found."""
+    extent = check_attention.Extent(keys=40, op_draws=2, short_draws=8, model_draws=16, decoded=1)
+    monkeypatch.setattr(check_attention, "extent_of", lambda *_: extent)
+
+
+@pytest.fixture
 def two_cases(monkeypatch):
     """For what is asked of the model: the op is checked with the first masks alone."""
     monkeypatch.setattr(check_attention, "CASES", check_attention.CASES[:2])
@@ -84,7 +91,7 @@ def with_another_scale(function, factor):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_wrong_scale_in_the_op_is_found(method, dtype, monkeypatch, tmp_path, small):
+def test_a_wrong_scale_in_the_op_is_found(method, dtype, monkeypatch, tmp_path, few):
     name = "gated" if method == "adapter" else "prefix_attention"
     monkeypatch.setattr(attention_oracle, name, with_another_scale(getattr(attention_oracle, name), 0.97))
     status, printed, document = document_of(tmp_path, "--method", method, "--dtype", dtype)

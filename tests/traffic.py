@@ -27,7 +27,15 @@ class Launch:
 
     def charge(self, counter: Counter, addresses: numpy.ndarray, mask: numpy.ndarray, size: int) -> None:
         active = addresses[numpy.broadcast_to(mask, addresses.shape)]
+        if not active.size:
+            return
+        lowest, highest = int(active.min()), int(active.max())
         for name, (start, stop) in self.extents.items():
+            if stop <= lowest or highest < start:  # touched by none
+                continue
+            if start <= lowest and highest < stop:  # by all
+                counter[name] += active.size * size
+                return
             inside = (active >= start) & (active < stop)
             if count := int(inside.sum()):
                 counter[name] += count * size
