@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpeft
+from fastpeft.files import read_adapter, write_adapter
 from fastpeft.journal import ENCODER
 from fastpeft.rank_allocator import RankAllocator, budget_at
 from tests.adalora_pair import SCHEDULE, TARGETS, adam, ours_alone, pair, pattern, ranks, train
@@ -118,6 +119,9 @@ def test_what_training_needs_is_gone_with_it(tmp_path):
     frozen = fastpeft.load_adapter(tiny(), tmp_path)
     frozen.save_pretrained(tmp_path / "frozen")
     assert not (tmp_path / "frozen" / ENCODER).exists()
+    train(model, adam(model), range(21, 51))  # ranks are settled, importances done with
+    model.save_pretrained(tmp_path)
+    assert {key.rpartition(".")[2] for key in read_adapter(tmp_path).encoder} == {"dropped"}
 
 
 @pytest.mark.parametrize("by", ["peft", "us"])
@@ -192,8 +196,6 @@ def spoiled(tensors: dict, how: str) -> dict:
     ],
 )
 def test_a_state_of_training_that_does_not_fit_is_refused(how, words, tmp_path):
-    from fastpeft.files import read_adapter, write_adapter
-
     model = ours_alone(**TARGETS)
     train(model, adam(model), range(1, 25))
     model.save_pretrained(tmp_path)
