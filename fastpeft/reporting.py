@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastpeft import tables
-from fastpeft.attention.positions import Shift
+from fastpeft.attention.numbering import Companion
 from fastpeft.dispatch import choose_backend, lora_linear_plan_for
 from fastpeft.errors import BackendError
 from fastpeft.patching import layers, state_of
@@ -52,7 +52,7 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What `patch` did to this model and what will run. Raises PatchError if it is not patched."""
     state = state_of(model)
-    passive = (Shift, PromptEncoders)  # they compute nothing of their own
+    passive = (Companion, PromptEncoders)  # they compute nothing of their own
     rows = tuple(_layer_report(path, each) for path, each in layers(model) if not isinstance(each, passive))
     return Report(rows, state.active, state.merged)
 
@@ -60,7 +60,7 @@ def report(model: nn.Module) -> Report:
 def _layer_report(path: str, layer: nn.Module) -> LayerReport:
     names = tuple(layer._fastpeft.adapters)
     kind = type(layer).__name__
-    if isinstance(layer, AdaptedAttention):
+    if isinstance(layer, AdaptedAttention) and layer.carries():
         return _attention_report(path, kind, names, layer)
     if not isinstance(layer, LoraLinear):
         return LayerReport(path, kind, names, "torch modules", "torch", "no kernel serves this kind of module")

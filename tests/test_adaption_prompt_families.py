@@ -249,6 +249,23 @@ def test_a_gated_prompt_beside_a_prefix_and_lora(family, task):
         assert not torch.allclose(result(model, inputs), alone)
 
 
+def test_a_layer_below_the_gated_prompts_is_as_before():
+    """BLOOM's is a patched one all the same, as its own forward knows none of our masks."""
+    inputs, plain, outputs = batch_for("bloom", "CAUSAL_LM"), tiny("bloom"), []
+    model = made("bloom", "CAUSAL_LM", layers=1)
+    for each in (plain, model):
+        first = each.transformer.h[0].self_attention
+        first.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
+        with torch.no_grad():
+            each(**inputs, use_cache=False)
+    assert torch.equal(*outputs)
+    ops = {layer.path: layer.op for layer in fastpeft.report(model).layers}
+    assert ops == {
+        "transformer.h.0.self_attention": "torch modules",
+        "transformer.h.1.self_attention": "gated_prompt_attention",
+    }
+
+
 def test_layers_that_share_a_module_share_its_prompt():
     model = made("albert-one", "SEQ_CLS", layers=1)
     assert sum("adaption_prompt" in name for name, _ in model.named_parameters()) == 1

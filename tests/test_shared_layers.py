@@ -43,6 +43,12 @@ def test_each_layer_has_a_pass_of_a_module(family):
     assert again.passes == found.passes and [each[0] for each in again.stacks] == ["albert.encoder"]
 
 
+def test_the_stack_is_not_reported():
+    """It computes nothing of its own."""
+    kinds = {layer.kind for layer in fastpeft.report(made("albert")).layers}
+    assert kinds == {"AdaptedAlbertAttention", "SavedLinear"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_block_of_the_table_goes_to_its_layer_alone(family):
     """The keys of the prefix that the modules are called with, in the order of the calls, are the table's in order."""

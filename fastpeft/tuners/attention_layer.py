@@ -64,6 +64,10 @@ class AdaptedAttention(AdapterLayer):
         entries = self._fastpeft.adapters
         return [name for name in super().active_adapters() if entries[name] != NOTHING]
 
+    def carries(self) -> bool:
+        """Whether any adapter has virtual tokens here."""
+        return any(entry != NOTHING for entry in self._fastpeft.adapters.values())
+
     def slices(self) -> list[Slice]:
         """The prefixes of a call now."""
         entries = self._fastpeft.adapters
