@@ -1,6 +1,6 @@
 """What a call of a patched model hands from its root to its token embeddings: the virtual tokens that it begins with.
 
-Virtual tokens (prompt tuning, P-tuning) are tokens of a vocabulary that goes on behind the model's own: ids V, V + 1, …
+Virtual tokens (prompt tuning, P-tuning) are tokens of a vocabulary of their own, whose ids are far behind the model's.
 The root writes them into the rows of a batch, and everything that a model makes of ids (positions, padding, the place
 of a class, the decoder's shifted input) is made as for any other token. Only embeddings look them up elsewhere.
 """
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# The id of the first virtual token: behind every vocabulary, so that a wrong id of the caller's is none of these.
+FIRST = 2**30
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,13 @@ class Room:
 
 @dataclass(frozen=True)
 class Call:
-    """The tokens (B, S) of a call, None where it came with embeddings, and its prompt (P, H); `decodes`: whether a
-    decoder too is given virtual tokens."""
+    """The tokens (B, S) of a call and its prompt (P, H). written: (B, T) the ids that the model is called with; ids and
+    written are None where it is called with embeddings. decodes: whether a decoder too is given virtual tokens."""
 
     ids: Tensor | None
     prompt: Tensor
     room: Room
+    written: Tensor | None = None
     decodes: bool = False
 
 
@@ -103,15 +107,14 @@ def packed_room_for(count: int, positions: Tensor) -> Room | None:
 
 
 def widened(values: Tensor, room: Room, fill: Tensor | int) -> Tensor:
-    """values (..., S) with `fill`, a number or (P,), at the virtual tokens: (..., P + S)."""
+    """values (B, S), or one row for all, with `fill`, a number or (P,), at the virtual tokens: (B, T)."""
     fill = torch.as_tensor(fill, dtype=values.dtype, device=values.device)
     if room.source is None:
-        return torch.cat((fill.expand(*values.shape[:-1], room.count), values), -1)
-    source, virtual = (each.expand(*values.shape[:-1], -1) for each in (room.source, room.virtual))
-    if len(values) != source.shape[-2]:  # one row of positions for all samples
-        values, source, virtual = values.expand(len(room.source), -1), room.source, room.virtual
+        return torch.cat((fill.expand(len(values), room.count), values), 1)
+    source, virtual = room.source, room.virtual
+    values = values.expand(len(source), -1)  # there may be one row of positions for all samples
     found = fill if fill.ndim == 0 else fill[virtual.clamp(min=0)]
-    return torch.where(virtual >= 0, found, values.gather(-1, source))
+    return torch.where(virtual >= 0, found, values.gather(1, source))
 
 
 def trimmed(values: Tensor, room: Room) -> Tensor:

@@ -11,9 +11,12 @@ from fastpeft.calls import Call, Room, calling
 from fastpeft.selection import active_names
 from fastpeft.tuners.prompt_call import (
     behind_virtual_tokens,
+    check_mask,
+    explaining,
     filled,
     named_arguments,
     prompt_of,
+    spare_logits,
     takes,
     with_virtual_tokens,
     without_virtual_tokens,
@@ -96,20 +99,27 @@ def _prompted(model: nn.Module, parts: list[Part], given: dict[str, Any]) -> Any
         return base(**given)  # which says what is missing
     if quirky:
         call, given = _as_in_peft(model, task, prompt, given)
-        return calling(state, call, base, **given)
+        return _called(state, parts, call, base, given)
     decodes = encoder_decoder and task.decodes_its_input(given)
-    first = text_embedding(model).num_embeddings
-    call = with_virtual_tokens(given, prompt, first, decodes=decodes)
+    packs = not encoder_decoder and takes(state.original_class, "use_cache")  # which encoders do not
+    call = with_virtual_tokens(given, prompt, packs=packs, decodes=decodes)
     room, total = call.room, (given["inputs_embeds"] if call.ids is None else given["input_ids"]).shape[1]
-    trims = not any(part.shows_virtual for part in parts)
-    spares = trims and room.kept is None and takes(state.original_class, "logits_to_keep")
-    task.move_targets(given, room, spares and not given.get("logits_to_keep"))
+    trims = (decodes or not encoder_decoder) and not any(part.shows_virtual for part in parts)
+    spares = trims and takes(state.original_class, "logits_to_keep") and spare_logits(given, room)
+    task.move_targets(given, room, spares)
     as_dict = given.pop("return_dict", None)
     as_dict = getattr(model.config, "return_dict", True) if as_dict is None else as_dict
-    output = calling(state, call, base, **given, return_dict=True)
+    output = _called(state, parts, call, base, {**given, "return_dict": True})
     if trims:
         output = without_virtual_tokens(output, room, total)
     return output if as_dict else output.to_tuple()
+
+
+def _called(state, parts: list[Part], call: Call, base: Callable, given: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        return calling(state, call, base, **given)
+    with explaining(parts[0].encoder, call.room.count, call.room.tokens):
+        return calling(state, call, base, **given)
 
 
 def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, Any]) -> tuple[Call, dict[str, Any]]:
@@ -122,8 +132,8 @@ def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, A
     rows = given["inputs_embeds"] if ids is None else None
     room = Room(len(prompt), (rows if ids is None else ids).shape[1])
     given["inputs_embeds"] = embedding.in_front(ids, rows, prompt, room)
-    if mask is not None:
+    if check_mask(mask, begins=True):
         given["attention_mask"] = torch.cat((torch.ones(len(mask), room.count, device=mask.device), mask), 1)
     given.pop("position_ids", None)
     task.move_targets_as_peft(given, room)
-    return Call(ids, prompt, room), given
+    return Call(None, prompt, room), given

@@ -17,8 +17,11 @@ class PatchedModelForCausalLM(PatchedModel):
         if spares:  # no logits of virtual tokens are computed, but of the last where there is something to predict
             given["logits_to_keep"] = room.tokens + (labels is not None)
             room = Room(1, room.tokens)
-        if labels is not None:
-            given["labels"] = widened(labels, room, IGNORED)
+        elif given.get("logits_to_keep") is not None:  # the labels are those of the logits that are kept
+            return
+        for name in ("labels", "shift_labels"):
+            if (wanted := given.get(name)) is not None:
+                given[name] = widened(wanted, room, IGNORED)
 
     @classmethod
     def move_targets_as_peft(cls, given: dict, room: Room) -> None:

@@ -29,9 +29,10 @@ class LayerState:
 
 @functools.cache
 def patched_class(mixin: type, original: type) -> type:
-    """The subclass of `original` that computes with the mixin's forward; one for each pair."""
-    name = f"{mixin.prefix}{original.__name__}"
-    return type(name, (mixin, original, *mixin.behind), {"__module__": original.__module__, "__doc__": mixin.__doc__})
+    """The subclass of `original` that computes with the mixin's forward; one for each pair. transformers knows by a
+    class's qualified name what hidden states it has to give."""
+    namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": mixin.__doc__}
+    return type(f"{mixin.prefix}{original.__name__}", (mixin, original, *mixin.behind), namespace)
 
 
 def _rebuild(mixin: type, original: type):

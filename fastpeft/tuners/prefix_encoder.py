@@ -109,7 +109,8 @@ class PromptEncoders(AdapterLayer, nn.ModuleDict):
 
     def prepare_merge(self, names) -> None:
         if held := [name for name in names if name in self]:
-            raise PatchError(f"{held[0]!r} is a prefix, which no weight can hold; leave it out or keep it unmerged")
+            kind = "prompt" if hasattr(self[held[0]], "rows") else "prefix"
+            raise PatchError(f"{held[0]!r} is a {kind}, which no weight can hold; leave it out or keep it unmerged")
 
     def unmerge(self) -> None:
         """Nothing to do."""

@@ -1,5 +1,6 @@
 """A call of a model with virtual tokens in front: what becomes of its arguments, and of what comes back."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
@@ -7,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fastpeft.calls import Call, Room, packed_room_for, room_for, trimmed, widened
+from fastpeft.calls import FIRST, Call, Room, packed_room_for, room_for, trimmed, widened
 from fastpeft.errors import PatchError
 from fastpeft.ops.prompt_embedding import prepend_prompt
 
@@ -16,9 +18,14 @@ from fastpeft.ops.prompt_embedding import prepend_prompt
 PER_TOKEN = {"logits": 3, "start_logits": 2, "end_logits": 2, "last_hidden_state": 3}  # name -> dimensions
 
 
+# What tables of learned positions are called, which stand beside the embedding of tokens.
+TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
 @functools.cache
 def _argument_names(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+    parameters = inspect.signature(kind.forward).parameters.values()
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)[1:]
 
 
 def takes(kind: type, name: str) -> bool:
@@ -27,8 +34,39 @@ def takes(kind: type, name: str) -> bool:
 
 
 def named_arguments(kind: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a class's forward by name."""
-    return {**dict(zip(_argument_names(kind), args, strict=False)), **kwargs}
+    """The arguments of a call of a class's forward by name. Raises TypeError for more than it takes."""
+    names = _argument_names(kind)
+    if len(args) > len(names):
+        raise TypeError(f"{kind.__name__}.forward() takes {len(names)} positional arguments; {len(args)} were given")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def most_positions(model: nn.Module, path: str) -> int | None:
+    """How many tokens a row can have by the table of learned positions beside the embedding at `path`; None without
+    one."""
+    beside = model.get_submodule(path.rpartition(".")[0])
+    for name in TABLES:
+        table = beside._modules.get(name)
+        if isinstance(table, nn.Embedding):
+            unused = getattr(table, "offset", 0)  # BART's first two rows, and up to RoBERTa's for padding
+            if type(table).forward is nn.Embedding.forward and table.padding_idx is not None:
+                unused = table.padding_idx + 1
+            return table.num_embeddings - unused
+    return None
+
+
+@contextlib.contextmanager
+def explaining(encoder: nn.Module, count: int, tokens: int):
+    """Around a call of a model with learned positions: an error says, if so it is, that the prompt left too few."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        if encoder.most is None or count + tokens <= encoder.most:
+            raise
+        raise PatchError(
+            f"{count} virtual tokens and {tokens} tokens are {count + tokens}, and the model has a table of "
+            f"{encoder.most} positions; shorten one of them"
+        ) from error
 
 
 def prompt_of(encoders: Sequence[nn.Module]) -> Tensor:
@@ -58,12 +96,13 @@ def check_mask(mask: Any, begins: bool) -> bool:
 
 
 def with_virtual_tokens(
-    given: dict[str, Any], prompt: Tensor, first: int, *, decodes: bool = False, foremost: bool = False
+    given: dict[str, Any], prompt: Tensor, *, packs: bool = False, decodes: bool = False, foremost: bool = False
 ) -> Call:
-    """Put virtual tokens, whose ids begin at `first`, into the arguments of a call, in place: behind padding that
-    stands in front, or `foremost`. Embeddings that the caller gives are longer then, and the call has no ids."""
+    """Put virtual tokens into the arguments of a call, in place: behind padding that stands in front, or `foremost`;
+    before each sequence of a row, where the model `packs` several into one. Embeddings that the caller gives are longer
+    then, and the call has no ids. Raises PatchError for what cannot be made longer."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    room = _room(given, len(prompt), (ids if ids is not None else embeds).shape[:2], foremost)
+    room = _room(given, len(prompt), (ids if ids is not None else embeds).shape[:2], packs, foremost)
     if (mask := given.get("attention_mask")) is not None:
         given["attention_mask"] = widened(mask, room, 1)
     if (kinds := given.get("token_type_ids")) is not None:
@@ -71,10 +110,20 @@ def with_virtual_tokens(
     if (positions := given.get("position_ids")) is not None:
         given["position_ids"] = _positions(positions, room)
     if ids is None:
-        given["inputs_embeds"] = prepend_prompt(embeds, prompt, start=room.start)
+        if room.kept is None:
+            given["inputs_embeds"] = prepend_prompt(embeds, prompt, start=room.start)
+        else:
+            given["inputs_embeds"] = _spread(embeds, prompt, room)
         return Call(None, prompt, room)
-    given["input_ids"] = widened(ids, room, torch.arange(first, first + len(prompt), device=ids.device))
-    return Call(ids, prompt, room, decodes)
+    given["input_ids"] = widened(ids, room, torch.arange(FIRST, FIRST + len(prompt), device=ids.device))
+    return Call(ids, prompt, room, given["input_ids"], decodes)
+
+
+def _spread(embeds: Tensor, prompt: Tensor, room: Room) -> Tensor:
+    """(B, T, H): embeddings (B, S, H) and the prompts of several sequences in a row."""
+    rows = embeds.gather(1, room.source[..., None].expand(-1, -1, embeds.shape[-1]))
+    found = F.embedding(room.virtual.clamp(min=0), prompt).to(rows.dtype)
+    return found.where((room.virtual >= 0)[..., None], rows)
 
 
 def _positions(positions: Tensor, room: Room) -> Tensor:
@@ -88,13 +137,18 @@ def _positions(positions: Tensor, room: Room) -> Tensor:
     return widened(moved, room, torch.arange(room.count, device=positions.device))
 
 
-def _room(given: dict[str, Any], count: int, shape: Sequence[int], foremost: bool) -> Room:
+def _room(given: dict[str, Any], count: int, shape: Sequence[int], packs: bool, foremost: bool) -> Room:
     batch, tokens = shape
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     check_mask(mask, begins=True)
+    if mask is not None and tuple(mask.shape) != (batch, tokens):
+        raise PatchError(
+            f"attention_mask: shape {tuple(mask.shape)} beside tokens of shape {(batch, tokens)}; these shapes must be "
+            "equal, and the prompt's places are added here"
+        )
     if foremost:
         return Room(count, tokens)
-    if mask is None and positions is not None and _may_be_packed(positions, given):
+    if packs and mask is None and _may_be_packed(positions, given):
         packed = packed_room_for(count, positions.expand(batch, -1))
         if packed is not None:
             given.setdefault("use_cache", False)  # with which a model does not see that sequences are packed
@@ -103,9 +157,17 @@ def _room(given: dict[str, Any], count: int, shape: Sequence[int], foremost: boo
     return room_for(count, tokens, mask)
 
 
-def _may_be_packed(positions: Tensor, given: dict[str, Any]) -> bool:
-    plain = given.get("input_ids") is not None and given.get("past_key_values") is None
-    return plain and positions.ndim == 2 and not torch.compiler.is_compiling()
+def _may_be_packed(positions: Tensor | None, given: dict[str, Any]) -> bool:
+    if positions is None or positions.ndim != 2 or given.get("past_key_values") is not None:
+        return False
+    if torch.compiler.is_compiling():  # where what is done cannot depend on their values
+        torch._assert_async(
+            (positions.diff() == 1).all(),
+            "position_ids that begin anew: in compiled code a prompt stands in front of the first sequence of a row "
+            "only; give each sequence a row of its own, or do not compile",
+        )
+        return False
+    return True
 
 
 def _move_bounds(given: dict[str, Any], count: int) -> None:
@@ -130,6 +192,25 @@ def behind_virtual_tokens(given: dict[str, Any], count: int, foremost: bool) -> 
 def longer_mask(mask: Tensor, count: int, foremost: bool) -> Tensor:
     """A mask (B, T) with ones for P virtual tokens, (B, P + T)."""
     return widened(mask, room_for(count, mask.shape[1], None if foremost else mask), 1)
+
+
+def spare_logits(given: dict[str, Any], room: Room) -> bool:
+    """Whether the logits of all tokens are asked for, so that those of virtual ones can be left out. Where only some
+    are, `logits_to_keep` is moved behind the prompt, in place. Raises PatchError where sequences share a row."""
+    keep = given.get("logits_to_keep")
+    if keep is None or isinstance(keep, int) and (keep == 0 or keep >= room.tokens):
+        given.pop("logits_to_keep", None)
+        return room.kept is None
+    if room.kept is not None:
+        raise PatchError(
+            "logits_to_keep: several sequences share a row, and each has a prompt of its own there; leave it out, and "
+            "choose from the logits"
+        )
+    if isinstance(keep, Tensor):
+        given["logits_to_keep"] = torch.where(keep < 0, keep, keep + room.count)
+    elif keep < 0:  # all but the first
+        given["logits_to_keep"] = keep - room.count
+    return False
 
 
 def without_virtual_tokens(output: Any, room: Room, total: int) -> Any:

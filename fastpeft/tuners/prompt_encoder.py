@@ -11,6 +11,7 @@ class PromptTable(nn.Module):
     projects = False  # whether the rows come out of a network
     left_behind = False  # whether the file it is from has a network, and this is the table alone
     parts: dict = {}  # no other stack has any
+    most: int | None = None  # how many tokens a row of the model can have
 
     def __init__(self, length: int, width: int, used: int, device=None):
         super().__init__()
@@ -33,6 +34,7 @@ class PromptNetwork(nn.Module):
     projects = True
     left_behind = False
     parts: dict = {}
+    most: int | None = None
 
     def __init__(self, length: int, width: int, used: int, kind: str, hidden: int, layers: int, dropout: float):
         super().__init__()

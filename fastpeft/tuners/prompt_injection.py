@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastpeft.configs import PromptEncoderConfig, PromptLearningConfig, PromptTuningConfig
+from fastpeft.configs import PromptEncoderConfig, PromptLearningConfig, PromptTuningConfig, refuse
 from fastpeft.errors import ConfigError, TargetError
-from fastpeft.prefix_geometry import fill_prompt_dims
+from fastpeft.prefix_geometry import fill_prompt_dims, geometry
 from fastpeft.targets import saved_modules
-from fastpeft.tuners.layer import AdapterLayer, attach
+from fastpeft.tuners.layer import AdapterLayer, attach, offloaded_to
 from fastpeft.tuners.prefix_encoder import TABLE, PromptEncoders
+from fastpeft.tuners.prompt_call import most_positions
 from fastpeft.tuners.prompt_encoder import PromptNetwork, PromptTable
 from fastpeft.tuners.prompt_layer import PromptedEmbedding, PromptedEncoder
 from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
@@ -22,14 +23,13 @@ from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
 @dataclass(frozen=True)
 class Plan:
     """What a prompt will touch: (path, embedding, whether it is a decoder's behind an encoder), the encoder if there is
-    one, and the modules trained whole. `tokens`: of the text or the vocabulary, for the rows to begin as theirs."""
+    one, and the modules trained whole."""
 
     model: nn.Module
     config: PromptLearningConfig
     embeddings: tuple[tuple[str, nn.Module, bool], ...]
     encoder: nn.Module | None
     saved: tuple[tuple[str, nn.Module], ...]
-    tokens: tuple[int, ...] | None = None
     resumes: bool = False
     targets = ()
 
@@ -68,8 +68,8 @@ def plan(model: nn.Module, config: PromptLearningConfig) -> Plan:
             raise TargetError(
                 f"modules_to_save has {name}, and a prompt stands in front of {hit[0]}; name other modules"
             )
-    found = Plan(model, config, tuple(embeddings), encoder, saved)
-    return dataclasses.replace(found, tokens=_text_tokens(config, found.rows, embeddings[0][1]))
+    _check_positions(model, config, embeddings[0][0])
+    return Plan(model, config, tuple(embeddings), encoder, saved)
 
 
 def _embeddings(model: nn.Module) -> tuple[nn.Module | None, list[tuple[str, nn.Module, bool]]]:
@@ -93,15 +93,21 @@ def _embeddings(model: nn.Module) -> tuple[nn.Module | None, list[tuple[str, nn.
                 f"{kind}, not through an embedding of tokens; use LoRA or prefix tuning"
             )
         found.append((paths[id(module)], module, bool(found)))
-    same = len(found) == 2 and found[0][1] is found[1][1]
-    return (stacks[0] if pair else None), found[:1] if same else found
+    chosen = {id(module) for _, module, _ in found}
+    tied = {id(module._parameters.get("weight")): decodes for _, module, decodes in reversed(found)}
+    for path, module in model.named_modules():  # T5's encoder looks tokens up in one that shares the model's weight
+        weight = id(module._parameters.get("weight"))
+        if isinstance(module, nn.Embedding) and id(module) not in chosen and weight in tied:
+            found.append((path, module, tied[weight]))
+    return (stacks[0] if pair else None), list({id(each[1]): each for each in reversed(found)}.values())[::-1]
 
 
 def _filled(model: nn.Module, config: PromptLearningConfig, embedding: nn.Module) -> PromptLearningConfig:
     """A copy with the sizes filled in. A row is as wide as the embedding, also where a model widens that (OPT-350m,
     ALBERT), for which HF peft takes the hidden size and fails."""
     width = embedding.embedding_dim
-    asked = dataclasses.replace(config, token_dim=None if config.token_dim == width else config.token_dim)
+    usual = config.token_dim is None or config.token_dim == width
+    asked = dataclasses.replace(config, token_dim=geometry(model).width or width if usual else config.token_dim)
     filled = fill_prompt_dims(model, asked)
     filled.token_dim = width
     hidden = config.encoder_hidden_size if isinstance(config, PromptEncoderConfig) else None
@@ -110,22 +116,31 @@ def _filled(model: nn.Module, config: PromptLearningConfig, embedding: nn.Module
     return filled
 
 
-def _text_tokens(config: PromptLearningConfig, rows: int, embedding: nn.Module) -> tuple[int, ...] | None:
-    """The ids of prompt_tuning_init_text, repeated or cut to the table's rows; None without a text."""
-    if not isinstance(config, PromptTuningConfig) or config.prompt_tuning_init != "TEXT" or config.inference_mode:
-        return None
+def _check_positions(model: nn.Module, config: PromptLearningConfig, path: str) -> None:
+    """Raises ConfigError if the model has a place for no token behind the prompt."""
+    most = most_positions(model, path)
+    if most is not None and config.num_virtual_tokens >= most:
+        refuse(
+            "num_virtual_tokens",
+            config.num_virtual_tokens,
+            f"this {type(model).__name__} has a table of {most} positions, and the tokens behind the prompt need some",
+        )
+
+
+def _text_tokens(config: PromptTuningConfig, rows: int, embedding: nn.Module) -> list[int]:
+    """The ids of prompt_tuning_init_text, repeated or cut to the table's rows. Raises ConfigError."""
     from transformers import AutoTokenizer
 
     # A tokenizer's own code is never run for a configuration's sake.
     options = {key: value for key, value in (config.tokenizer_kwargs or {}).items() if key != "trust_remote_code"}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
-    except (OSError, ValueError) as error:
+        ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    except Exception as error:  # of many kinds, as there are many kinds of tokenizers and of damage to their files
         raise ConfigError(
-            f"tokenizer_name_or_path={config.tokenizer_name_or_path!r}: no tokenizer there ({error}); give the folder "
-            "of the model's tokenizer"
+            f"tokenizer_name_or_path={config.tokenizer_name_or_path!r}: no tokenizer there that can be used ({error}); "
+            "give the folder of the model's tokenizer"
         ) from error
-    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not ids:
         raise ConfigError(
             f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens; give a longer text"
@@ -135,19 +150,21 @@ def _text_tokens(config: PromptLearningConfig, rows: int, embedding: nn.Module) 
             f"tokenizer_name_or_path={config.tokenizer_name_or_path!r}: its token {max(ids)} is none of the model's "
             f"{embedding.num_embeddings}; give the model's own tokenizer"
         )
-    return tuple((ids * math.ceil(rows / len(ids)))[:rows])
+    return (ids * math.ceil(rows / len(ids)))[:rows]
 
 
 def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     """Build what the prompt's rows come from, and let the embeddings know virtual tokens. Without `init` it is a table
-    to be filled from a file. A prompt is always fp32, as HF peft's."""
+    to be filled from a file. A prompt is always fp32, as HF peft's. Raises ConfigError, before anything is touched, if
+    there is no text to begin with."""
     first = plan.embeddings[0][1]
     encoder = _encoder(plan, first, init)
+    encoder.most = most_positions(plan.model, plan.embeddings[0][0])
     holder = plan.model._modules.get(PromptEncoders.NAME)
     if holder is None:
         holder = PromptEncoders(plan.model, state)
         plan.model.add_module(PromptEncoders.NAME, holder)
-    holder.add_adapter(name, encoder.to(first.weight.device))
+    holder.add_adapter(name, encoder.to(offloaded_to(first) or first.weight.device))
     encoder.train(plan.model.training)
     for _, module, decodes in plan.embeddings:
         if not isinstance(module, AdapterLayer):
@@ -173,12 +190,12 @@ def _encoder(plan: Plan, embedding: nn.Module, init: bool) -> nn.Module:
     encoder = PromptTable(*sizes)
     if not init or not isinstance(config, PromptTuningConfig):
         return encoder
-    tokens = plan.tokens
+    tokens = _text_tokens(config, rows, embedding) if config.prompt_tuning_init == "TEXT" else None
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
         tokens = torch.randint(0, embedding.num_embeddings, (rows,), dtype=torch.long).tolist()
     if tokens is not None:
         with torch.no_grad():
-            ids = torch.tensor(tokens, device=embedding.weight.device)
+            ids = torch.tensor(tokens, device=offloaded_to(embedding) or embedding.weight.device)
             # The module's own rows, scaled where it scales; none of a prompt that is there already.
             read = embedding.base_forward if isinstance(embedding, AdapterLayer) else embedding
             encoder.embedding.weight.copy_(read(ids))

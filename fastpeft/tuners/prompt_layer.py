@@ -1,13 +1,14 @@
 """Token embeddings that know virtual tokens: what they add to their own class."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastpeft.calls import Room, calling, current_call
+from fastpeft.calls import FIRST, Call, Room, calling, current_call
 from fastpeft.errors import TargetError
 from fastpeft.ops.prompt_embedding import prepend_prompt, prompt_embedding
 from fastpeft.tuners.layer import AdapterLayer
-from fastpeft.tuners.prompt_call import named_arguments, prompt_of, with_virtual_tokens
+from fastpeft.tuners.prompt_call import explaining, named_arguments, prompt_of, with_virtual_tokens
 
 
 class PromptedEmbedding(AdapterLayer):
@@ -26,11 +27,11 @@ class PromptedEmbedding(AdapterLayer):
 
     def forward(self, input, *args, **kwargs):
         call = current_call(self._fastpeft.model)
-        if call is None or self._decodes() and not call.decodes:
+        if call is None or call.ids is None or self._decodes() and not call.decodes:
             return self.base_forward(input, *args, **kwargs)
-        if call.room.kept is not None or self._decodes():
-            return self.anywhere(input, call.prompt, *args, **kwargs)
-        return self.in_front(call.ids, None, call.prompt, call.room)
+        if call.room.kept is None and not self._decodes() and _is_written(input, call):
+            return self.in_front(call.ids, None, call.prompt, call.room)
+        return self.anywhere(input, call.prompt, *args, **kwargs)
 
     def _decodes(self) -> bool:
         return any(self._fastpeft.adapters.values())
@@ -44,11 +45,10 @@ class PromptedEmbedding(AdapterLayer):
         return prepend_prompt(self.base_forward(ids) if embeds is None else embeds, prompt, **options)
 
     def anywhere(self, ids: Tensor, prompt: Tensor, *args, **kwargs) -> Tensor:
-        """(B, T, H), wherever the virtual tokens' ids stand."""
-        first = self.num_embeddings
-        virtual = ids >= first
+        """(B, T, H), wherever the virtual tokens' ids stand. The prompt's gradients are summed in its own dtype."""
+        virtual = ids >= FIRST
         rows = self.base_forward(ids.masked_fill(virtual, 0), *args, **kwargs)
-        found = F.embedding((ids - first).clamp(min=0), prompt.to(rows.dtype))
+        found = F.embedding((ids - FIRST).clamp(min=0), prompt).to(rows.dtype)
         return found.where(virtual[..., None], rows)
 
     def add_adapter(self, name: str, *args, **kwargs) -> None:
@@ -71,6 +71,14 @@ class PromptedEmbedding(AdapterLayer):
         """Nothing to do."""
 
 
+def _is_written(input: Tensor, call: Call) -> bool:
+    """Whether these are the ids that the model was called with: a model may ask for more (Longformer's padding), or in
+    another order (XLNet)."""
+    if torch.compiler.is_compiling():  # where tensors have no addresses
+        return input.shape == call.written.shape
+    return input.is_set_to(call.written)
+
+
 class PromptedEncoder(AdapterLayer):
     """The encoder of a sequence-to-sequence model; an adapter's entry is what its rows come from. Called by itself, as
     `generate` does, it puts the virtual tokens in front; the whole model has done that before."""
@@ -84,9 +92,9 @@ class PromptedEncoder(AdapterLayer):
             return self.base_forward(*args, **kwargs)
         given = named_arguments(state.original_class, args, kwargs)
         prompt = prompt_of([state.adapters[name] for name in names])
-        first = self.get_input_embeddings().num_embeddings
-        call = with_virtual_tokens(given, prompt, first, foremost=bool(state.model.quirky.intersection(names)))
-        return calling(state.model, call, self.base_forward, **given)
+        call = with_virtual_tokens(given, prompt, foremost=bool(state.model.quirky.intersection(names)))
+        with explaining(state.adapters[names[0]], call.room.count, call.room.tokens):
+            return calling(state.model, call, self.base_forward, **given)
 
     parameters_of = PromptedEmbedding.parameters_of
     delete_adapter = PromptedEmbedding.delete_adapter
