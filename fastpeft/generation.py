@@ -1,6 +1,9 @@
 """What `generate` asks of a patched model: masks for static caches, and caches that have room for virtual tokens."""
 
 import copy
+import functools
+
+from torch import Tensor
 
 from fastpeft.forward import prompt_length
 from fastpeft.tuners.attention_layer import IMPLEMENTATION
@@ -13,30 +16,28 @@ class PromptedGeneration:
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, **kwargs):
         """What `generate` calls before it fills a static cache, to hand the model a mask of fixed shape. With virtual
         tokens the model makes a better one of the prompt's mask itself; for the single tokens after it, this is
-        done."""
+        done. A vector (BLOOM's) is of real tokens, and made longer where the model is called."""
         from transformers.masking_utils import create_masks_for_generate
 
         count, foremost = prompt_length(self)
         served = getattr(config.get_text_config(), "_attn_implementation", None) == IMPLEMENTATION
         begins = not filled(kwargs.get("past_key_values"))
-        if (served and inputs_embeds.shape[1] > 1) or (count and begins):
+        if served and inputs_embeds.shape[1] > 1:
             return attention_mask
-        if count and attention_mask is not None:
-            attention_mask = longer_mask(attention_mask, count, foremost)
         if served:
             config = copy.deepcopy(config)
             config.get_text_config()._attn_implementation_internal = "sdpa"  # whose masks are matrices
         original = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
-        return original(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
-        """transformers' own method. Of a cache that is gone on with, the virtual tokens are not among the ids."""
-        count, _ = prompt_length(self)
-        if count and next_sequence_length is not None and kwargs.get("is_first_iteration") and filled(past_key_values):
-            next_sequence_length += count
-        return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
-        )
+        make = functools.partial(original, config=config, inputs_embeds=inputs_embeds, **kwargs)
+        if count and attention_mask is not None:
+            made = make(attention_mask=attention_mask)
+            if isinstance(made, Tensor) and made.ndim == 2:
+                return made
+        if count and begins:
+            return attention_mask
+        if count and attention_mask is not None:
+            attention_mask = longer_mask(attention_mask, count, foremost)
+        return make(attention_mask=attention_mask)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -46,3 +47,23 @@ class PromptedGeneration:
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + count
         )
+
+
+@functools.cache
+def preparing(original: type) -> dict:
+    """The method by which `original` prepares a step of `generate`, if it has one, as it is to be in front of it: of a
+    cache that is gone on with, the virtual tokens are not among the ids. `generate` reads from its arguments' names
+    what the model takes."""
+    own = getattr(original, "prepare_inputs_for_generation", None)
+    if own is None:
+        return {}
+
+    @functools.wraps(own)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        count, _ = prompt_length(self)
+        more = kwargs.get("next_sequence_length")
+        if count and more is not None and kwargs.get("is_first_iteration") and filled(kwargs.get("past_key_values")):
+            kwargs["next_sequence_length"] = more + count
+        return own(self, *args, **kwargs)
+
+    return {own.__name__: prepare_inputs_for_generation}

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from fastpeft.calls import Room, widened
 from fastpeft.forward import forward as adapted_forward
-from fastpeft.generation import PromptedGeneration
+from fastpeft.generation import PromptedGeneration, preparing
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
 
@@ -189,7 +189,8 @@ def patched_model_class(original: type, task: type = PatchedModel) -> type:
     """The subclass of a model's class with a patched model's methods and a task's, under the same name: transformers
     asks for it, and for the arguments of its forward."""
     namespace = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (task, original), {**namespace, "forward": _forward_of(original)})
+    namespace |= {"forward": _forward_of(original), **preparing(original)}
+    return type(original.__name__, (task, original), namespace)
 
 
 @functools.cache

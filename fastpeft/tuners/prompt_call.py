@@ -104,7 +104,8 @@ def with_virtual_tokens(
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     room = _room(given, len(prompt), (ids if ids is not None else embeds).shape[:2], packs, foremost)
     if (mask := given.get("attention_mask")) is not None:
-        given["attention_mask"] = widened(mask, room, 1)
+        fits = mask.shape[1] == room.tokens  # else it is of a whole static cache
+        given["attention_mask"] = widened(mask, room, 1) if fits else _of_cache(mask, len(prompt), foremost)
     if (kinds := given.get("token_type_ids")) is not None:
         given["token_type_ids"] = widened(kinds, room, 0)
     if (positions := given.get("position_ids")) is not None:
@@ -142,6 +143,8 @@ def _room(given: dict[str, Any], count: int, shape: Sequence[int], packs: bool, 
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     check_mask(mask, begins=True)
     if mask is not None and tuple(mask.shape) != (batch, tokens):
+        if len(mask) == batch and mask.shape[1] == _places(given.get("past_key_values")):
+            return room_for(count, tokens, None if foremost else mask)
         raise PatchError(
             f"attention_mask: shape {tuple(mask.shape)} beside tokens of shape {(batch, tokens)}; these shapes must be "
             "equal, and the prompt's places are added here"
@@ -184,9 +187,22 @@ def behind_virtual_tokens(given: dict[str, Any], count: int, foremost: bool) -> 
     """The arguments of a call that goes on with a cache, in place: the mask and positions know of the prompt in it."""
     mask = given.get("attention_mask")
     if check_mask(mask, begins=False):
-        given["attention_mask"] = longer_mask(mask, count, foremost)
+        whole = mask.shape[1] == _places(given.get("past_key_values"))
+        given["attention_mask"] = (_of_cache if whole else longer_mask)(mask, count, foremost)
     if (positions := given.get("position_ids")) is not None:
         given["position_ids"] = positions + count
+
+
+def _places(cache: Any) -> int | None:
+    """How many tokens a static cache has room for; None of any other."""
+    if not getattr(cache, "is_compileable", False):
+        return None
+    return (getattr(cache, "get_max_length", None) or cache.get_max_cache_shape)()  # the older name
+
+
+def _of_cache(mask: Tensor, count: int, foremost: bool) -> Tensor:
+    """The same for a mask of all places of a static cache, the last of which are not filled: it stays as long."""
+    return longer_mask(mask, count, foremost)[:, : mask.shape[1]]
 
 
 def longer_mask(mask: Tensor, count: int, foremost: bool) -> Tensor:

@@ -1,0 +1,184 @@
+"""Generation with a prompt in front: the tokens of step-by-step argmax by every way, and of each row alone."""
+
+import functools
+
+import pytest
+import torch
+
+import fastpeft
+from tests.models import VOCABULARY, tiny
+from tests.prefix_pair import DECODERS, SEQ2SEQ, task_of
+from tests.prompt_pair import LENGTH, oracle, prompted, rows_of, with_prompt
+from tests.test_prefix_generation import NEW, generate, prompts, unpadded
+
+EVERY = (*DECODERS, "xglm")
+
+
+@functools.cache
+def strong(family: str, method: str = "prompt"):
+    """Shared by the tests of this file, which do not change it. The prompt is strong, so that it decides on tokens."""
+    model = prompted(family, task_of(family) if family != "t5-wide" else "SEQ_2_SEQ_LM", method)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.mul_(4)
+    return model
+
+
+@torch.no_grad()
+def argmax_by_steps(model, inputs: dict, given: bool = True, steps: int = NEW) -> torch.Tensor:
+    """Greedy generation with a whole forward pass for each token and no cache; of the oracle, if it is given virtual
+    tokens already."""
+    inputs = dict(inputs)
+    for _ in range(steps):
+        logits = model(**inputs, use_cache=False).logits[:, -1, :VOCABULARY].clone()
+        logits[:, 2] = -torch.inf  # the end of the sequence, which `min_new_tokens` forbids
+        inputs["input_ids"] = torch.cat((inputs["input_ids"], logits.argmax(-1, keepdim=True)), 1)
+        mask = inputs["attention_mask"]
+        inputs["attention_mask"] = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = torch.cat((inputs["position_ids"], inputs["position_ids"][:, -1:] + 1), 1)
+    return inputs["input_ids"]
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_way_is_one(family):
+    """Greedy tokens by a cache, without one, from embeddings; and logits of chunks and single tokens."""
+    ours, inputs = strong(family), unpadded()
+    ids = inputs["input_ids"]
+    model = oracle(family, "CAUSAL_LM", rows_of(ours))
+    expected = argmax_by_steps(model, with_prompt(inputs))[:, LENGTH:]
+    assert torch.equal(argmax_by_steps(ours, inputs), expected)
+    assert torch.equal(generate(ours, **inputs), expected)
+    assert torch.equal(generate(ours, **inputs, use_cache=False), expected)
+    assert torch.equal(generate(ours, input_ids=ids), expected)
+    embeds = ours.get_input_embeddings()(ids).detach()
+    by_embeds = generate(ours, inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    assert torch.equal(by_embeds, expected[:, -by_embeds.shape[1] :]) and by_embeds.shape[1] >= NEW
+    with torch.no_grad():
+        whole = ours(input_ids=expected, use_cache=False).logits
+        bound = 2e-6 * float(whole.abs().max())
+        for sizes in ([4] + [1] * 10, [5, 9], [1, 6, 7], [14]):
+            parts, cache = [], None
+            for chunk in expected.split(sizes, 1):
+                out = ours(input_ids=chunk, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                parts.append(out.logits)
+            assert (torch.cat(parts, 1) - whole).abs().max() <= bound, sizes
+
+
+# In transformers Falcon with ALiBi takes no static cache, and GPT-Neo gives other tokens with one, prompt or not.
+STATIC = [family for family in EVERY if family not in ("falcon-alibi", "gpt_neo")]
+
+
+@pytest.mark.parametrize("family", STATIC)
+def test_a_static_cache_gives_the_tokens_of_a_dynamic_one(family):
+    ours = strong(family)
+    for inputs in (prompts(), unpadded()):
+        assert torch.equal(generate(ours, **inputs, cache_implementation="static"), generate(ours, **inputs))
+
+
+COUNTING = ("mistral", "gemma2", "gemma3", "cohere2", "starcoder2", "gpt_oss", "gpt_neo", "mpt", "codegen")
+
+
+@pytest.mark.parametrize("family", [family for family in EVERY if family not in COUNTING])
+def test_left_padding_changes_nothing(family):
+    """A padded row gives the tokens of the same row alone; but for windows, which slide over padding too."""
+    ours, inputs = strong(family), prompts()
+    together = generate(ours, **inputs)
+    without = generate(ours, **inputs, use_cache=False)
+    assert torch.equal(without, together)
+    for row, begin in enumerate((3, 1, 0)):
+        alone = generate(ours, input_ids=inputs["input_ids"][row : row + 1, begin:])
+        assert torch.equal(together[row, -NEW:], alone[0, -NEW:])
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_padded_batch_is_the_oracles(family):
+    ours, inputs = strong(family), prompts()
+    fed = with_prompt(inputs)
+    model = oracle(family, "CAUSAL_LM", rows_of(ours))
+    found = generate(ours, **inputs)
+    expected = generate(model, **fed)
+    assert torch.equal(found[:, -NEW:], expected[:, -NEW:])
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(generate(ours, **inputs, **options)[:, -NEW:], generate(model, **fed, **options)[:, -NEW:])
+
+
+@pytest.mark.parametrize("family", [*SEQ2SEQ, "t5-wide"])
+def test_an_encoder_and_a_decoder(family):
+    ours, inputs = strong(family), prompts()
+    model = oracle(family, "SEQ_2_SEQ_LM", rows_of(ours))
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}):
+        assert torch.equal(generate(ours, **inputs, **options), generate(model, **with_prompt(inputs), **options))
+    assert torch.equal(generate(ours, **inputs, cache_implementation="static"), generate(ours, **inputs))
+    ids = unpadded()["input_ids"]
+    assert torch.equal(generate(ours, input_ids=ids), generate(ours, **unpadded()))
+    encoded = ours.get_encoder()(**inputs)
+    by_states = generate(ours, encoder_outputs=encoded, attention_mask=inputs["attention_mask"])
+    assert torch.equal(by_states, generate(ours, **inputs))
+    embeds = ours.get_encoder().get_input_embeddings()(inputs["input_ids"]).detach()
+    by_embeds = generate(ours, inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    assert torch.equal(by_embeds, generate(ours, **inputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3", "opt"])
+def test_a_cache_is_continued(family):
+    ours = strong(family)
+    for inputs in (unpadded(), prompts()):
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+        first = ours.generate(**inputs, **options)
+        more = first.sequences.new_full((len(first.sequences), 1), 9)
+        ids = torch.cat((first.sequences, more), 1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+        continued = generate(ours, input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values)
+        assert torch.equal(continued, generate(ours, input_ids=ids, attention_mask=mask))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
+def test_guessed_tokens_change_nothing(family):
+    """Assisted generation takes back from the cache what was guessed wrongly."""
+    ours, inputs = strong(family), {key: value[1:2] for key, value in unpadded().items()}
+    expected = generate(ours, **inputs)
+    assert torch.equal(generate(ours, **inputs, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(generate(ours, **inputs, assistant_model=tiny(family)), expected)
+    assert torch.equal(generate(ours, **inputs, prefill_chunk_size=4), expected)
+
+
+@pytest.mark.parametrize("method", ["mlp", "lstm"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_p_tuning_generates(family, method):
+    ours, inputs = strong(family, method), prompts()
+    model = oracle(family, ours.peft_config["default"].task_type.value, rows_of(ours))
+    assert torch.equal(generate(ours, **inputs)[:, -NEW:], generate(model, **with_prompt(inputs))[:, -NEW:])
+
+
+def test_sampling_draws_as_the_oracle_does():
+    ours, inputs = strong("llama"), prompts()
+    options = {"do_sample": True, "top_k": 20, "temperature": 0.7}
+    expected = generate(oracle("llama", "CAUSAL_LM", rows_of(ours)), **with_prompt(inputs), **options)
+    assert torch.equal(generate(ours, **inputs, **options)[:, -NEW:], expected[:, -NEW:])
+
+
+def test_scores_and_a_limit_of_length_are_of_tokens():
+    ours, inputs = strong("llama"), unpadded()
+    found = ours.generate(
+        **inputs, max_length=10, do_sample=False, output_scores=True, output_hidden_states=True,
+        return_dict_in_generate=True, min_length=10,
+    )  # fmt: skip
+    assert found.sequences.shape == (2, 10) and len(found.scores) == 4
+    assert [each[1].shape[1] for each in found.hidden_states] == [6, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_without_the_prompt_it_is_the_base_model():
+    """So that none of the above compares models that ignore their prompt."""
+    same = []
+    for family in (*EVERY, *SEQ2SEQ):
+        ours, inputs, base = strong(family), unpadded(), tiny(family, task_of(family))
+        with fastpeft.disable_adapter(ours):
+            without = generate(ours, **inputs)
+        assert torch.equal(without, generate(base, **inputs))
+        found = generate(ours, **inputs)
+        same += [family] if torch.equal(without, found) else []
+        if family not in SEQ2SEQ:
+            assert not torch.allclose(ours(**inputs).logits, base(**inputs).logits, rtol=1e-2)
+    assert len(same) <= 15, same  # in most a few random rows decide on tokens
