@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import re
@@ -44,7 +45,8 @@ def patched_pair(family: str, settings: dict, *, task: str = "CAUSAL_LM", dtype=
 
 
 def pair_of(build, settings: dict, kind: str = "LoraConfig", **options):
-    """(peft's model, ours) of what `build()` returns, in eval mode (peft's dropout is in train mode otherwise)."""
+    """(peft's model, ours) of what `build()` returns, in eval mode (peft's dropout is in train mode otherwise). Ours does
+    as peft does also where that is wrong."""
     import peft
 
     import fastpeft
@@ -52,7 +54,8 @@ def pair_of(build, settings: dict, kind: str = "LoraConfig", **options):
     if kind == "LoraConfig":
         settings = {"r": 4, "lora_alpha": 8, **settings}
     models = []
-    for library, wrap in ((peft, peft.get_peft_model), (fastpeft, fastpeft.patch)):
+    as_in_peft = functools.partial(fastpeft.patch, hf_quirks=True)
+    for library, wrap in ((peft, peft.get_peft_model), (fastpeft, as_in_peft)):
         base = build()
         torch.manual_seed(11)
         config = getattr(library, kind)(**copy.deepcopy(settings))

@@ -294,7 +294,7 @@ DIRECTORIES = {
     "another rank": (settings(r=8), File, ("(4, 48)", "(8, 48)", "is r what")),
     "another bias": (settings(lora_bias=True), File, ("missing", "lora_B.bias")),
     "no such module": (settings(target_modules=["c_attn"]), fastpeft.TargetError, ("c_attn", "LlamaForCausalLM")),
-    "another method": (settings(peft_type="P_TUNING"), fastpeft.ConfigError, ("P_TUNING",)),
+    "another method": (settings(peft_type="P_TUNING"), fastpeft.ConfigError, ("bias='none'", "PromptEncoderConfig")),
     "unknown method": (settings(peft_type="MAGIC"), fastpeft.ConfigError, ("'MAGIC'", "LORA")),
     "no method": (settings(peft_type=None), File, ("peft_type", "adapter_config.json")),
     "wrong alpha": (settings(lora_alpha="NaN"), fastpeft.ConfigError, ("lora_alpha='NaN'",)),

@@ -145,7 +145,7 @@ def test_another_implementation_does_not_lose_the_prefix(family, implementation)
 def test_a_table_of_positions_takes_no_second_adapter():
     model = prefixed("gpt2")
     config = fastpeft.LoraConfig(target_modules=["wpe", "c_attn"], r=2)
-    refused(lambda: model.add_adapter("lora", config), model, TARGET, "'lora'", "Embedding of positions")
+    refused(lambda: model.add_adapter("lora", config), model, TARGET, "transformer.wpe", "of another method")
     config = fastpeft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wpe"], r=2)
     refused(lambda: model.add_adapter("lora", config), model, TARGET, "transformer.wpe already carries an adapter")
     model.add_adapter("lora", fastpeft.LoraConfig(target_modules=["c_attn"], r=2))

@@ -73,13 +73,16 @@ def attend(
     the real keys' scores; ALiBi's `positions` count "tokens", without padding, or "slots"."""
     count = 0 if prefix is None else prefix[0].shape[1]
     options = _mask_options(module, query, key, attention_mask, is_causal)
+    places = _places(module, attention_mask, key)
+    if places is not None and (positions == "slots" or options["sliding_window"] is not None):
+        options["key_positions"] = places
     if cu_seq_lens_k is not None and options.get("segment_ids") is None:
         options["segment_ids"] = _segments(cu_seq_lens_k, key)
     if "bias" in options:
         options = _with_window(options, sliding_window, local_window, count, module.prefix_window())
     elif local_window is not None:
         options["sliding_window"] = local_window
-    if positions == "slots" and options.get("segment_ids") is None:
+    if positions == "slots" and options.get("segment_ids") is None and places is None:
         options["key_positions"] = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
     if score_bias is not None:
         options["bias"] = score_bias if options.get("bias") is None else score_bias + options["bias"]
@@ -100,6 +103,14 @@ def attend(
     for prompt_key, prompt_value, gate in prompts:
         out = out + gated_term(query, prompt_key, prompt_value, gate, scaling)
     return out
+
+
+def _places(module, mask, key: Tensor) -> Tensor | None:
+    """(B, T): where keys stand, counted from a sample's first token, behind the padding in front of it: a prefix stands
+    before that token. None if there is no such padding, or for HF peft's way, which counts it."""
+    if not isinstance(mask, Mask) or mask.start is None or mask.segments is not None or module.as_in_peft():
+        return None
+    return torch.arange(key.shape[2], device=key.device) + mask.kv_offset - mask.start[:, None]
 
 
 def _segments(cu_seq_lens: Tensor | list[int], key: Tensor) -> Tensor:
@@ -170,7 +181,8 @@ def _with_position_bias(options: dict, position_bias: Tensor, keys: int, count: 
 def _out_of_sight(module, mask) -> bool:
     """Whether a window has left the prefix behind: keys have been dropped from the layer's cache already."""
     dropped = isinstance(mask, Mask) and mask.kv_offset > 0 and mask.window is not None
-    return dropped and module.prefix_window() == "slide"
+    padding = dropped and mask.start is not None and not module.as_in_peft()  # and perhaps that is what is gone
+    return dropped and not padding and module.prefix_window() == "slide"
 
 
 def plain_mask(mask, implementation: str, dtype: torch.dtype) -> Tensor | None:

@@ -18,7 +18,8 @@ BEFORE = "_fastpeft_before"  # of a configuration that names our attention: the 
 @dataclass(frozen=True)
 class Mask:
     """Key j of the layer's keys is at position kv_offset + j, query i at q_offset + i. padding: (B, T) bool, True to
-    attend. segments: (B, T), the packed sequence of each token. `arguments` make the matrix."""
+    attend. segments: (B, T), the packed sequence of each token. start: (B,), at which position a sample's tokens begin,
+    where padding stands in front of any. `arguments` make the matrix."""
 
     causal: bool
     window: int | None
@@ -28,6 +29,7 @@ class Mask:
     segments: Tensor | None
     arguments: dict
     behind: bool = False  # whether all padding stands behind the tokens of a causal model, none of which sees it
+    start: Tensor | None = None
 
     ndim: ClassVar[int] = 2  # Falcon asks, and adds its ALiBi onto what has 4
 
@@ -63,6 +65,7 @@ def mask_function(**arguments):
         return make(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     q_offset, kv_offset = offsets
     padding, keys = arguments.get("attention_mask"), arguments["kv_length"]
+    start = None if padding is None else _beginnings(padding)
     if padding is not None:
         padding = torch.nn.functional.pad(padding, (0, max(0, keys + kv_offset - padding.shape[-1])))
         padding = padding[:, kv_offset : kv_offset + keys]
@@ -70,7 +73,14 @@ def mask_function(**arguments):
     if padding is not None and not torch.compiler.is_compiling():
         padding = None if padding.all() else padding
         behind = padding is not None and pattern.causal and bool((padding[:, 1:] <= padding[:, :-1]).all())
-    return Mask(pattern.causal, pattern.window, q_offset, kv_offset, padding, pattern.segments, arguments, behind)
+    parts = (pattern.causal, pattern.window, q_offset, kv_offset, padding, pattern.segments)
+    return Mask(*parts, arguments, behind, start)
+
+
+def _beginnings(padding: Tensor) -> Tensor | None:
+    """(B,): how much padding stands in front of each sample; None if it is none."""
+    start = padding.to(torch.int32).argmax(1)
+    return start if torch.compiler.is_compiling() or start.any() else None
 
 
 def pattern_of(function: Callable) -> _Pattern | None:

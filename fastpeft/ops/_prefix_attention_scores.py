@@ -28,7 +28,7 @@ class Scores(NamedTuple):
     softcap: float | None = None
     padding_BT: Tensor | None = None  # bool, True: attend
     segments_BT: Tensor | None = None  # int32; a query sees the keys of its own segment
-    local_BT: Tensor | None = None  # int32, positions within the segments, for windows that slide over the prefix
+    local_BT: Tensor | None = None  # int32, positions behind the prefix, for windows that slide over it
     slopes_H: Tensor | None = None  # fp32, ALiBi
     positions_BT: Tensor | None = None  # fp32, ALiBi's key positions
 
@@ -182,6 +182,12 @@ def make_scores(
     local = None
     if segments is not None and (sliding_window is not None or alibi_slopes is not None):
         local = positions_within(segments)
+    elif sliding_window is not None and key_positions is not None:
+        if not 0 <= start <= keys - queries:
+            raise ValueError(
+                f"{op}: query_start is {start}; with key_positions 0 to T - S = {keys - queries} is needed"
+            )
+        local = key_positions.to(torch.int32)
     if alibi_slopes is not None and key_positions is None:
         key_positions = default_positions(batch, keys, padding_mask, local, q.device)
     return Scores(

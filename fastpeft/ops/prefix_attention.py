@@ -153,7 +153,9 @@ def prefix_attention(
         bias: added to the scores of the real keys, broadcastable to (B, H, S, T).
         prefix_bias: likewise for the virtual keys, broadcastable to (B, H, S, P).
         alibi_slopes: (H,); slope times position is added, where virtual key j is at j - P.
-        key_positions: (B, T), for ALiBi; by default the count of tokens before, within the segment.
+        key_positions: (B, T), where a key stands behind the prefix, for ALiBi and for windows that slide over the
+            prefix; by default the count of tokens before for ALiBi, the place in the row for windows, within the
+            segment both.
         sliding_window: W; a query sees the W last keys up to its own, or without `causal` those less than W away.
         prefix_window: "slide": virtual key j stands at position j - P and leaves the window; "pin": it never does.
         softcap: c; the scaled products become c·tanh(product / c), before everything that is added.

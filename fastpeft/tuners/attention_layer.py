@@ -90,6 +90,11 @@ class AdaptedAttention(AdapterLayer):
         configs = self._fastpeft.model.configs
         return any(configs[name].task_type == TaskType.QUESTION_ANS for name in self.active_adapters())
 
+    def as_in_peft(self) -> bool:
+        """Whether a call now is computed as HF peft does it where that is wrong."""
+        quirky = self._fastpeft.model.quirky
+        return bool(quirky) and any(name in quirky for name in self.active_adapters())
+
     def prefix_window(self) -> str:
         """What a sliding window does to the prefix."""
         return next((each.window for each in self.slices()), "slide")

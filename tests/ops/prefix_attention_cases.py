@@ -43,6 +43,12 @@ def _segments(batch, keys):
     return (torch.arange(keys)[None] + 4 * torch.arange(batch)[:, None]) // 15
 
 
+def behind_padding(batch, keys):
+    """A window that slides over the prefix from each sample's first token on, and not from the padding before it."""
+    positions = torch.arange(keys)[None] - (~_left(batch, keys)).sum(1, keepdim=True)
+    return {"window": 21, "padding": _left(batch, keys), "positions": positions}
+
+
 # name: arguments of the op that make it, from (batch, heads, queries, keys, prefix)
 MODIFIERS = {
     "bidirectional": lambda *_: {"causal": False},

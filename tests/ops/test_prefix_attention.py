@@ -10,8 +10,10 @@ import torch
 from fastpeft.oracle import Bounds, compare
 from tests.ops.prefix_attention_cases import (
     MODIFIERS,
+    QUERIES,
     TOGETHER,
     assert_right,
+    behind_padding,
     on,
     outcomes,
     problem,
@@ -33,6 +35,13 @@ def test_kernels(modifier):
 def test_kernels_with_modifiers_together(modifiers):
     with on("triton", "fused"):
         assert_right([problem(*modifiers, dtype=HALF, **SMALL)])
+
+
+@pytest.mark.parametrize("modifiers", [(), ("bidirectional", "own-prefixes"), ("cached", "alibi")])
+def test_windows_that_count_from_the_first_token(modifiers):
+    keys = QUERIES + 17 * ("cached" in modifiers)
+    with on("triton", "fused"):
+        assert_right([problem(*modifiers, dtype=HALF, **SMALL, **behind_padding(2, keys))])
 
 
 # The same kernels as in half precision, with other products: every modifier once, and the rows with the fewest keys.

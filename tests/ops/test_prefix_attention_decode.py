@@ -11,7 +11,7 @@ from fastpeft.ops import prefix_attention
 from fastpeft.oracle import Bounds
 from tests.interpreter import GuardedTorch, backwards
 from tests.ops import prefix_attention_traffic as expected
-from tests.ops.prefix_attention_cases import MODIFIERS, TOGETHER, assert_right, on, op_outcome, problem
+from tests.ops.prefix_attention_cases import MODIFIERS, TOGETHER, assert_right, behind_padding, on, op_outcome, problem
 from tests.ops.prefix_attention_traffic import Shape
 from tests.traffic import count_traffic
 
@@ -81,6 +81,17 @@ def test_what_a_static_cache_has_not_filled_is_not_read():
     row = 3 * 2 * 20 * 2  # samples, kv heads, D, bytes
     assert loads["k_ptr"] == loads["v_ptr"] <= 16 * row  # one tile from key 14 on
     assert "pk_ptr" not in loads  # the window has left the prefix
+
+
+def test_a_window_that_counts_from_the_first_token():
+    """Of samples that begin at key 19 and at key 0, the window of the first reaches back to the prefix."""
+    sizes = {**STEP, "batch": 2, "keys": 27}
+    case = problem(dtype=HALF, **sizes, **behind_padding(2, 27))
+    with on("triton"):
+        assert_right([case], ())
+        apart = problem(dtype=HALF, **sizes, **{**behind_padding(2, 27), "positions": None})
+        found, other = (op_outcome(each, ())["out"] for each in (case, apart))
+    assert torch.equal(found[1], other[1]) and not torch.allclose(found[0], other[0])
 
 
 def test_nothing_visible_is_zero():

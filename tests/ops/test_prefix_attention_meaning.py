@@ -56,6 +56,26 @@ def test_which_keys_a_query_sees(start, packed, window, causal):
                 )
 
 
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("queries", [9, 1])
+def test_a_window_over_the_prefix_counts_from_the_first_token(queries, name):
+    """Padding in front of a sample, told by its keys' positions, changes nothing for its own queries."""
+    keys, prefix, window, front = 9, 4, 7, 3
+    (problem,) = draws((), queries=queries, keys=keys, prefix=prefix, **DOUBLE)
+    given = given_of(problem, causal=True, sliding_window=window)
+    start = torch.tensor([0, front])[:, None]
+    at = torch.arange(keys)
+    options = {"padding_mask": at >= start, "key_positions": at - start}
+    with path(name):
+        found = prefix_attention(**{**given, **options})
+        same(found[:1], prefix_attention(**given)[:1])
+        alone = {"query": -min(queries, keys - front), "key": -(keys - front), "value": -(keys - front)}
+        cut = {key: given[key][1:, :, count:] for key, count in alone.items()}
+        expected = prefix_attention(**{**given, **cut})
+        same(found[1:, :, alone["query"] :], expected)
+        assert not torch.allclose(found, prefix_attention(**given, padding_mask=options["padding_mask"]))
+
+
 def test_positions():
     ids = torch.tensor([[7, 7, 7, 2, 2, 7], [0, 1, 2, 3, 4, 5]])
     local = positions_within(ids)
