@@ -59,12 +59,12 @@ class PromptNetwork(nn.Module):
             rows = self.lstm_head(rows)[0]
         return self.mlp_head(rows)
 
-    @torch.no_grad()
+    @torch.enable_grad()  # as in HF peft: without, an LSTM is computed in another way and rounds otherwise
     def table(self) -> Tensor:
         """(length, width), without dropout: what HF peft saves."""
         training = self.training
         self.eval()
         try:
-            return self._all()
+            return self._all().detach()
         finally:
             self.train(training)
