@@ -1,5 +1,6 @@
 """One call of a patched model, around the base model's own forward: virtual tokens in front, terms of the loss."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ def _base(model: nn.Module, state) -> Callable:
     """The forward that the model had: one that stood on the instance, or its class's."""
     if state.original_forward is not None:
         return state.original_forward
-    return state.original_class.forward.__get__(model)
+    return functools.partial(state.original_class.forward, model)
 
 
 def text_embedding(model: nn.Module) -> nn.Module:

@@ -144,6 +144,12 @@ class PatchedModel(PromptedGeneration):
         adapters.check_resize(self, new_num_tokens)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's step: after the optimizer's, and before gradients are set to zero."""
+        from fastpeft.rank_allocator import update_and_allocate
+
+        update_and_allocate(self, global_step)
+
     def unload(self):
         """The plain model, without the adapters."""
         from fastpeft.patching import unpatch

@@ -199,6 +199,15 @@ def test_blocks_override_and_nest_and_end(expected):
         assert now() == ("a", "b")
 
 
+@torch.no_grad()
+def test_compiled_calls_inside_a_block_use_its_adapters(expected):
+    model = two()
+    compiled = torch.compile(model, backend="eager")
+    for names in expected:
+        with fastpeft.use_adapter(model, list(names)) if names else fastpeft.disable_adapter(model):
+            torch.testing.assert_close(result(compiled, batch()), expected[names])
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}, {"use_reentrant": False}])
 @pytest.mark.parametrize("names", [("b",), ("a",), ()], ids=["b", "a", "none"])
