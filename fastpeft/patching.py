@@ -111,13 +111,16 @@ def patch(
 
     Args:
         model: any transformers model (or torch module), with its weights loaded.
-        config: a `fastpeft.LoraConfig`, `PrefixTuningConfig` or `AdaptionPromptConfig`, the `peft` object of the same
-            name, or the dict of an adapter_config.json.
+        config: a `fastpeft.LoraConfig`, `AdaLoraConfig`, `PrefixTuningConfig`, `PromptTuningConfig`,
+            `PromptEncoderConfig` or `AdaptionPromptConfig`, the `peft` object of the same name, or the dict of an
+            adapter_config.json.
         adapter_name: what the adapter is called.
         backend: "auto", "triton" or "torch" for this model; None leaves it to `set_backend` and the environment.
         autocast_adapter_dtype: adapters on a half-precision base are fp32 (HF peft's default); False: the base's dtype.
-        hf_quirks: whether to reproduce HF peft where it is wrong. It is kept with the model and written beside the
-            adapter, for `load_adapter`; nothing that a patched model computes depends on it yet.
+        hf_quirks: whether the adapter computes what HF peft computes also where that is wrong: segments and positions
+            dropped in question answering; prompts before padding, their logits returned, answers not moved, classes
+            read off padding; windows over a prefix counted from the padding. It is written beside the adapter, for
+            `load_adapter`.
 
     Returns:
         The same object, still of its own class, with peft's methods (`save_pretrained` writes the adapter alone, …).
