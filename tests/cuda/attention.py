@@ -19,6 +19,7 @@ MODIFIERS = [  # which the kernels alone serve
     ("pin", "left"),
     ("alibi",),
     ("alibi", "left", "window"),
+    ("positions", "left", "window"),
     ("softcap", "window"),
     ("bias", "prefix-bias"),
     ("bias-by-sample",),

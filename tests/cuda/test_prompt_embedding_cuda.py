@@ -36,6 +36,14 @@ def test_as_right_as_eager(dtypes, sizes, by_sample, embeds):
         assert_right([drawn(dtypes, sizes, by_sample=by_sample, embeds=embeds)], SINGLE)
 
 
+@SOURCES
+@KINDS
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_behind_padding(name, by_sample, embeds):
+    with backend(name):
+        assert_right([drawn(by_sample=by_sample, embeds=embeds, starts=True)], SINGLE)
+
+
 @pytest.mark.parametrize("change", [
     {"batch": 1}, {"batch": 300, "tokens": 3}, {"tokens": 0}, {"tokens": 1, "count": 1}, {"count": 3000},
     {"hidden": 1}, {"hidden": 48}, {"hidden": 8192}, {"hidden": 2049}, {"ids": torch.int32},
@@ -49,7 +57,8 @@ def test_sizes(change):
 @pytest.mark.parametrize("tensor", ["ids", "rows", "prompt", "dout"])
 def test_layouts(tensor, layout):
     problem = with_layout(draw("bf16-fp32", **SIZES | {"tokens": 33}), tensor, layout)
-    there = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
+    fields = [field.name for field in dataclasses.fields(problem)]
+    there = {name: tensor for name in fields if (tensor := getattr(problem, name)) is not None}
     moved = {name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE) for name, t in there.items()}
     for name, t in there.items():
         if 0 in t.stride():  # nothing is written to a tensor that overlaps itself

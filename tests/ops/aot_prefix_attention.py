@@ -29,6 +29,14 @@ FEATURES = {
     "plain": ({}, False, False, 0.0),
     "bidirectional": ({"causal": False}, False, False, 0.0),
     "padding window": ({"window": 512, "padding_BT": _meta(BATCH, LENGTH, dtype=torch.bool)}, False, False, 0.0),
+    "padding window places": (
+        {
+            "window": 512,
+            "padding_BT": _meta(BATCH, LENGTH, dtype=torch.bool),
+            "local_BT": _meta(BATCH, LENGTH, dtype=torch.int32),
+        },
+        False, False, 0.0,
+    ),
     "alibi padding": (
         {
             "slopes_H": _meta(HEADS),
