@@ -23,6 +23,10 @@ from fastpeft.tuners.saved_modules import SavedModule, own_tensors
 OWN, BASE, TWIN, SPARE = "own", "base", "twin", "spare"
 
 
+# What stands before a parameter of a targeted module: nothing in files of peft 0.2 to 0.6, whose layers were no wrappers.
+_INNER = ("base_layer.", "")
+
+
 class Place(NamedTuple):
     """A tensor's shape and use; `of`: the base model's parameter that it replaces, or the tensor that it repeats."""
 
@@ -44,7 +48,8 @@ def places_in_file(model: nn.Module, plan) -> dict[str, Place]:
     places = _embedding_places(model, targeted)
     if plan.config.bias == "lora_only":
         biases = {path: module.bias for path, module in targeted.items() if getattr(module, "bias", None) is not None}
-        places.update({f"{PREFIX}{path}.base_layer.bias": _base(bias, f"{path}.bias") for path, bias in biases.items()})
+        for inner in _INNER:
+            places.update({f"{PREFIX}{path}.{inner}bias": _base(bias, f"{path}.bias") for path, bias in biases.items()})
     elif plan.config.bias == "all":
         saved = dict(plan.saved)
         places.update(_bias_places(model, targeted, saved))
@@ -79,7 +84,8 @@ def _embedding_places(model: nn.Module, targeted: dict[str, nn.Module]) -> dict[
 
 def _bias_places(model: nn.Module, targeted: dict[str, nn.Module], saved: dict[str, nn.Module]) -> dict[str, Place]:
     """What `bias="all"` puts into a file. Older versions of peft took every name with "bias" in it; such a file is read
-    as peft 0.21.2 reads it, and what is no bias by the present rule is not trained further."""
+    as peft 0.21.2 reads it, and what is no bias by the present rule is not trained further. The biases of targeted
+    modules are read under the names of peft 0.2 to 0.6 too, which peft 0.21.2 leaves out without a word."""
     skip = tuple(f"{path}.{held}." for path, layer in layers(model) for held in layer.containers)
     skip += tuple(f"{path}." for path in saved)
     modules, out = dict(model.named_modules()), {}
@@ -88,8 +94,7 @@ def _bias_places(model: nn.Module, targeted: dict[str, nn.Module], saved: dict[s
             continue
         path, _, leaf = name.rpartition(".")
         wrapped = f"{PREFIX}{path}.base_layer.{leaf}"
-        if path not in targeted:
-            out[PREFIX + name] = _base(parameter, name)
+        out[PREFIX + name] = _base(parameter, name)
         if path in targeted or layer_class(modules[path]) is not None:  # another adapter may have had it as a target
             out[wrapped] = _base(parameter, name)
     return out

@@ -99,7 +99,7 @@ REPEATED = {
     "another value": ("ln_f.modules_to_save.bias", (32,), "differs from"),
     "no bias": ("ln_f.original_module.weight", (32,), "declare"),
     "no trained module": ("h.0.ln_1.original_module.bias", (32,), "declare"),
-    "twice": ("h.0.attn.c_attn.bias", (96,), "declare"),
+    "twice": ("h.0.attn.c_attn.bias", (96,), "both for transformer.h.0.attn.c_attn.bias"),
     "twice, of another adapter's": ("h.0.mlp.c_fc.base_layer.bias", (128,), "both for transformer.h.0.mlp"),
 }
 

@@ -59,7 +59,9 @@ def plan(model: nn.Module, config: AdaptionPromptConfig) -> Plan:
             f"that; they are called {listed(sorted(names))}"
         )
     if len(chosen) < config.adapter_layers:
-        shared = f", which {sites.layers} layers share, each with its prompt" if sites.layers > len(chosen) else ""
+        shared = (
+            f", which {sites.layers} layers share, and a module has one prompt" if sites.layers > len(chosen) else ""
+        )
         raise TargetError(
             f"adapter_layers={config.adapter_layers!r}: this {type(model).__name__} has {len(chosen)} attention "
             f"modules called {config.target_modules!r}{shared}"
