@@ -23,7 +23,7 @@ from fastpeft.tuners.saved_modules import SavedModule, own_tensors
 OWN, BASE, TWIN, SPARE = "own", "base", "twin", "spare"
 
 
-# What stands before a parameter of a targeted module: nothing in files of peft 0.2 to 0.6, whose layers were no wrappers.
+# What stands before a targeted module's parameter: nothing in files of peft 0.2 to 0.6, whose layers were no wrappers.
 _INNER = ("base_layer.", "")
 
 

@@ -59,9 +59,8 @@ def plan(model: nn.Module, config: AdaptionPromptConfig) -> Plan:
             f"that; they are called {listed(sorted(names))}"
         )
     if len(chosen) < config.adapter_layers:
-        shared = (
-            f", which {sites.layers} layers share, and a module has one prompt" if sites.layers > len(chosen) else ""
-        )
+        shares = sites.layers > len(chosen)
+        shared = f", which {sites.layers} layers share, and a module has one prompt" if shares else ""
         raise TargetError(
             f"adapter_layers={config.adapter_layers!r}: this {type(model).__name__} has {len(chosen)} attention "
             f"modules called {config.target_modules!r}{shared}"
