@@ -1,7 +1,6 @@
 """A call of a model with virtual tokens in front: what becomes of its arguments, and of what comes back."""
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -22,20 +21,25 @@ PER_TOKEN = {"logits": 3, "start_logits": 2, "end_logits": 2, "last_hidden_state
 TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 
-@functools.cache
-def _argument_names(kind: type) -> tuple[str, ...]:
-    parameters = inspect.signature(kind.forward).parameters.values()
-    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)[1:]
+_names: dict[type, tuple[str, ...]] = {}  # no functools.cache, of which torch.compile warns
+
+
+def argument_names(kind: type) -> tuple[str, ...]:
+    """What a class's forward calls its arguments, but for those that it takes by any name."""
+    if kind not in _names:
+        parameters = inspect.signature(kind.forward).parameters.values()
+        _names[kind] = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)[1:]
+    return _names[kind]
 
 
 def takes(kind: type, name: str) -> bool:
     """Whether a class's forward names this argument."""
-    return name in _argument_names(kind)
+    return name in argument_names(kind)
 
 
 def named_arguments(kind: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a class's forward by name. Raises TypeError for more than it takes."""
-    names = _argument_names(kind)
+    names = argument_names(kind)
     if len(args) > len(names):
         raise TypeError(f"{kind.__name__}.forward() takes {len(names)} positional arguments; {len(args)} were given")
     return {**dict(zip(names, args, strict=False)), **kwargs}

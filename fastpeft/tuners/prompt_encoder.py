@@ -5,6 +5,13 @@ import torch
 from torch import Tensor, nn
 
 
+def _learned(table: nn.Embedding) -> Tensor:
+    """All rows. accelerate, which may keep them elsewhere, brings them when the module is called."""
+    if "_hf_hook" in table.__dict__:
+        return table(torch.arange(table.num_embeddings))
+    return table.weight
+
+
 class PromptTable(nn.Module):
     """`length` rows of `width` numbers, trained as they are; the first `used` of them stand in front of the tokens."""
 
@@ -20,11 +27,11 @@ class PromptTable(nn.Module):
 
     def rows(self) -> Tensor:
         """(used, width), for a call."""
-        return self.embedding.weight[: self.used]
+        return _learned(self.embedding)[: self.used]
 
     def table(self) -> Tensor:
         """(length, width): what HF peft saves."""
-        return self.embedding.weight
+        return _learned(self.embedding)
 
 
 class PromptNetwork(nn.Module):
@@ -54,7 +61,7 @@ class PromptNetwork(nn.Module):
         return self._all()[: self.used]
 
     def _all(self) -> Tensor:
-        rows = self.embedding.weight
+        rows = _learned(self.embedding)
         if "lstm_head" in self._modules:
             rows = self.lstm_head(rows)[0]
         return self.mlp_head(rows)

@@ -14,7 +14,7 @@ from fastpeft.prefix_geometry import fill_prompt_dims, geometry
 from fastpeft.targets import saved_modules
 from fastpeft.tuners.layer import AdapterLayer, attach, offloaded_to
 from fastpeft.tuners.prefix_encoder import TABLE, PromptEncoders
-from fastpeft.tuners.prompt_call import most_positions
+from fastpeft.tuners.prompt_call import argument_names, most_positions
 from fastpeft.tuners.prompt_encoder import PromptNetwork, PromptTable
 from fastpeft.tuners.prompt_layer import PromptedEmbedding, PromptedEncoder
 from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
@@ -166,6 +166,7 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
         plan.model.add_module(PromptEncoders.NAME, holder)
     holder.add_adapter(name, encoder.to(offloaded_to(first) or first.weight.device))
     encoder.train(plan.model.training)
+    argument_names(state.original_class)  # which are found here, before torch.compile asks for them
     for _, module, decodes in plan.embeddings:
         if not isinstance(module, AdapterLayer):
             attach(module, PromptedEmbedding, state)
@@ -174,6 +175,7 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
         if not isinstance(plan.encoder, AdapterLayer):
             attach(plan.encoder, PromptedEncoder, state)
         plan.encoder._fastpeft.adapters[name] = encoder
+        argument_names(plan.encoder._fastpeft.original_class)
     for _, module in plan.saved:
         if not isinstance(module, AdapterLayer):
             attach(module, SavedModule, state)
