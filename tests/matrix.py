@@ -7,6 +7,7 @@ words for fastpeft and for Hugging Face peft.
 import contextlib
 import functools
 import itertools
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,9 +77,9 @@ class Cell:
             inputs["labels"] = inputs["labels"].masked_fill(mask == 0, -100)
         return inputs
 
-    def config(self, library) -> Any:
+    def config(self, library, **more) -> Any:
         method = METHODS[self.method]
-        return getattr(library, method.config)(task_type=self.task, **method.settings)
+        return getattr(library, method.config)(task_type=self.task, **method.settings, **more)
 
 
 @functools.cache
@@ -102,9 +103,11 @@ def cells() -> list[Cell]:
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two: how it wraps a model, loads an adapter, and goes on to the next step of training."""
+    """One of the two: how it wraps a model, by itself and told what it asks for; how it loads an adapter, and goes on
+    to the next step of training."""
 
     name: str
+    unaided: Callable[[torch.nn.Module, Cell], torch.nn.Module]
     wrap: Callable[[torch.nn.Module, Cell], torch.nn.Module]
     load: Callable[[torch.nn.Module, Path], torch.nn.Module]
     stepped: Callable[[torch.nn.Module, int], None]
@@ -117,12 +120,10 @@ def ours(**options) -> Library:
         if any(config.peft_type == "ADALORA" for config in model.peft_config.values()):
             fastpeft.update_and_allocate(model, step)
 
-    return Library(
-        "fastpeft",
-        lambda base, cell: fastpeft.patch(base, cell.config(fastpeft), **options),
-        fastpeft.load_adapter,
-        stepped,
-    )
+    def wrap(base, cell):
+        return fastpeft.patch(base, cell.config(fastpeft), **options)
+
+    return Library("fastpeft", wrap, wrap, fastpeft.load_adapter, stepped)
 
 
 def peft_s() -> Library:
@@ -132,12 +133,29 @@ def peft_s() -> Library:
         if hasattr(model.base_model, "update_and_allocate"):
             model.base_model.update_and_allocate(step)
 
-    return Library(
-        "peft",
-        lambda base, cell: peft.get_peft_model(base, cell.config(peft)),
-        peft.PeftModel.from_pretrained,
-        stepped,
-    )
+    def unaided(base, cell):
+        return peft.get_peft_model(base, cell.config(peft))
+
+    def wrap(base, cell):
+        random = torch.get_rng_state()
+        try:
+            return unaided(base, cell)
+        except ValueError as error:
+            asked = _asked_for(cell) if re.search("specify|target", str(error)) else {}
+            if not asked:
+                raise
+        torch.set_rng_state(random)
+        return peft.get_peft_model(cell.base(), cell.config(peft, **asked))
+
+    return Library("peft", unaided, wrap, peft.PeftModel.from_pretrained, stepped)
+
+
+def _asked_for(cell: Cell) -> dict:
+    """What peft asks the user for where it finds no default of its own: fastpeft's."""
+    config = ours().wrap(cell.base(), cell).peft_config["default"]
+    names = ("target_modules", "token_dim", "num_attention_heads", "num_layers")
+    found = {name: getattr(config, name, None) for name in names}
+    return {} if cell.method == "adapter" else {name: value for name, value in found.items() if value}
 
 
 def made(library: Library, cell: Cell) -> torch.nn.Module:
@@ -170,6 +188,11 @@ def close(found: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> N
     assert found.shape == expected.shape, (found.shape, expected.shape)
     error = float((found - expected).abs().max() / expected.abs().max())
     assert error <= bound, f"logits differ by {error:.1e} of the greatest"
+
+
+def finds_defaults(library: Library, cell: Cell, folder: Path) -> None:
+    """Nothing need be said of the model: which modules are targets, and how large what is."""
+    library.unaided(cell.base(), cell)
 
 
 def trains(library: Library, cell: Cell, folder: Path) -> None:
@@ -234,6 +257,8 @@ def checkpoints(library: Library, cell: Cell, folder: Path) -> None:
     expected = _gradients(made(library, cell), cell)
     for reentrant in (False, True):
         model = made(library, cell)
+        if library.name == "peft" and reentrant:
+            model.enable_input_require_grads()  # as its documentation says
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         found = _gradients(model, cell)
         greatest = max(float(each.norm()) for each in expected.values())
@@ -354,6 +379,7 @@ MODES: dict[str, Callable[[torch.nn.Module, Cell], Decoded]] = {
 }
 
 CHECKS: dict[str, Callable[[Library, Cell, Path], None]] = {
+    "defaults": finds_defaults,
     "trains": trains,
     "reloads": reloads,
     "padding": ignores_padding,
