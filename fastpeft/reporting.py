@@ -15,6 +15,7 @@ from fastpeft.table_file import PrefixBucket
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.lora import LoraLinear
 from fastpeft.tuners.prefix_encoder import PromptEncoders
+from fastpeft.tuners.prompt_layer import PromptedEmbedding, PromptedEncoder
 
 ROWS = 4096
 HEAD_DIMENSIONS = ("head_dim", "attention_head_size", "key_value_proj_dim")
@@ -52,7 +53,7 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What `patch` did to this model and what will run. Raises PatchError if it is not patched."""
     state = state_of(model)
-    passive = (Companion, PromptEncoders)  # they compute nothing of their own
+    passive = (Companion, PromptEncoders, PromptedEncoder)  # they compute nothing of their own
     rows = tuple(_layer_report(path, each) for path, each in layers(model) if not isinstance(each, passive))
     return Report(rows, state.active, state.merged)
 
@@ -62,6 +63,8 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
     kind = type(layer).__name__
     if isinstance(layer, AdaptedAttention) and layer.carries():
         return _attention_report(path, kind, names, layer)
+    if isinstance(layer, PromptedEmbedding):
+        return _embedding_report(path, kind, names, layer)
     if not isinstance(layer, LoraLinear):
         return LayerReport(path, kind, names, "torch modules", "torch", "no kernel serves this kind of module")
     rank = max(settings.r for settings in layer._fastpeft.adapters.values()) if names else 0
@@ -76,6 +79,16 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
     if not layer.plain_base():
         reason += "; the base product is its own class's"
     return LayerReport(path, kind, names, "lora_linear", choice.backend, reason)
+
+
+def _embedding_report(path: str, kind: str, names: tuple[str, ...], layer: PromptedEmbedding) -> LayerReport:
+    """Of tokens with a prompt in front."""
+    op, weight = "prompt_embedding" if layer.looks_up_only() else "prepend_prompt", layer.weight
+    try:
+        choice = choose_backend(weight, weight.dtype, patched=layer._fastpeft.model.backend)
+    except BackendError as error:
+        return LayerReport(path, kind, names, op, "none", str(error))
+    return LayerReport(path, kind, names, op, choice.backend, choice.reason)
 
 
 def _strategies(layer: LoraLinear, weight: torch.Tensor) -> str:
