@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastpeft.errors import PatchError
+
 # The id of the first virtual token: behind every vocabulary, so that a wrong id of the caller's is none of these.
 FIRST = 2**30
 
@@ -106,8 +108,14 @@ def packed_room_for(count: int, positions: Tensor) -> Room | None:
     return Room(count, tokens, None, source.clamp(min=0), virtual.where(empty, -1), kept)
 
 
-def widened(values: Tensor, room: Room, fill: Tensor | int) -> Tensor:
-    """values (B, S), or one row for all, with `fill`, a number or (P,), at the virtual tokens: (B, T)."""
+def widened(values: Tensor, room: Room, fill: Tensor | int, name: str = "an argument") -> Tensor:
+    """values (B, S), or one row for all, with `fill`, a number or (P,), at the virtual tokens: (B, T). Raises
+    PatchError, which calls them `name`, for values of another shape."""
+    if values.ndim != 2 or values.shape[1] != room.tokens:
+        raise PatchError(
+            f"{name}: shape {tuple(values.shape)}; with a prompt one value for each of the {room.tokens} tokens is "
+            "needed"
+        )
     fill = torch.as_tensor(fill, dtype=values.dtype, device=values.device)
     if room.source is None:
         return torch.cat((fill.expand(len(values), room.count), values), 1)

@@ -130,9 +130,12 @@ def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, A
     ids = given.pop("input_ids", None)
     mask = given.get("attention_mask")
     embedding = text_embedding(model)
-    rows = given["inputs_embeds"] if ids is None else None
-    room = Room(len(prompt), (rows if ids is None else ids).shape[1])
-    given["inputs_embeds"] = embedding.in_front(ids, rows, prompt, room)
+    rows = given.get("inputs_embeds")
+    room = Room(len(prompt), (ids if rows is None else rows).shape[1])
+    hooks = embedding._forward_hooks or embedding._forward_pre_hooks or "_hf_hook" in embedding.__dict__
+    if rows is None and hooks:
+        rows = embedding(ids)
+    given["inputs_embeds"] = embedding.in_front(ids if rows is None else None, rows, prompt, room)
     if check_mask(mask, begins=True):
         given["attention_mask"] = torch.cat((torch.ones(len(mask), room.count, device=mask.device), mask), 1)
     given.pop("position_ids", None)

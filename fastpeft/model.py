@@ -29,7 +29,7 @@ class PatchedModel(PromptedGeneration):
     def move_targets_as_peft(cls, given: dict, room: Room) -> None:
         """The same, and segments, as HF peft does it."""
         if (kinds := given.get("token_type_ids")) is not None:
-            given["token_type_ids"] = widened(kinds, room, 0)
+            given["token_type_ids"] = widened(kinds, room, 0, "token_type_ids")
 
     @classmethod
     def decodes_its_input(cls, given: dict) -> bool:

@@ -21,7 +21,7 @@ class PatchedModelForCausalLM(PatchedModel):
             return
         for name in ("labels", "shift_labels"):
             if (wanted := given.get(name)) is not None:
-                given[name] = widened(wanted, room, IGNORED)
+                given[name] = widened(wanted, room, IGNORED, name)
 
     @classmethod
     def move_targets_as_peft(cls, given: dict, room: Room) -> None:
@@ -51,7 +51,7 @@ class PatchedModelForTokenClassification(PatchedModel):
     @classmethod
     def move_targets(cls, given: dict, room: Room, spares: bool) -> None:
         if (labels := given.get("labels")) is not None:
-            given["labels"] = widened(labels, room, IGNORED)
+            given["labels"] = widened(labels, room, IGNORED, "labels")
 
     @classmethod
     def move_targets_as_peft(cls, given: dict, room: Room) -> None:

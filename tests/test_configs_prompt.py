@@ -1,4 +1,5 @@
-"""PrefixTuningConfig and AdaptionPromptConfig: peft's fields and files, our options kept apart, refusals in words."""
+"""The configurations of prefix tuning, prompt tuning, P-tuning and LLaMA-Adapter: peft's fields and files, our options
+kept apart, refusals in words."""
 
 import copy
 import dataclasses
@@ -16,6 +17,8 @@ from fastpeft.configs import (
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     TaskType,
     as_config,
     get_peft_config,
@@ -24,12 +27,25 @@ from fastpeft.errors import ConfigError
 from tests.models import tiny
 from tests.peft_pair import quietly
 
-PAIRS = [(PrefixTuningConfig, peft.PrefixTuningConfig), (AdaptionPromptConfig, peft.AdaptionPromptConfig)]
+PAIRS = [
+    (PrefixTuningConfig, peft.PrefixTuningConfig),
+    (PromptTuningConfig, peft.PromptTuningConfig),
+    (PromptEncoderConfig, peft.PromptEncoderConfig),
+    (AdaptionPromptConfig, peft.AdaptionPromptConfig),
+]
 OWN = {
     PrefixTuningConfig: ["prefix_window", "encoder_prefix", "cross_prefix", "legacy_bloom_layout"],
+    PromptTuningConfig: ["virtual_logits"],
+    PromptEncoderConfig: ["virtual_logits"],
     AdaptionPromptConfig: ["modules_to_save"],
 }
-NEEDED = {PrefixTuningConfig: {"num_virtual_tokens": 7}, AdaptionPromptConfig: {"adapter_len": 7, "adapter_layers": 2}}
+NEEDED = {
+    PrefixTuningConfig: {"num_virtual_tokens": 7},
+    PromptTuningConfig: {"num_virtual_tokens": 7},
+    PromptEncoderConfig: {"num_virtual_tokens": 7},
+    AdaptionPromptConfig: {"adapter_len": 7, "adapter_layers": 2},
+}
+TEXT = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "good or bad", "tokenizer_name_or_path": "a/b"}
 
 # Configurations that peft and fastpeft both accept.
 VALID = [
@@ -43,6 +59,25 @@ VALID = [
         {"init_weights": "zero", "base_model_name_or_path": "a/b", "revision": "main"},
         {"num_virtual_tokens": 1, "auto_mapping": {"base_model_class": "M", "parent_library": "l"}},
         {"num_virtual_tokens": 100_000},
+    )),
+    *((PromptTuningConfig, {"num_virtual_tokens": 7, **more}) for more in (
+        {},
+        *({"task_type": task.value} for task in TaskType),
+        *({"prompt_tuning_init": init} for init in ("RANDOM", "SAMPLE_VOCAB")),
+        {**TEXT, "task_type": "CAUSAL_LM", "inference_mode": True},
+        {**TEXT, "tokenizer_kwargs": {"use_fast": False, "trust_remote_code": True}},
+        {"prompt_tuning_init_text": "of no use here", "tokenizer_name_or_path": "a/b"},
+        {"task_type": "CAUSAL_LM", "token_dim": 32, "num_attention_heads": 4, "num_layers": 2},
+        {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2},
+        {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"], "inference_mode": True},
+    )),
+    *((PromptEncoderConfig, {"num_virtual_tokens": 7, **more}) for more in (
+        {},
+        *({"task_type": task.value} for task in TaskType),
+        *({"encoder_reparameterization_type": kind} for kind in ("MLP", "LSTM")),
+        {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 3, "encoder_dropout": 0.25},
+        {"encoder_hidden_size": 48, "token_dim": 32, "num_attention_heads": 4, "num_layers": 2},
+        {"encoder_dropout": 0, "num_transformer_submodules": 1, "modules_to_save": ["score"]},
     )),
     *((AdaptionPromptConfig, {"adapter_len": 7, "adapter_layers": 2, **more}) for more in (
         {},
@@ -72,7 +107,8 @@ def test_fields_are_those_of_peft_and_then_our_own(ours, theirs):
 
 
 def test_the_methods_are_registered_and_public():
-    for name, (ours, theirs) in zip(("PREFIX_TUNING", "ADAPTION_PROMPT"), PAIRS, strict=True):
+    names = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "ADAPTION_PROMPT")
+    for name, (ours, theirs) in zip(names, PAIRS, strict=True):
         assert fastpeft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[name]] is ours is getattr(fastpeft, theirs.__name__)
         assert ours(**NEEDED[ours]).peft_type is PeftType[name]
 
@@ -123,6 +159,8 @@ def test_what_peft_writes_for_a_model_is_read(family, tmp_path):
 SET = [
     (PrefixTuningConfig, {"prefix_window": "pin", "cross_prefix": True}),
     (PrefixTuningConfig, {"encoder_prefix": True, "token_dim": 8}),
+    (PromptTuningConfig, {"virtual_logits": True, **TEXT}),
+    (PromptEncoderConfig, {"virtual_logits": True, "encoder_reparameterization_type": "LSTM"}),
     (AdaptionPromptConfig, {"modules_to_save": ["score"]}),
     (AdaptionPromptConfig, {"modules_to_save": []}),
 ]
@@ -131,7 +169,7 @@ SET = [
 @pytest.mark.parametrize(("ours", "kwargs"), SET, ids=range(len(SET)))
 def test_our_own_options_go_to_the_side_file_and_come_back(ours, kwargs, tmp_path):
     config = ours(**NEEDED[ours], **kwargs)
-    written, side = config.to_file_dict(), json.loads(json.dumps(config.side_values()))
+    written, side = json.loads(json.dumps(config.to_file_dict())), json.loads(json.dumps(config.side_values()))
     own = {name: value for name, value in kwargs.items() if name in OWN[ours]}
     assert side == own and not own.keys() & written.keys()
     # peft sees nothing that it does not know ...
@@ -211,6 +249,44 @@ PREFIX_REFUSED = [
     ({"task_type": "CAUSAL"}, "task_type='CAUSAL': choose one of SEQ_CLS"),
     ({"peft_type": "LORA"}, "peft_type='LORA': a PrefixTuningConfig is for PREFIX_TUNING; leave it out"),
 ]
+# What the methods with a table have in common is refused of all alike.
+COMMON_REFUSED = [
+    case
+    for case in PREFIX_REFUSED
+    if {"num_virtual_tokens", "num_layers", "num_transformer_submodules", "modules_to_save", "task_type"} & set(case[0])
+]
+PROMPT_REFUSED = [
+    *COMMON_REFUSED,
+    ({"prompt_tuning_init": "ZERO"}, "prompt_tuning_init='ZERO': must be 'RANDOM', 'SAMPLE_VOCAB' or 'TEXT'"),
+    ({"prompt_tuning_init": None}, "prompt_tuning_init=None: must be"),
+    ({"prompt_tuning_init": "random"}, "prompt_tuning_init='random': must be"),
+    ({"prompt_tuning_init": "TEXT"}, "prompt_tuning_init_text=None: prompt_tuning_init='TEXT' needs it"),
+    ({**TEXT, "tokenizer_name_or_path": None}, "tokenizer_name_or_path=None: prompt_tuning_init='TEXT' needs it"),
+    ({**TEXT, "prompt_tuning_init_text": ""}, "prompt_tuning_init_text='': must be a string, or None"),
+    ({**TEXT, "prompt_tuning_init_text": ["a"]}, "prompt_tuning_init_text=['a']: must be a string, or None"),
+    ({**TEXT, "tokenizer_name_or_path": 3}, "tokenizer_name_or_path=3: must be a string, or None"),
+    ({**TEXT, "tokenizer_kwargs": ["use_fast"]}, "tokenizer_kwargs=['use_fast']: must be a dict with string keys"),
+    ({**TEXT, "tokenizer_kwargs": {1: 2}}, "tokenizer_kwargs={1: 2}: must be a dict"),
+    ({"tokenizer_kwargs": {"use_fast": True}}, "is for prompt_tuning_init='TEXT' alone; leave it out"),
+    ({"virtual_logits": None}, "virtual_logits=None: must be True or False"),
+    ({"peft_type": "P_TUNING"}, "peft_type='P_TUNING': a PromptTuningConfig is for PROMPT_TUNING; leave it out"),
+]
+P_TUNING_REFUSED = [
+    *COMMON_REFUSED,
+    ({"encoder_reparameterization_type": "GRU"}, "encoder_reparameterization_type='GRU': must be 'MLP' or 'LSTM'"),
+    ({"encoder_reparameterization_type": None}, "encoder_reparameterization_type=None: must be"),
+    ({"encoder_hidden_size": 0}, "encoder_hidden_size=0: the width of the network must be an int of at least 1"),
+    ({"encoder_hidden_size": 2**40}, "encoder_hidden_size=1099511627776: the width of the network can be at most"),
+    ({"encoder_num_layers": 0}, "encoder_num_layers=0: the number of the LSTM's layers must be"),
+    ({"encoder_num_layers": None}, "encoder_num_layers=None: the number"),
+    ({"encoder_num_layers": 2.0}, "encoder_num_layers=2.0: the number"),
+    ({"encoder_dropout": 1}, "encoder_dropout=1: must be a number from 0 to below 1"),
+    ({"encoder_dropout": -0.1}, "encoder_dropout=-0.1: must be"),
+    ({"encoder_dropout": math.nan}, "encoder_dropout=nan: must be"),
+    ({"encoder_dropout": "0.1"}, "encoder_dropout='0.1': must be"),
+    ({"virtual_logits": 1}, "virtual_logits=1: must be True or False"),
+    ({"peft_type": "PROMPT_TUNING"}, "peft_type='PROMPT_TUNING': a PromptEncoderConfig is for P_TUNING; leave it out"),
+]
 ADAPTION_REFUSED = [
     ({"adapter_len": None}, "adapter_len=None: the number of virtual tokens in a layer must be an int of at least 1"),
     ({"adapter_len": 0}, "adapter_len=0: the number"),
@@ -232,7 +308,12 @@ ADAPTION_REFUSED = [
 
 @pytest.mark.parametrize(
     ("ours", "kwargs", "words"),
-    [(PrefixTuningConfig, *case) for case in PREFIX_REFUSED] + [(AdaptionPromptConfig, *c) for c in ADAPTION_REFUSED],
+    [
+        *((PrefixTuningConfig, *case) for case in PREFIX_REFUSED),
+        *((PromptTuningConfig, *case) for case in PROMPT_REFUSED),
+        *((PromptEncoderConfig, *case) for case in P_TUNING_REFUSED),
+        *((AdaptionPromptConfig, *case) for case in ADAPTION_REFUSED),
+    ],
 )
 def test_a_value_that_cannot_be_honoured_is_refused_in_words(ours, kwargs, words):
     with pytest.raises(ConfigError) as refusal:
@@ -245,7 +326,7 @@ def test_a_value_that_cannot_be_honoured_is_refused_in_words(ours, kwargs, words
         config.validate()
 
 
-@pytest.mark.parametrize("ours", [PrefixTuningConfig, AdaptionPromptConfig])
+@pytest.mark.parametrize("ours", OWN)
 def test_what_is_needed_is_asked_for(ours):
     with pytest.raises(ConfigError, match=f"{next(iter(NEEDED[ours]))}=None: the number of virtual tokens"):
         ours()
@@ -260,7 +341,8 @@ WEIRD = [
 ]
 
 
-@pytest.mark.parametrize("ours", [PrefixTuningConfig, AdaptionPromptConfig])
+@pytest.mark.filterwarnings("ignore:encoder_num_layers")
+@pytest.mark.parametrize("ours", OWN)
 def test_no_value_of_any_field_raises_anything_else(ours):
     needed = NEEDED[ours]
     raw = {"peft_type": ours.method.value, **needed}
@@ -279,6 +361,22 @@ def test_no_value_of_any_field_raises_anything_else(ours):
                     refused += 1
                     assert len(str(error)) < 1000
     assert accepted > 50 and refused > 700
+
+
+@pytest.mark.parametrize(("layers", "dropout"), [(3, 0.0), (2, 0.1)])
+def test_what_is_the_lstms_is_said_of_the_mlp(layers, dropout):
+    given = {"num_virtual_tokens": 7, "encoder_num_layers": layers, "encoder_dropout": dropout}
+    with pytest.warns(UserWarning, match=rf"encoder_num_layers={layers} and encoder_dropout={dropout} are the LSTM's"):
+        PromptEncoderConfig(**given)
+    PromptEncoderConfig(encoder_reparameterization_type="LSTM", **given)
+
+
+def test_a_kind_may_be_pefts_own_enum():
+    theirs = peft.PromptTuningInit.SAMPLE_VOCAB
+    assert PromptTuningConfig(num_virtual_tokens=7, prompt_tuning_init=theirs).prompt_tuning_init == "SAMPLE_VOCAB"
+    theirs = peft.PromptEncoderReparameterizationType.LSTM
+    config = PromptEncoderConfig(num_virtual_tokens=7, encoder_reparameterization_type=theirs)
+    assert config.encoder_reparameterization_type == "LSTM"
 
 
 def test_nothing_of_the_callers_is_kept_or_changed():

@@ -111,7 +111,7 @@ def with_virtual_tokens(
         fits = mask.shape[1] == room.tokens  # else it is of a whole static cache
         given["attention_mask"] = widened(mask, room, 1) if fits else _of_cache(mask, len(prompt), foremost)
     if (kinds := given.get("token_type_ids")) is not None:
-        given["token_type_ids"] = widened(kinds, room, 0)
+        given["token_type_ids"] = widened(kinds, room, 0, "token_type_ids")
     if (positions := given.get("position_ids")) is not None:
         given["position_ids"] = _positions(positions, room)
     if ids is None:
@@ -133,13 +133,11 @@ def _spread(embeds: Tensor, prompt: Tensor, room: Room) -> Tensor:
 
 def _positions(positions: Tensor, room: Room) -> Tensor:
     """Those of the tokens are moved behind the prompt's, which are the first; padding in front keeps its own."""
-    if positions.ndim != 2:
-        raise PatchError(f"position_ids: shape {tuple(positions.shape)}; with a prompt (batch, tokens) is needed")
     moved = positions + room.count
     if room.start is not None:
         padding = torch.arange(room.tokens, device=positions.device) < room.start[:, None]
         moved = positions.where(padding, moved)
-    return widened(moved, room, torch.arange(room.count, device=positions.device))
+    return widened(moved, room, torch.arange(room.count, device=positions.device), "position_ids")
 
 
 def _room(given: dict[str, Any], count: int, shape: Sequence[int], packs: bool, foremost: bool) -> Room:

@@ -62,12 +62,12 @@ def plan(model: nn.Module, config: PromptLearningConfig) -> Plan:
         if isinstance(module, AdapterLayer) and not isinstance(module, PromptedEmbedding):
             raise TargetError(f"{path} carries another adapter, and a prompt stands in front of it; leave it out there")
     saved = tuple((name, model.get_submodule(name)) for name in saved_modules(model, config))
-    check_saved(model, saved)
     for name, _ in saved:
         if hit := [path for path, _, _ in embeddings if f"{path}.".startswith(f"{name}.")]:
             raise TargetError(
                 f"modules_to_save has {name}, and a prompt stands in front of {hit[0]}; name other modules"
             )
+    check_saved(model, saved)
     _check_positions(model, config, embeddings[0][0])
     return Plan(model, config, tuple(embeddings), encoder, saved)
 
