@@ -108,14 +108,19 @@ def packed_room_for(count: int, positions: Tensor) -> Room | None:
     return Room(count, tokens, None, source.clamp(min=0), virtual.where(empty, -1), kept)
 
 
-def widened(values: Tensor, room: Room, fill: Tensor | int, name: str = "an argument") -> Tensor:
-    """values (B, S), or one row for all, with `fill`, a number or (P,), at the virtual tokens: (B, T). Raises
-    PatchError, which calls them `name`, for values of another shape."""
+def check_each(values: Tensor, room: Room, name: str) -> None:
+    """Raises PatchError unless there is one value for each token."""
     if values.ndim != 2 or values.shape[1] != room.tokens:
         raise PatchError(
             f"{name}: shape {tuple(values.shape)}; with a prompt one value for each of the {room.tokens} tokens is "
             "needed"
         )
+
+
+def widened(values: Tensor, room: Room, fill: Tensor | int, name: str = "an argument") -> Tensor:
+    """values (B, S), or one row for all, with `fill`, a number or (P,), at the virtual tokens: (B, T). Raises
+    PatchError, which calls them `name`, for values of another shape."""
+    check_each(values, room, name)
     fill = torch.as_tensor(fill, dtype=values.dtype, device=values.device)
     if room.source is None:
         return torch.cat((fill.expand(len(values), room.count), values), 1)
@@ -129,5 +134,5 @@ def trimmed(values: Tensor, room: Room) -> Tensor:
     """What of (B, L, ...) belongs to the tokens (B, S, ...), of the L last places; where padding stands in front, what
     is there has no meaning before and after."""
     if room.kept is None:
-        return values[:, -room.tokens :]
+        return values[:, values.shape[1] - room.tokens :]
     return values[torch.arange(len(values), device=values.device)[:, None], room.kept]

@@ -16,6 +16,7 @@ from fastpeft.tuners.prompt_call import (
     explaining,
     filled,
     named_arguments,
+    places,
     prompt_of,
     spare_logits,
     takes,
@@ -137,7 +138,9 @@ def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, A
         rows = embedding(ids)
     given["inputs_embeds"] = embedding.in_front(ids if rows is None else None, rows, prompt, room)
     if check_mask(mask, begins=True):
-        given["attention_mask"] = torch.cat((torch.ones(len(mask), room.count, device=mask.device), mask), 1)
+        longer = torch.cat((torch.ones(len(mask), room.count, device=mask.device), mask), 1)
+        whole = mask.shape[1] == places(given.get("past_key_values"))  # of a static cache, and stays as long
+        given["attention_mask"] = longer[:, : mask.shape[1]] if whole else longer
     given.pop("position_ids", None)
     task.move_targets_as_peft(given, room)
     return Call(None, prompt, room), given

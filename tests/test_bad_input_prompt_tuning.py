@@ -42,7 +42,7 @@ WRONG = [
     ("llama", {"task_type": None}, CONFIG, ("task_type=None", "CAUSAL_LM")),
     # trained whole what it stands in front of
     ("llama", {"modules_to_save": ["lm_hed"]}, TARGET, ("lm_hed", "lm_head")),
-    ("llama", {"modules_to_save": ["embed_tokens"]}, TARGET, ("model.embed_tokens", "a prompt stands in front")),
+    ("llama", {"modules_to_save": ["embed_tokens"]}, TARGET, ("model.embed_tokens", "name other modules")),
     ("bert", {"modules_to_save": ["embeddings"]}, TARGET, ("modules_to_save has bert.embeddings", "word_embeddings")),
     ("t5", {"modules_to_save": ["encoder"]}, TARGET, ("modules_to_save has encoder", "encoder.embed_tokens")),
 ]
@@ -183,7 +183,7 @@ def test_values_that_are_not_one_for_each_token(mask):
     inputs = batch("TOKEN_CLS") if mask else {k: v for k, v in batch("TOKEN_CLS").items() if k != "attention_mask"}
     model = prompted("bert", "TOKEN_CLS")
     for name, value in {
-        "position_ids": torch.arange(9).expand(3, 2, -1),
+        "position_ids": torch.arange(8).expand(3, 2, -1),
         "token_type_ids": torch.zeros(2, 9, 3, dtype=torch.int64),
         "labels": torch.zeros(2, 12, dtype=torch.int64),
     }.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastpeft
-from tests.models import VOCABULARY, tiny
+from tests.models import _DECODER, VOCABULARY, tiny
 from tests.prefix_pair import DECODERS, SEQ2SEQ, task_of
 from tests.prompt_pair import LENGTH, oracle, prompted, rows_of, with_prompt
 from tests.test_prefix_generation import NEW, generate, prompts, unpadded
@@ -166,6 +166,53 @@ def test_scores_and_a_limit_of_length_are_of_tokens():
     )  # fmt: skip
     assert found.sequences.shape == (2, 10) and len(found.scores) == 4
     assert [each[1].shape[1] for each in found.hidden_states] == [6, 1, 1, 1]
+
+
+# Models that see.
+
+PICTURE = 2  # the token in whose place a part of a picture stands
+
+
+def seeing(family: str) -> torch.nn.Module:
+    import transformers
+
+    text = {key: value for key, value in tiny().config.to_dict().items() if key in _DECODER}
+    if family == "llava":
+        sight = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        vision = transformers.CLIPVisionConfig(**sight, image_size=8, patch_size=4, projection_dim=16)
+        config = transformers.LlavaConfig(vision_config=vision, text_config=transformers.LlamaConfig(**text))
+        config.image_token_id = PICTURE
+        kind = transformers.LlavaForConditionalGeneration
+    else:
+        turns = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        sight = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "mlp_ratio": 1}
+        config = transformers.Qwen2VLConfig(text_config={**text, "rope_parameters": turns}, vision_config=sight)
+        kind = transformers.Qwen2VLForConditionalGeneration
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
+def test_models_that_see(family):
+    """LLaVA finds by an id where its picture goes; Qwen2-VL counts positions of text and of two sides of pictures."""
+    inputs = prompts()
+    if family == "llava":
+        inputs["input_ids"][:, 3:] = torch.tensor([5, 7, 9, 8])
+        inputs["input_ids"] = torch.cat((inputs["input_ids"], torch.tensor([[PICTURE] * 4 + [11]] * 3)), 1)
+        inputs["attention_mask"] = torch.cat((inputs["attention_mask"], torch.ones(3, 5, dtype=torch.int64)), 1)
+        inputs["pixel_values"] = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = prompted("llama", base=seeing(family))
+    model = oracle("llama", "CAUSAL_LM", rows_of(ours), seeing(family))
+    with torch.no_grad():
+        found, expected = ours(**inputs).logits[:, -1], model(**with_prompt(inputs)).logits[:, -1]
+    torch.testing.assert_close(found, expected)
+    tokens = generate(ours, **inputs)[:, -NEW:]
+    assert torch.equal(tokens, generate(model, **with_prompt(inputs))[:, -NEW:])
+    assert torch.equal(tokens, generate(ours, **inputs, use_cache=False)[:, -NEW:])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastpeft.calls import FIRST, Call, Room, packed_room_for, room_for, trimmed, widened
+from fastpeft.calls import FIRST, Call, Room, check_each, packed_room_for, room_for, trimmed, widened
 from fastpeft.errors import PatchError
 from fastpeft.ops.prompt_embedding import prepend_prompt
 
@@ -132,12 +132,16 @@ def _spread(embeds: Tensor, prompt: Tensor, room: Room) -> Tensor:
 
 
 def _positions(positions: Tensor, room: Room) -> Tensor:
-    """Those of the tokens are moved behind the prompt's, which are the first; padding in front keeps its own."""
+    """Those of the tokens are moved behind the prompt's, which are the first; padding in front keeps its own. (B, S),
+    or several such, as of text and the two sides of pictures."""
+    if positions.ndim == 3:
+        return torch.stack([_positions(each, room) for each in positions])
+    check_each(positions, room, "position_ids")
     moved = positions + room.count
     if room.start is not None:
         padding = torch.arange(room.tokens, device=positions.device) < room.start[:, None]
         moved = positions.where(padding, moved)
-    return widened(moved, room, torch.arange(room.count, device=positions.device), "position_ids")
+    return widened(moved, room, torch.arange(room.count, device=positions.device))
 
 
 def _room(given: dict[str, Any], count: int, shape: Sequence[int], packs: bool, foremost: bool) -> Room:
@@ -145,7 +149,7 @@ def _room(given: dict[str, Any], count: int, shape: Sequence[int], packs: bool, 
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     check_mask(mask, begins=True)
     if mask is not None and tuple(mask.shape) != (batch, tokens):
-        if len(mask) == batch and mask.shape[1] == _places(given.get("past_key_values")):
+        if len(mask) == batch and mask.shape[1] == places(given.get("past_key_values")):
             return room_for(count, tokens, None if foremost else mask)
         raise PatchError(
             f"attention_mask: shape {tuple(mask.shape)} beside tokens of shape {(batch, tokens)}; these shapes must be "
@@ -159,6 +163,8 @@ def _room(given: dict[str, Any], count: int, shape: Sequence[int], packs: bool, 
             given.setdefault("use_cache", False)  # with which a model does not see that sequences are packed
             _move_bounds(given, count)
             return packed
+    if packs and mask is None and positions is not None and positions.ndim == 3 and len(positions) == 4:
+        _check_unpacked(positions[0])  # of these the first are those of text
     return room_for(count, tokens, mask)
 
 
@@ -166,13 +172,18 @@ def _may_be_packed(positions: Tensor | None, given: dict[str, Any]) -> bool:
     if positions is None or positions.ndim != 2 or given.get("past_key_values") is not None:
         return False
     if torch.compiler.is_compiling():  # where what is done cannot depend on their values
-        torch._assert_async(
-            (positions.diff() == 1).all(),
-            "position_ids that begin anew: in compiled code a prompt stands in front of the first sequence of a row "
-            "only; give each sequence a row of its own, or do not compile",
-        )
+        _check_unpacked(positions)
         return False
     return True
+
+
+def _check_unpacked(positions: Tensor) -> None:
+    """Raises RuntimeError, in compiled code too, if several sequences share a row."""
+    torch._assert_async(
+        (positions.diff() == 1).all(),
+        "position_ids that begin anew: here a prompt stands in front of the first sequence of a row only; give each "
+        "sequence a row of its own",
+    )
 
 
 def _move_bounds(given: dict[str, Any], count: int) -> None:
@@ -189,13 +200,13 @@ def behind_virtual_tokens(given: dict[str, Any], count: int, foremost: bool) -> 
     """The arguments of a call that goes on with a cache, in place: the mask and positions know of the prompt in it."""
     mask = given.get("attention_mask")
     if check_mask(mask, begins=False):
-        whole = mask.shape[1] == _places(given.get("past_key_values"))
+        whole = mask.shape[1] == places(given.get("past_key_values"))
         given["attention_mask"] = (_of_cache if whole else longer_mask)(mask, count, foremost)
     if (positions := given.get("position_ids")) is not None:
         given["position_ids"] = positions + count
 
 
-def _places(cache: Any) -> int | None:
+def places(cache: Any) -> int | None:
     """How many tokens a static cache has room for; None of any other."""
     if not getattr(cache, "is_compileable", False):
         return None
