@@ -34,7 +34,7 @@ def run(arguments, cwd, **environment):
 
 def copy_of_tree(destination):
     """What a build reads, without leftovers of earlier ones: an old list of sources would hide a missing file."""
-    for name in ("kernels", "fastpeft", "benchmarks", "tests", ".ci"):
+    for name in ("kernels", "fastpeft", "benchmarks", "examples", "tests", ".ci"):
         shutil.copytree(ROOT / name, destination / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for path in ROOT.iterdir():
         if path.is_file():
