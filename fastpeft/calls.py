@@ -67,7 +67,7 @@ def _handing(state, call: Call):
         _current.reset(token)
 
 
-def calling(state, call: Call, function, *args, **kwargs):
+def calling(state, call: Call, function, /, *args, **kwargs):
     """`function(*args, **kwargs)`, inside which `current_call` is `call`."""
     if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
         state.traced_call = call

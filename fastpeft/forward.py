@@ -14,7 +14,7 @@ from fastpeft.tuners.prompt_call import (
     behind_virtual_tokens,
     check_mask,
     explaining,
-    filled,
+    goes_on,
     named_arguments,
     places,
     prompt_of,
@@ -91,7 +91,7 @@ def _prompted(model: nn.Module, parts: list[Part], given: dict[str, Any]) -> Any
     base = _base(model, state)
     task, quirky = parts[0].task, any(part.quirky for part in parts)
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    cached = given.get("encoder_outputs") is not None if encoder_decoder else filled(given.get("past_key_values"))
+    cached = given.get("encoder_outputs") is not None if encoder_decoder else goes_on(given)
     if cached:
         behind_virtual_tokens(given, len(prompt), foremost=quirky)
         if quirky:

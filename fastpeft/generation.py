@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastpeft.forward import prompt_length
 from fastpeft.tuners.attention_layer import IMPLEMENTATION
-from fastpeft.tuners.prompt_call import filled, longer_mask
+from fastpeft.tuners.prompt_call import goes_on, longer_mask
 
 
 class PromptedGeneration:
@@ -21,7 +21,7 @@ class PromptedGeneration:
 
         count, foremost = prompt_length(self)
         served = getattr(config.get_text_config(), "_attn_implementation", None) == IMPLEMENTATION
-        begins = not filled(kwargs.get("past_key_values"))
+        begins = not goes_on(kwargs)
         if served and inputs_embeds.shape[1] > 1:
             return attention_mask
         if served:
@@ -62,7 +62,7 @@ def preparing(original: type) -> dict:
     def prepare_inputs_for_generation(self, *args, **kwargs):
         count, _ = prompt_length(self)
         more = kwargs.get("next_sequence_length")
-        if count and more is not None and kwargs.get("is_first_iteration") and filled(kwargs.get("past_key_values")):
+        if count and more is not None and kwargs.get("is_first_iteration") and goes_on(kwargs):
             kwargs["next_sequence_length"] = more + count
         return own(self, *args, **kwargs)
 

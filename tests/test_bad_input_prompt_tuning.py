@@ -191,6 +191,12 @@ def test_values_that_are_not_one_for_each_token(mask):
             model(**{**inputs, name: value})
 
 
+@pytest.mark.parametrize("name", ["perm_mask", "target_mapping", "global_attention_mask", "langs", "bbox"])
+def test_other_arguments_with_places_for_tokens(name):
+    with pytest.raises(PATCH, match=f"{name}: it has places for the tokens alone"):
+        prompted("bert", "TOKEN_CLS")(**batch("TOKEN_CLS"), **{name: torch.ones(2, 9)})
+
+
 @pytest.mark.parametrize("quirks", [False, True])
 def test_what_the_base_model_refuses_is_left_to_it(quirks):
     model = prompted(hf_quirks=quirks)

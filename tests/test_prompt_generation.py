@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastpeft
-from tests.models import _DECODER, VOCABULARY, tiny
+from tests.models import _DECODER, MORE_FAMILIES, VOCABULARY, tiny
 from tests.prefix_pair import DECODERS, SEQ2SEQ, task_of
 from tests.prompt_pair import LENGTH, oracle, prompted, rows_of, with_prompt
 from tests.test_prefix_generation import NEW, generate, prompts, unpadded
@@ -166,6 +166,25 @@ def test_scores_and_a_limit_of_length_are_of_tokens():
     )  # fmt: skip
     assert found.sequences.shape == (2, 10) and len(found.scores) == 4
     assert [each[1].shape[1] for each in found.hidden_states] == [6, 1, 1, 1]
+
+
+_STATES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+RECURRENT = {  # whose caches hold states, beside keys and values or alone
+    "mamba": {**_STATES, "state_size": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "rwkv": {**_STATES, "attention_hidden_size": 32, "context_length": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "lfm2": _DECODER,
+    "jamba": {**_DECODER, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_states_know_of_the_prompt(family, monkeypatch):
+    monkeypatch.setitem(MORE_FAMILIES, family, (family, RECURRENT[family]))
+    heads = {"num_attention_heads": 4} if family in ("mamba", "rwkv") else {}  # which they have none of
+    ours = prompted(family, "CAUSAL_LM", **heads)
+    model = oracle(family, "CAUSAL_LM", rows_of(ours))
+    for inputs in (unpadded(), prompts()):
+        assert torch.equal(generate(ours, **inputs)[:, -NEW:], generate(model, **with_prompt(inputs))[:, -NEW:])
 
 
 # Models that see.

@@ -16,6 +16,11 @@ from fastpeft.ops.prompt_embedding import prepend_prompt
 # What of a model's result has a place for each token.
 PER_TOKEN = {"logits": 3, "start_logits": 2, "end_logits": 2, "last_hidden_state": 3}  # name -> dimensions
 
+# Arguments of some models with places for tokens (XLNet's, Longformer's, XLM's, LayoutLM's).
+FIXED = ("perm_mask", "target_mapping", "global_attention_mask", "langs", "bbox")
+
+# What models call their caches.
+CACHES = ("past_key_values", "cache_params", "state", "mems")
 
 # What tables of learned positions are called, which stand beside the embedding of tokens.
 TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
@@ -81,10 +86,20 @@ def prompt_of(encoders: Sequence[nn.Module]) -> Tensor:
 
 def filled(cache: Any) -> bool:
     """Whether a cache has tokens in it, and so the prompt before them."""
-    length = 0 if cache is None else cache.get_seq_length()
+    if not hasattr(cache, "get_seq_length"):
+        return cache is not None  # the states of RWKV and XLNet, which are there or not
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # Mamba's has no length
+        return cache.has_previous_state()
     if isinstance(length, Tensor) and torch.compiler.is_compiling():
         return True  # a static cache is filled outside of compiled code
     return bool(length)
+
+
+def goes_on(given: dict[str, Any]) -> bool:
+    """Whether a call goes on with a cache, by whatever name."""
+    return any(filled(given.get(name)) for name in CACHES)
 
 
 def check_mask(mask: Any, begins: bool) -> bool:
@@ -106,6 +121,9 @@ def with_virtual_tokens(
     before each sequence of a row, where the model `packs` several into one. Embeddings that the caller gives are longer
     then, and the call has no ids. Raises PatchError for what cannot be made longer."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    for name in FIXED:
+        if given.get(name) is not None:
+            raise PatchError(f"{name}: it has places for the tokens alone, and is not made longer for a prompt")
     room = _room(given, len(prompt), (ids if ids is not None else embeds).shape[:2], packs, foremost)
     if (mask := given.get("attention_mask")) is not None:
         fits = mask.shape[1] == room.tokens  # else it is of a whole static cache
