@@ -25,6 +25,7 @@ from fastpeft.patching import (
     check_demand,
     check_model,
     check_names,
+    check_together,
     layers,
     remove_adapter,
     restore,
@@ -187,9 +188,20 @@ def set_adapter(model: nn.Module, name_or_names: str | list[str], *, trainable: 
     check_names(state, names, "set_adapter")
     state.thawed = state.thawed.union(names) if trainable else state.thawed.difference(names)
     activate(model, state, names, trainable)
+    _say_whose_copies_are_used(model, names)
     if state.merged and state.merged != names:
         warnings.warn(f"{', '.join(state.merged)} was merged and is unmerged, to use {names}", stacklevel=2)
         unmerge(model)
+
+
+def _say_whose_copies_are_used(model: nn.Module, names: tuple[str, ...]) -> None:
+    for path, layer in layers(model):
+        owners = [name for name in names if isinstance(layer, SavedModule) and name in layer._fastpeft.adapters]
+        if len(owners) > 1:
+            warnings.warn(
+                f"{path} is trained whole by {', '.join(owners)}; calls use the copy of the last, and train no other",
+                stacklevel=3,
+            )
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -220,6 +232,7 @@ def use_adapter(model: nn.Module, name: str | list[str]):
     state = state_of(model)
     names = names_of(name, "use_adapter")
     check_names(state, names, "use_adapter")
+    check_together(state, names, "use_adapter")
     if state.merged and state.merged != names:
         raise PatchError(f"use_adapter: {', '.join(state.merged)} is merged into the base weights; unmerge first")
     with override(state, names):

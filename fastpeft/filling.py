@@ -12,7 +12,7 @@ from torch import nn
 
 from fastpeft.configs import LoraConfig
 from fastpeft.errors import AdapterFileError, PatchError
-from fastpeft.patching import layers, state_of
+from fastpeft.patching import added_names, layers, state_of
 from fastpeft.state import PREFIX, embeddings, own_tensors_of
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.lora_kinds import layer_class
@@ -86,8 +86,7 @@ def _bias_places(model: nn.Module, targeted: dict[str, nn.Module], saved: dict[s
     """What `bias="all"` puts into a file. Older versions of peft took every name with "bias" in it; such a file is read
     as peft 0.21.2 reads it, and what is no bias by the present rule is not trained further. The biases of targeted
     modules are read under the names of peft 0.2 to 0.6 too, which peft 0.21.2 leaves out without a word."""
-    skip = tuple(f"{path}.{held}." for path, layer in layers(model) for held in layer.containers)
-    skip += tuple(f"{path}." for path in saved)
+    skip = added_names(model) + tuple(f"{path}." for path in saved)
     modules, out = dict(model.named_modules()), {}
     for name, parameter in model.named_parameters():
         if "bias" not in name or name.startswith(skip):

@@ -321,6 +321,12 @@ def _note_part(model: nn.Module, state: PatchState, name: str, after) -> None:
         state.parts[name] = part
 
 
+def added_names(model: nn.Module) -> tuple[str, ...]:
+    """How the names of parameters begin that adapters have added."""
+    inside = [f"{path}.{held}." for path, layer in layers(model) for held in layer.containers]
+    return (*inside, *(f"{path}." for path, layer in layers(model) if isinstance(layer, PromptEncoders)))
+
+
 def is_bias(name: str) -> bool:
     """HF peft's rule (0.21.2) for what `bias="all"` trains, by the whole name. T5's relative_attention_bias.weight and
     torch.nn.MultiheadAttention's in_proj_bias are none."""
@@ -331,9 +337,9 @@ def _biases(model: nn.Module, plan):
     """(name, parameter) of the base parameters that `bias="all"` or `"lora_only"` trains in place."""
     bias = getattr(plan.config, "bias", "none")
     if bias == "all":
-        owned = tuple(f"{path}.{held}." for path, layer in layers(model) for held in layer.containers)
         # The original of a module that is trained whole is not called, and stays as it is.
-        owned += tuple(f"{path}." for path, layer in layers(model) if "modules_to_save" in layer.containers)
+        whole = [f"{path}." for path, layer in layers(model) if "modules_to_save" in layer.containers]
+        owned = (*added_names(model), *whole)
         return [(n, p) for n, p in model.named_parameters() if is_bias(n) and not n.startswith(owned)]
     if bias == "lora_only":
         return [
@@ -368,6 +374,7 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
 def activate(model: nn.Module, state: PatchState, names: tuple[str, ...], trainable: bool = True) -> None:
     """Make these the adapters that every call uses from now on."""
     check_names(state, names, "set_adapter")
+    check_together(state, names, "set_adapter")
     state.active, state.trainable = tuple(names), trainable
     task = task_class(state.configs[names[0]]) if names else PatchedModel
     model.__class__ = patched_model_class(state.original_class, task)
@@ -382,6 +389,15 @@ def check_names(state: PatchState, names: tuple[str, ...], where: str) -> None:
             raise PatchError(f"{where}: there is no adapter {name!r}; there are {known}")
         if names.count(name) > 1:
             raise PatchError(f"{where}: {name!r} is named twice, which would add it twice")
+
+
+def check_together(state: PatchState, names: tuple[str, ...], where: str) -> None:
+    """Raises PatchError for adapters that a call cannot use at once."""
+    configs = {name: state.configs[name] for name in names}
+    windows = {name: each.prefix_window for name, each in configs.items() if hasattr(each, "prefix_window")}
+    if len(set(windows.values())) > 1:
+        said = ", ".join(f"{name!r} has {window!r}" for name, window in windows.items())
+        raise PatchError(f"{where}: the prefixes of one call have one prefix_window, and {said}; use one at a time")
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -97,9 +97,8 @@ def saved_modules(model: nn.Module, config: PeftConfig) -> tuple[str, ...]:
     if isinstance(config, AdaptionPromptConfig) and config.modules_to_save == []:
         return ()  # a file of peft's, which has no heads
     # Every path, as in peft: one module may be reached by two, and is replaced under each.
-    every = dict(model.named_modules(remove_duplicate=False))
-    ours = tuple(f"{name}." for name, module in every.items() if isinstance(module, PromptEncoders))
-    paths = [name for name in every if name and not _inside_adapter(name) and not f"{name}.".startswith(ours)]
+    every = _modules_of(model, remove_duplicate=False)
+    paths = list(every)
     heads = getattr(MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type), "heads", ())
     _add_heads(model, config, heads, paths)
     entries = config.modules_to_save or []
@@ -144,7 +143,7 @@ class _Selection:
         self.defaults = defaults
         self.config = config
         self.by_user = config.target_modules
-        self.modules = {name: module for name, module in model.named_modules() if name and not _inside_adapter(name)}
+        self.modules = _modules_of(model)
         self.model_type = getattr(getattr(model, "config", None), "model_type", None)
         self.saved = saved_modules(model, config)
 
@@ -355,8 +354,15 @@ def _conv1d() -> tuple[type, ...]:
     return (module.Conv1D,) if module is not None else ()
 
 
-def _inside_adapter(name: str) -> bool:
-    return not ADAPTER_CHILDREN.isdisjoint(name.split("."))
+def _modules_of(model: nn.Module, **options) -> dict[str, nn.Module]:
+    """The model's modules by their paths, without itself and without what adapters have added."""
+    every = dict(model.named_modules(**options))
+    ours = tuple(f"{name}." for name, module in every.items() if isinstance(module, PromptEncoders))
+    return {
+        name: module
+        for name, module in every.items()
+        if name and ADAPTER_CHILDREN.isdisjoint(name.split(".")) and not f"{name}.".startswith(ours)
+    }
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from fastpeft.attention.positions import RelativeBias, Shift, shifted_modules
 from fastpeft.errors import TargetError
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
+from fastpeft.tuners.saved_modules import SavedModule
 
 # Attention classes of transformers' families that do not ask its interface, or need more than that -> the module of
 # this package with the mixin of the same name.
@@ -27,6 +28,7 @@ OWN_FORWARD = {
 }
 # Families that ask the interface, and whose own code wants a matrix for a mask.
 UNSERVED = ("bigbird_pegasus", "nllb_moe")
+COPIES = frozenset(SavedModule.containers)  # of modules that an adapter trains whole
 CROSS = (
     *("crossattention", "cross_attention", "cross_attn", "encoder_attn", "EncDecAttention"),
     "encoder_decoder_attention",
@@ -67,7 +69,9 @@ def find_sites(model: nn.Module, part: str = "decoder") -> Sites:
     served = [
         (each, module, mixin)
         for each, module in stack.named_modules(prefix=path)
-        if _is_cross(each, module) == (part == "cross") and (mixin := _mixin(module)) is not None
+        if COPIES.isdisjoint(each.split("."))
+        and _is_cross(each, module) == (part == "cross")
+        and (mixin := _mixin(module)) is not None
     ]
     found = [each for each in served if issubclass(each[2], AdaptedAttention)]
     stacks = tuple(each for each in served if issubclass(each[2], Numbering))

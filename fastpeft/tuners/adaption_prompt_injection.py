@@ -15,7 +15,7 @@ from fastpeft.prefix_geometry import geometry
 from fastpeft.targets import saved_modules
 from fastpeft.tuners.attention_layer import NOTHING, AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer, attach
-from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
+from fastpeft.tuners.saved_modules import SavedModule, check_apart, check_saved, own_tensors
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def plan(model: nn.Module, config: AdaptionPromptConfig) -> Plan:
         check_projections(name, module, mixin)
     saved = tuple((name, model.get_submodule(name)) for name in saved_modules(model, config))
     check_saved(model, saved)
+    check_apart(model, saved, [site[0] for site in sites.attention], "a gated prompt")
     others = tuple(site for site in sites.attention if site not in chosen and site[2].attends_itself)
     return Plan(config, geometry(model).width, tuple(chosen), others, sites.configs, saved)
 

@@ -15,7 +15,7 @@ from fastpeft.targets import saved_modules
 from fastpeft.tuners.attention_layer import Slice
 from fastpeft.tuners.layer import AdapterLayer, attach
 from fastpeft.tuners.prefix_encoder import TABLE, PrefixEncoder, PromptEncoders
-from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
+from fastpeft.tuners.saved_modules import SavedModule, check_apart, check_saved, own_tensors
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def plan(model: nn.Module, config: PrefixTuningConfig) -> Plan:
                 )
     saved = tuple((name, model.get_submodule(name)) for name in saved_modules(model, config))
     check_saved(model, saved)
+    paths = [site[0] for part in parts for site in (*part.sites.attention, *part.sites.companions)]
+    check_apart(model, saved, paths, "a prefix")
     return Plan(model, config, tuple(parts), saved)
 
 

@@ -17,7 +17,7 @@ from fastpeft.tuners.prefix_encoder import TABLE, PromptEncoders
 from fastpeft.tuners.prompt_call import argument_names, most_positions
 from fastpeft.tuners.prompt_encoder import PromptNetwork, PromptTable
 from fastpeft.tuners.prompt_layer import PromptedEmbedding, PromptedEncoder
-from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
+from fastpeft.tuners.saved_modules import SavedModule, check_apart, check_saved, own_tensors
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ def plan(model: nn.Module, config: PromptLearningConfig) -> Plan:
         if isinstance(module, AdapterLayer) and not isinstance(module, PromptedEmbedding):
             raise TargetError(f"{path} carries another adapter, and a prompt stands in front of it; leave it out there")
     saved = tuple((name, model.get_submodule(name)) for name in saved_modules(model, config))
-    for name, _ in saved:
-        if hit := [path for path, _, _ in embeddings if f"{path}.".startswith(f"{name}.")]:
-            raise TargetError(
-                f"modules_to_save has {name}, and a prompt stands in front of {hit[0]}; name other modules"
-            )
+    check_apart(model, saved, [path for path, _, _ in embeddings], "a prompt in front of its tokens")
     check_saved(model, saved)
     _check_positions(model, config, embeddings[0][0])
     return Plan(model, config, tuple(embeddings), encoder, saved)

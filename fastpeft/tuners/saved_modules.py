@@ -8,6 +8,7 @@ from types import MethodType
 import torch
 from torch import nn
 
+from fastpeft.configs import LoraConfig
 from fastpeft.errors import TargetError
 from fastpeft.tuners.layer import AdapterLayer
 
@@ -41,6 +42,19 @@ def check_saved(model: nn.Module, saved: Sequence[tuple[str, nn.Module]]) -> Non
                     f"modules_to_save: {name}.{key} is {tensor.dtype}, and an adapter's file holds floating-point "
                     "tensors only; leave the module out"
                 )
+
+
+def check_apart(model: nn.Module, saved: Sequence[tuple[str, nn.Module]], paths: Sequence[str], what: str) -> None:
+    """Refuse to put something into modules that are trained whole, by this adapter or another: a copy is called for
+    them, and carries nothing. Raises TargetError."""
+    theirs = [name for name, module in model.named_modules() if isinstance(module, SavedModule)]
+    for path in paths:
+        for name, _ in saved:
+            if f"{path}.".startswith(f"{name}."):
+                raise TargetError(f"modules_to_save has {name}, and {path} carries {what}; name other modules")
+        for name in theirs:
+            if f"{path}.".startswith(f"{name}."):
+                raise TargetError(f"{path} cannot carry {what}: another adapter trains {name} whole")
 
 
 def _check_inside(name: str, module: nn.Module) -> None:
@@ -93,9 +107,18 @@ class SavedModule(AdapterLayer):
         """The adapter's tensors by their names in HF's file, relative to this module."""
         return self.modules_to_save[name].state_dict(keep_vars=True)
 
+    def used(self) -> list[str]:
+        """The adapters at work that have a copy here, of which the last one's is called. Beside what is merged those
+        that no weight can hold are at work."""
+        state = self._fastpeft.model
+        active, merged = self.active_adapters(), [name for name in state.merged if name in self._fastpeft.adapters]
+        if not state.merged:
+            return active
+        beside = [n for n in active if n in merged or not isinstance(state.configs[n], LoraConfig)]
+        return [name for name in merged if name not in beside] + beside
+
     def forward(self, *args, **kwargs):
-        merged = self._fastpeft.model.merged
-        names = [name for name in merged if name in self._fastpeft.adapters] if merged else self.active_adapters()
+        names = self.used()
         if not names:
             return self.base_forward(*args, **kwargs)
         return self.modules_to_save[names[-1]](*args, **kwargs)
