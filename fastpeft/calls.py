@@ -52,10 +52,11 @@ _current: contextvars.ContextVar[dict[int, Call]] = contextvars.ContextVar("fast
 
 
 def current_call(state) -> Call | None:
-    """What the model's root has handed over, in this thread."""
+    """What the model's root has handed over, in this thread; or in compiled code, which may call what is not compiled.
+    There, another thread's is harmless: among ids without virtual tokens there is nothing to look up elsewhere."""
     if torch.compiler.is_compiling():
         return state.traced_call
-    return _current.get({}).get(id(state))
+    return _current.get({}).get(id(state), state.traced_call)
 
 
 @contextlib.contextmanager

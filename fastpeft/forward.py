@@ -47,8 +47,10 @@ class Part:
 
 
 def forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward of a patched model."""
-    state = model._fastpeft
+    """The forward of a patched model; one that was wrapped by somebody (accelerate) outlives the patch."""
+    state = getattr(model, "_fastpeft", None)
+    if state is None:
+        return type(model).forward(model, *args, **kwargs)
     parts = {name: state.parts[name] for name in active_names(state) if name in state.parts}
     if not parts:
         return _base(model, state)(*args, **kwargs)

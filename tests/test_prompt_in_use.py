@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch._dynamo.testing
-from accelerate import cpu_offload
+from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from safetensors.torch import load_file
 
@@ -67,7 +67,7 @@ def compiler():
 
 @pytest.mark.parametrize(
     ("family", "method", "quirks"),
-    [("llama", "prompt", False), ("llama", "prompt", True), ("bert", "mlp", False), ("t5", "prompt", False)],
+    [("llama", "prompt", False), ("bert", "mlp", True), ("t5", "prompt", False)],
 )
 def test_compiled_it_is_one_graph(family, method, quirks, compiler):
     task = TASKS[family]
@@ -118,6 +118,23 @@ def test_compiled_rows_of_several_sequences_are_refused():
         close(compiled(input_ids=ids, position_ids=plain).logits, model(input_ids=ids).logits, 1e-5)
         with pytest.raises(RuntimeError, match="position_ids that begin anew"):
             compiled(input_ids=ids, position_ids=plain % 5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("part", "how"), [("", "break"), ("embed_tokens", "disable")])
+def test_parts_that_are_not_compiled_know_of_the_prompt(part, how):
+    torch._dynamo.reset()
+    model, inputs = prompted(), padded("left", "llama", "CAUSAL_LM")
+    expected = result(model, inputs)
+    module = model.model.get_submodule(part)
+    if how == "break":
+        module.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())
+    else:
+        module.forward = torch._dynamo.disable(module.forward)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        close(result(compiled, inputs), expected, 1e-5)
+    close(result(model, inputs), expected, 1e-5)
     torch._dynamo.reset()
 
 
@@ -221,6 +238,22 @@ def test_accelerates_hooks_on_every_module(family, when):
         assert differences(before, snapshot(model)) == []
     remove_hook_from_module(model, recurse=True)
     assert torch.equal(result(model, inputs), plain)
+
+
+def test_accelerator_prepares_a_patched_model():
+    """It puts a forward on the root that goes on to ours, which may be there after the patch is gone."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model, inputs = prompted(), padded("left", "llama", "CAUSAL_LM")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = result(model, inputs).float()
+    prepared = accelerator.prepare(model)
+    assert torch.equal(result(prepared, inputs), expected)
+    step_gradients(prepared, inputs)
+    fastpeft.unpatch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = result(tiny(), inputs).float()
+    close(result(model, inputs), expected, 1e-2)
+    assert torch.equal(result(accelerator.unwrap_model(model, keep_fp32_wrapper=False), inputs), result(tiny(), inputs))
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
