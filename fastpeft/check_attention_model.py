@@ -38,13 +38,14 @@ class Decoded(NamedTuple):
 
 
 def patched(method: str, base: nn.Module, tokens: int) -> nn.Module:
-    """A copy with that many virtual tokens in every layer. Raises FastpeftError where the method does not serve it."""
+    """A copy with that many virtual tokens in every layer, which computes what HF peft does, to be compared with it.
+    Raises FastpeftError where the method does not serve it."""
     settings = {"num_virtual_tokens": tokens}
     if method == "adapter":
         settings = {"adapter_len": tokens, "adapter_layers": len(find_sites(base).attention)}
     config = getattr(fastpeft, KINDS[method])(**settings, task_type=task_of(type(base).__name__).value)
     torch.manual_seed(0)
-    model = fastpeft.patch(copy.deepcopy(base), config).eval()
+    model = fastpeft.patch(copy.deepcopy(base), config, hf_quirks=True).eval()
     with torch.no_grad():
         for name, parameter in trained(method, model).items():
             if "gate" in name:
