@@ -376,7 +376,7 @@ def activate(model: nn.Module, state: PatchState, names: tuple[str, ...], traina
     check_names(state, names, "set_adapter")
     check_together(state, names, "set_adapter")
     state.active, state.trainable = tuple(names), trainable
-    task = task_class(state.configs[names[0]]) if names else PatchedModel
+    task = next((each for name in names if (each := task_class(state.configs[name])) is not PatchedModel), PatchedModel)
     model.__class__ = patched_model_class(state.original_class, task)
     _set_trainable(model, state)
 

@@ -430,3 +430,11 @@ def test_the_last_one_s_head_is_used_and_that_is_said():
     fastpeft.merge(model, ["a"])
     model(**inputs_of("bert"))
     assert calls[3:] == ["b"]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["b", "a"]])
+def test_the_task_is_that_of_the_one_that_has_one(names):
+    model = fastpeft.patch(plain("bert"), fastpeft.LoraConfig(), adapter_name="a")
+    model.add_adapter("b", fastpeft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    model.set_adapter(names)
+    assert isinstance(model, fastpeft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["SEQ_CLS"])
