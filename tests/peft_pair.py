@@ -45,8 +45,8 @@ def patched_pair(family: str, settings: dict, *, task: str = "CAUSAL_LM", dtype=
 
 
 def pair_of(build, settings: dict, kind: str = "LoraConfig", **options):
-    """(peft's model, ours) of what `build()` returns, in eval mode (peft's dropout is in train mode otherwise). Ours does
-    as peft does also where that is wrong."""
+    """(peft's model, ours) of what `build()` returns, in eval mode (peft's dropout is in train mode otherwise). Ours
+    does as peft does also where that is wrong."""
     import peft
 
     import fastpeft
