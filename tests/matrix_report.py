@@ -102,7 +102,8 @@ def _plain(words: str) -> str:
     """Without what differs between cells and means the same."""
     words = re.sub(r"\w+For(\w+) cannot", r"…For\1 cannot", words)
     words = re.sub(r"model type for adaption prompt: '.*?'", "model type for adaption prompt", words)
-    return re.sub(r"\s*\(\d+\)", "", words)[:200]
+    words = re.sub(r"\s*\(\d+\)", "", words)
+    return re.sub(r"(\w+)\( \(\w+\): .*", r"\1(…)", words)[:300]  # a module, in full
 
 
 def table(task: str, found: list[Found], notes: Notes) -> list[str]:
