@@ -310,10 +310,12 @@ def compared(encoder: Encoder, task: stdlib_text.Task, arguments, console: Conso
         TextColumn("{task.fields[loss]}"),
     )  # fmt: skip
     results = []
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for name in arguments.methods:
             try:
                 results.append(experiment(encoder, task, name, arguments, progress))
+                if not console.is_terminal:  # where no bar can move
+                    console.print(f"{task.name}: {METHODS[name].title}, {results[-1].accuracy:.1%}")
             except fastpeft.FastpeftError as error:
                 console.print(f"{METHODS[name].title} is left out: {error}", soft_wrap=True, markup=False)
     return results

@@ -163,6 +163,13 @@ def test_a_batch_pads_what_the_loss_leaves_out(example, tiny):
     assert batch["labels"] == [[-100, 1, -100], [-100] * 3]
 
 
+def test_every_method_gets_the_same_batches(example, data, tiny):
+    encoder = example.load(tiny / "bert")
+    drawn = [example.batches(encoder, data[0], 3, seed) for seed in (0, 0, 1)]
+    first, again, other = ([batch["input_ids"].tolist() for batch in batches] for batches in drawn)
+    assert first == again != other and {len(batch) for batch in first} == {data[0].batch}
+
+
 def test_a_run_shows_its_table_and_leaves_adapters_that_load(example, data, tiny, run):
     done = run("--methods", "head,lora,prefix", "--steps", 3)
     assert done.status == 0, done.printed
