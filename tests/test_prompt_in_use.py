@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import fastpeft
@@ -240,6 +241,15 @@ def test_accelerates_hooks_on_every_module(family, when):
     assert torch.equal(result(model, inputs), plain)
 
 
+@pytest.fixture
+def without_accelerate_s_state():
+    """It has one state a process, which another test's Trainer may have made, and may yet make."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("without_accelerate_s_state")
 def test_accelerator_prepares_a_patched_model():
     """It puts a forward on the root that goes on to ours, which may be there after the patch is gone."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
