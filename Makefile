@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test lint demo bench aot mutants matrix tables
+.PHONY: help test lint demo bench aot matrix tables
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
@@ -13,7 +13,6 @@ help:
 	@echo "make demo    train and compare adapters on a small model"
 	@echo "make bench   every op and whole steps on the CPU beside their peers, with a plot"
 	@echo "make aot     compile every shipped kernel configuration for every target"
-	@echo "make mutants plant every mistake that the tests must find; make test plants a part"
 	@echo "make matrix  every method on every task of every family, beside HF peft; writes docs/support.md"
 	@echo "make tables  README's performance tables from benchmarks/results"
 	@echo "PYTHON=python3.12 makes .venv with another interpreter; remove .venv to change it later."
@@ -44,9 +43,6 @@ bench: $(INSTALLED)
 
 aot: $(INSTALLED)
 	$(BIN)/python tests/aot.py --all
-
-mutants: $(INSTALLED)
-	FASTPEFT_MUTANTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/ops -k mutants
 
 matrix: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix_report

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from fastpeft import tables
-from fastpeft.attention.numbering import Companion
 from fastpeft.dispatch import choose_backend, lora_linear_plan_for
 from fastpeft.errors import BackendError
 from fastpeft.patching import layers, state_of
 from fastpeft.table_file import PrefixBucket
 from fastpeft.tuners.attention_layer import AdaptedAttention
+from fastpeft.tuners.layer import Companion
 from fastpeft.tuners.lora import LoraLinear
 from fastpeft.tuners.prefix_encoder import PromptEncoders
-from fastpeft.tuners.prompt_layer import PromptedEmbedding, PromptedEncoder
+from fastpeft.tuners.prompt_layer import PromptedEmbedding
 
 ROWS = 4096
 HEAD_DIMENSIONS = ("head_dim", "attention_head_size", "key_value_proj_dim")
@@ -53,9 +53,13 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What `patch` did to this model and what will run. Raises PatchError if it is not patched."""
     state = state_of(model)
-    passive = (Companion, PromptEncoders, PromptedEncoder)  # they compute nothing of their own
-    rows = tuple(_layer_report(path, each) for path, each in layers(model) if not isinstance(each, passive))
+    rows = tuple(_layer_report(path, each) for path, each in layers(model) if _computes(each))
     return Report(rows, state.active, state.merged)
+
+
+def _computes(layer: nn.Module) -> bool:
+    """Whether a layer computes anything of its own."""
+    return isinstance(layer, PromptedEmbedding) or not isinstance(layer, Companion | PromptEncoders)
 
 
 def _layer_report(path: str, layer: nn.Module) -> LayerReport:

@@ -8,10 +8,10 @@ import inspect
 
 from torch import nn
 
-from fastpeft.attention.numbering import Companion
 from fastpeft.tuners.attention_layer import AdaptedAttention
-from fastpeft.tuners.layer import AdapterLayer
+from fastpeft.tuners.layer import AdapterLayer, Companion
 
+# What tables of learned positions are called, which stand beside the embedding of tokens.
 TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.errors import TargetError
 from fastpeft.selection import active_names
 
 
@@ -79,6 +80,29 @@ class AdapterLayer:
         kept.setdefault(name, before)
         if undo is not None:
             undo.append((tensor, before))
+
+
+class Companion(AdapterLayer):
+    """A module that virtual tokens need changed and that holds none of their parameters."""
+
+    does = "works for a prefix"  # what to say of it to one who targets it besides
+
+    def add_adapter(self, name: str, *args, **kwargs) -> None:
+        """What other tuners call, which find a layer of fastpeft here. Raises TargetError."""
+        kind = self._fastpeft.original_class.__name__
+        raise TargetError(f"adapter {name!r}: one of its targets is the {kind} {self.does}; leave it out")
+
+    def parameters_of(self, name: str) -> dict:
+        return {}
+
+    def delete_adapter(self, name: str) -> None:
+        self._fastpeft.adapters.pop(name, None)
+
+    def prepare_merge(self, names) -> None:
+        """Nothing to merge."""
+
+    def unmerge(self) -> None:
+        """Nothing to do."""
 
 
 def offloaded_to(module: nn.Module) -> torch.device | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastpeft.attention.positions import TABLES
 from fastpeft.calls import FIRST, Call, Room, check_each, packed_room_for, room_for, trimmed, widened
 from fastpeft.errors import PatchError
 from fastpeft.ops.prompt_embedding import prepend_prompt
@@ -21,10 +22,6 @@ FIXED = ("perm_mask", "target_mapping", "global_attention_mask", "langs", "bbox"
 
 # What models call their caches.
 CACHES = ("past_key_values", "cache_params", "state", "mems")
-
-# What tables of learned positions are called, which stand beside the embedding of tokens.
-TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-
 
 _names: dict[type, tuple[str, ...]] = {}  # no functools.cache, of which torch.compile warns
 

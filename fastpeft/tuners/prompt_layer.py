@@ -5,17 +5,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpeft.calls import FIRST, Call, Room, calling, current_call
-from fastpeft.errors import TargetError
 from fastpeft.ops.prompt_embedding import prepend_prompt, prompt_embedding
-from fastpeft.tuners.layer import AdapterLayer
+from fastpeft.tuners.layer import Companion
 from fastpeft.tuners.prompt_call import explaining, named_arguments, prompt_of, with_virtual_tokens
 
 
-class PromptedEmbedding(AdapterLayer):
+class PromptedEmbedding(Companion):
     """A module that looks tokens up. In a call that begins with virtual tokens their rows are the prompt's; an
     adapter's entry says whether it is the embedding of a decoder behind an encoder."""
 
     prefix = "Prompted"
+    does = "of tokens, which a prompt stands in front of"
 
     def looks_up_only(self) -> bool:
         """Whether it is nn.Embedding's own lookup and nothing else, which the fused op does."""
@@ -51,25 +51,6 @@ class PromptedEmbedding(AdapterLayer):
         found = F.embedding((ids - FIRST).clamp(min=0), prompt).to(rows.dtype)
         return found.where(virtual[..., None], rows)
 
-    def add_adapter(self, name: str, *args, **kwargs) -> None:
-        """What other tuners call, which find a layer of fastpeft here. Raises TargetError."""
-        raise TargetError(
-            f"adapter {name!r}: one of its targets is the embedding of tokens, which a prompt stands in front of; "
-            "leave it out"
-        )
-
-    def parameters_of(self, name: str) -> dict:
-        return {}
-
-    def delete_adapter(self, name: str) -> None:
-        self._fastpeft.adapters.pop(name, None)
-
-    def prepare_merge(self, names) -> None:
-        """Nothing to merge; the holder of the prompts refuses."""
-
-    def unmerge(self) -> None:
-        """Nothing to do."""
-
 
 def _is_written(input: Tensor, call: Call) -> bool:
     """Whether these are the ids that the model was called with: a model may ask for more (Longformer's padding), or in
@@ -79,11 +60,12 @@ def _is_written(input: Tensor, call: Call) -> bool:
     return input.is_set_to(call.written)
 
 
-class PromptedEncoder(AdapterLayer):
+class PromptedEncoder(Companion):
     """The encoder of a sequence-to-sequence model; an adapter's entry is what its rows come from. Called by itself, as
     `generate` does, it puts the virtual tokens in front; the whole model has done that before."""
 
     prefix = "Prompted"
+    does = "which a prompt stands in front of"
 
     def forward(self, *args, **kwargs):
         state = self._fastpeft
@@ -95,8 +77,3 @@ class PromptedEncoder(AdapterLayer):
         call = with_virtual_tokens(given, prompt, foremost=bool(state.model.quirky.intersection(names)))
         with explaining(state.adapters[names[0]], call.room.count, call.room.tokens):
             return calling(state.model, call, self.base_forward, **given)
-
-    parameters_of = PromptedEmbedding.parameters_of
-    delete_adapter = PromptedEmbedding.delete_adapter
-    prepare_merge = PromptedEmbedding.prepare_merge
-    unmerge = PromptedEmbedding.unmerge

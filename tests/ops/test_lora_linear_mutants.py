@@ -1,7 +1,6 @@
 """The test of the tests: mistakes planted in the kernels of `lora_linear`, each of which the criterion must find."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,6 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
 COMMON, KERNEL = Path(_common.__file__), Path(lora_linear.__file__)
 MUTANTS = [mutant for mutants in KERNELS.values() for mutant in mutants]
-PLANTED = MUTANTS if os.environ.get("FASTPEFT_MUTANTS") == "all" else MUTANTS[::2]  # all of them: `make mutants`
 
 # Twice the criterion, so that one draw will do: what this finds the criterion finds.
 BOUNDS = oracle.Bounds(rms=2.2, peak=4.0, row=8.0, gain=0.002)
@@ -77,7 +75,7 @@ def test_the_kernels_as_they_are_pass():
 
 
 @pytest.mark.usefixtures("own_masks")
-@pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
 def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     function, _, old, new = mutant
     kernels, common = mutated(KERNEL.read_text(), function, old, new), mutated(COMMON.read_text(), function, old, new)

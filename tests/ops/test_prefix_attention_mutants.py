@@ -1,11 +1,7 @@
-"""The test of the tests: mistakes planted in the kernels of `prefix_attention`, each of which a problem shows.
-
-Every third is planted, which takes a minute; with FASTPEFT_MUTANTS=all in the environment, all are (`make mutants`).
-"""
+"""The test of the tests: mistakes planted in the kernels of `prefix_attention`, each of which a problem shows."""
 
 import functools
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -35,7 +31,6 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 GENERAL = (_attention_scores, _attention_loops, _attention_kernels, prefix_attention)
 FILES = [Path(module.__file__) for module in (*GENERAL, _attention_decode, _prefix_attention_decode)]
 MUTANTS = [mutant for mutants in KERNELS.values() for mutant in mutants]
-PLANTED = MUTANTS if os.environ.get("FASTPEFT_MUTANTS") == "all" else MUTANTS[::3]
 
 # In fp32 the criterion allows errors of 1e-6 of a tensor's greatest; every mistake makes hundreds of times this.
 TOLERANCE = 1e-4
@@ -132,7 +127,7 @@ def test_the_kernels_as_they_are_pass(monkeypatch):
     assert first_fault() is None
 
 
-@pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
 def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     problems()  # whose masks are made by the kernels as they should be
     function, _, old, new = mutant

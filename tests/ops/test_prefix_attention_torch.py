@@ -58,7 +58,7 @@ def test_the_gradient_of_sinks_is_as_right_as_eager(half):
 @pytest.mark.parametrize("modifiers", [pair for pair in PAIRS if "softcap" in pair or "sinks" in pair], ids=name_of)
 def test_pairs_in_blocks_are_as_right_as_eager(modifiers):
     with path("blocks"):
-        assert_right(draws(modifiers, 48), wanted=all_but_sinks(modifiers))
+        assert_right(draws(modifiers, 96), wanted=all_but_sinks(modifiers))
 
 
 @pytest.mark.parametrize("modifiers", [m for m in SINGLES if not ONLY_IN_BLOCKS & set(m)], ids=name_of)
