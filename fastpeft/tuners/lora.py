@@ -280,7 +280,65 @@ def _widen(container, name: str) -> None:
         container[name] = item.float()
 
 
-class LoraLinear(LoraLayer):
+class LinearArithmetic:
+    """The forward of a linear layer with LoRA, whoever holds its parameters.
+
+    A class says: `matrix()` (N, K) and `base_bias()` of the base, `base_forward(...)`, `plain_base()` (whether the op
+    may compute that); of an adapter `factors(name)`, `settings(name)`, `_bias_of(name)`, `magnitude(name)`; and the
+    `backend()` that is asked for.
+    """
+
+    def adapted_forward(self, names: list[str], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if len(names) == 1:
+            fused = self.plain_base() and not args and not kwargs
+            return self._add(names[0], input, None if fused else self.base_forward(input, *args, **kwargs))
+        result = self.base_forward(input, *args, **kwargs)
+        dtype = result.dtype
+        for name in names:  # the sum is rounded once, as in HF peft
+            result = self._add(name, input, result.to(torch.promote_types(dtype, self.factors(name)[0].dtype)))
+        return result.to(dtype)
+
+    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
+        """`result` (None: the base's, not yet computed) plus one adapter's share."""
+        settings = self.settings(name)
+        a, b = self.factors(name)
+        p = settings.dropout if self.training else 0.0
+        backend = self.backend()
+        if settings.use_dora:
+            return self._add_dora(name, x, result, p, backend)
+        if result is None:
+            bias = self._bias_with(name, settings)
+            return apply_lora(x, self.matrix(), bias, None, a, b, settings.scaling, p, backend)
+        result = apply_lora(x, None, None, result, a, b, settings.scaling, p, backend)
+        return result if not settings.bias else result + (settings.scaling * self._bias_of(name)).to(result.dtype)
+
+    def _bias_with(self, name: str, settings: Settings) -> torch.Tensor | None:
+        if not settings.bias:
+            return self.base_bias()
+        extra, bias = settings.scaling * self._bias_of(name), self.base_bias()
+        return extra if bias is None else bias + extra
+
+    def _add_dora(self, name: str, x: torch.Tensor, result: torch.Tensor | None, p: float, backend) -> torch.Tensor:
+        """y = m/‖V‖ ⊙ (W + s·B A) x + bias. Under dropout the base's share is that of the dropped x, as in HF peft:
+        y = x Wᵀ + bias + (m/‖V‖ - 1) ⊙ W drop(x) + m/‖V‖ ⊙ s·B A drop(x)."""
+        settings = self.settings(name)
+        a, b = self.factors(name)
+        weight = self.matrix()
+        factor = dora.factor(weight, a, b, settings.scaling, self.magnitude(name))
+        dropped = F.dropout(x, p) if p else x
+        bias = 0 if self.base_bias() is None else self.base_bias()
+        base = F.linear(dropped, weight) if p or result is None else result - bias
+        dtype = base.dtype if result is None else result.dtype
+        # The sum is in the factor's dtype, as HF peft's: on a half-precision base rounding W x + s·B A x before it is
+        # multiplied made the error 1.2 to 1.4 times as large.
+        if p:
+            start = (self.base_forward(x) if result is None else result) + (factor - 1) * base
+        else:
+            start = factor * base + bias
+        return apply_lora(dropped, None, None, start, a, b * factor[:, None], settings.scaling, 0.0, backend).to(dtype)
+
+
+class LoraLinear(LinearArithmetic, LoraLayer):
     """LoRA on nn.Linear and its subclasses."""
 
     has_op = True
@@ -302,54 +360,14 @@ class LoraLinear(LoraLayer):
         weight = self._parameters.get("weight")  # not an attribute: reading a parametrised weight computes it
         return plain and type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
-    def adapted_forward(self, names: list[str], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if len(names) == 1:
-            fused = self.plain_base() and not args and not kwargs
-            return self._add(names[0], input, None if fused else self.base_forward(input, *args, **kwargs))
-        result = self.base_forward(input, *args, **kwargs)
-        dtype = result.dtype
-        for name in names:  # the sum is rounded once, as in HF peft
-            result = self._add(name, input, result.to(torch.promote_types(dtype, self.factors(name)[0].dtype)))
-        return result.to(dtype)
+    def settings(self, name: str) -> Settings:
+        return self._fastpeft.adapters[name]
 
-    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        """`result` (None: the base's, not yet computed) plus one adapter's share."""
-        settings: Settings = self._fastpeft.adapters[name]
-        a, b = self.factors(name)
-        p = settings.dropout if self.training else 0.0
-        backend = self._fastpeft.model.backend
-        if settings.use_dora:
-            return self._add_dora(name, x, result, p, backend)
-        if result is None:
-            bias = self._bias_with(name, settings)
-            return apply_lora(x, self.matrix(), bias, None, a, b, settings.scaling, p, backend)
-        result = apply_lora(x, None, None, result, a, b, settings.scaling, p, backend)
-        return result if not settings.bias else result + (settings.scaling * self._bias_of(name)).to(result.dtype)
+    def base_bias(self) -> torch.Tensor | None:
+        return self.bias
 
-    def _bias_with(self, name: str, settings: Settings) -> torch.Tensor | None:
-        if not settings.bias:
-            return self.bias
-        extra = settings.scaling * self._bias_of(name)
-        return extra if self.bias is None else self.bias + extra
-
-    def _add_dora(self, name: str, x: torch.Tensor, result: torch.Tensor | None, p: float, backend) -> torch.Tensor:
-        """y = m/‖V‖ ⊙ (W + s·B A) x + bias. Under dropout the base's share is that of the dropped x, as in HF peft:
-        y = x Wᵀ + bias + (m/‖V‖ - 1) ⊙ W drop(x) + m/‖V‖ ⊙ s·B A drop(x)."""
-        settings: Settings = self._fastpeft.adapters[name]
-        a, b = self.factors(name)
-        weight = self.matrix()
-        factor = dora.factor(weight, a, b, settings.scaling, self.magnitude(name))
-        dropped = F.dropout(x, p) if p else x
-        bias = 0 if self.bias is None else self.bias
-        base = F.linear(dropped, weight) if p or result is None else result - bias
-        dtype = base.dtype if result is None else result.dtype
-        # The sum is in the factor's dtype, as HF peft's: on a half-precision base rounding W x + s·B A x before it is
-        # multiplied made the error 1.2 to 1.4 times as large.
-        if p:
-            start = (self.base_forward(x) if result is None else result) + (factor - 1) * base
-        else:
-            start = factor * base + bias
-        return apply_lora(dropped, None, None, start, a, b * factor[:, None], settings.scaling, 0.0, backend).to(dtype)
+    def backend(self) -> str | None:
+        return self._fastpeft.model.backend
 
 
 class LoraConv1D(LoraLinear):
