@@ -1,16 +1,12 @@
 """What a patched model can do: the mixin in front of the model's own class, with peft's verbs."""
 
-import functools
 from typing import ClassVar
 
+from fastpeft.adapted_model import AdaptedModel
 from fastpeft.calls import Room, widened
-from fastpeft.forward import forward as adapted_forward
-from fastpeft.generation import PromptedGeneration, preparing
-from fastpeft.selection import CarriedCheckpoint
-from fastpeft.tuners.attention_layer import AdaptedAttention
 
 
-class PatchedModel(PromptedGeneration):
+class PatchedModel(AdaptedModel):
     """Methods that scripts written for peft call, with peft's names and meaning. Each is one function of fastpeft.
 
     A task's class (`fastpeft.tasks`) says besides: heads, what the task trains whole, by the end of a module's path;
@@ -35,14 +31,6 @@ class PatchedModel(PromptedGeneration):
     def decodes_its_input(cls, given: dict) -> bool:
         """Whether a sequence-to-sequence model will make its decoder's input of the encoder's."""
         return all(given.get(name) is None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-
-    def __call__(self, *args, **kwargs):
-        """The model's own call. Raises PatchError if it asks for attention weights over virtual tokens."""
-        if kwargs.get("output_attentions"):
-            for module in self.modules():
-                if isinstance(module, AdaptedAttention):
-                    module.refuse_weights(bool(module.active_adapters()))
-        return super().__call__(*args, **kwargs)
 
     @property
     def peft_config(self) -> dict:
@@ -167,42 +155,3 @@ class PatchedModel(PromptedGeneration):
         from fastpeft import adapters
 
         adapters.print_trainable_parameters(self)
-
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
-        """transformers' own method, with the checkpoint function made to carry the choice of adapters along."""
-        from fastpeft.patching import disable_input_grads, enable_input_grads
-
-        state = self._fastpeft
-        if gradient_checkpointing_func is not None:
-            kwargs["gradient_checkpointing_func"] = CarriedCheckpoint(gradient_checkpointing_func, state)
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)
-        if enable:
-            enable_input_grads(self, state)
-        else:
-            disable_input_grads(state)
-
-    def __reduce_ex__(self, protocol):
-        return _rebuild, type(self).__bases__, self.__dict__
-
-
-def _rebuild(task: type, original: type):
-    cls = patched_model_class(original, task)
-    return cls.__new__(cls)
-
-
-@functools.cache
-def patched_model_class(original: type, task: type = PatchedModel) -> type:
-    """The subclass of a model's class with a patched model's methods and a task's, under the same name: transformers
-    asks for it, and for the arguments of its forward."""
-    namespace = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
-    namespace |= {"forward": _forward_of(original), **preparing(original)}
-    return type(original.__name__, (task, original), namespace)
-
-
-@functools.cache
-def _forward_of(original: type):
-    @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
-        return adapted_forward(self, args, kwargs)
-
-    return forward

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.adapted_model import patched_model_class
 from fastpeft.arguments import check_flags
 from fastpeft.attention.interface import switch_back
 from fastpeft.configs import LoraConfig, PeftConfig, as_config
@@ -20,7 +21,7 @@ from fastpeft.errors import ConfigError, PatchError
 from fastpeft.files import adapter_directory
 from fastpeft.forward import Part
 from fastpeft.mapping import task_class, tuner_of
-from fastpeft.model import PatchedModel, patched_model_class
+from fastpeft.model import PatchedModel
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer, detach, give_back_forward, offloaded_to, take_forward
@@ -169,7 +170,7 @@ def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training = {name: module.training for name, module in model.named_modules()}
     state = PatchState(type(model), backend, hf_quirks, autocast, requires_grad, training)
-    model.__class__ = patched_model_class(type(model))
+    model.__class__ = patched_model_class(type(model), PatchedModel)
     state.original_forward = take_forward(model, state.original_class)
     model.__dict__["_fastpeft"] = state
     try:
