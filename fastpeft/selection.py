@@ -8,36 +8,52 @@ so that its recomputation in backward, after the block has ended and perhaps in 
 import contextlib
 import contextvars
 import threading
+import types
 
-# Per patched model, the names in force: {id of its PatchState: names}.
-_overrides: contextvars.ContextVar[dict[int, tuple[str, ...]]] = contextvars.ContextVar("fastpeft_adapters")
+# Per patched model, the names in force: {_key of its PatchState: names}.
+_overrides: contextvars.ContextVar[dict[str, tuple[str, ...]]] = contextvars.ContextVar("fastpeft_adapters")
 
-# How many override blocks are open in the process. While it is 0 a layer reads a plain attribute and nothing else,
-# which is what torch.compile can trace.
-_open_overrides = 0
+# Whether any override block is open in the process. While none is, a layer reads a plain attribute and nothing else.
+_any_open = False
+_open = 0
 _counting = threading.Lock()
+
+# What `_overrides` has in this thread, or None, as attributes of a module. torch.compile knows no context variables;
+# but of a module it reads an attribute as Python does, and again in the guard that precedes every compiled call, in the
+# thread that makes it. So each choice has code of its own, and finds it.
+_here = types.ModuleType("fastpeft.selection.here")
+_here.__getattr__ = lambda key: _overrides.get({}).get(key)
+
+
+def _key(state) -> str:
+    return f"of_{id(state)}"
 
 
 def active_names(state) -> tuple[str, ...]:
     """The adapters a call now uses, in the order in which they are added up; `state` is the model's PatchState."""
-    if _open_overrides:
-        return _overrides.get({}).get(id(state), state.active)
+    if _any_open:
+        names = getattr(_here, _key(state))
+        return state.active if names is None else names
     return state.active
 
 
 @contextlib.contextmanager
 def override(state, names: tuple[str, ...]):
     """Within the block, calls of this thread use `names`."""
-    global _open_overrides
-    token = _overrides.set({**_overrides.get({}), id(state): names})
-    with _counting:
-        _open_overrides += 1
+    token = _overrides.set({**_overrides.get({}), _key(state): names})
+    _count(1)
     try:
         yield
     finally:
-        with _counting:
-            _open_overrides -= 1
+        _count(-1)
         _overrides.reset(token)
+
+
+def _count(step: int) -> None:
+    global _any_open, _open
+    with _counting:
+        _open += step
+        _any_open = _open > 0
 
 
 class CarriedCheckpoint:
