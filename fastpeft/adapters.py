@@ -12,6 +12,7 @@ from torch import nn
 from fastpeft import files
 from fastpeft.arguments import check_flags, names_of
 from fastpeft.configs import as_config
+from fastpeft.distributed import first_writes
 from fastpeft.encoders import check_encoder, encoder_tensors, fill_encoder, forget_encoder
 from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.filling import check_names_and_shapes, fill, places_in_file
@@ -23,7 +24,6 @@ from fastpeft.patching import (
     adding,
     begin,
     check_demand,
-    check_model,
     check_names,
     check_together,
     layers,
@@ -32,27 +32,38 @@ from fastpeft.patching import (
     state_of,
     trains_biases,
 )
+from fastpeft.preconditions import check_model
 from fastpeft.selection import override
-from fastpeft.state import adapter_state_dict, embeddings, only_adapter
+from fastpeft.state import adapter_state_dict, embeddings, only_adapter, whole_tensors
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.saved_modules import SavedModule
 from fastpeft.untrusted import shown
 
 
-def save_adapter(model: nn.Module, directory: str | Path, *, adapter_name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    adapter_name: str | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write one adapter as HF peft does: `adapter_model.safetensors` and `adapter_config.json`, each replaced
     atomically, in `directory` for the adapter "default" or the only one, else in `directory/adapter_name`.
 
-    Raises PatchError if the model is not patched or the name is not an adapter's, AdapterFileError if it cannot be
-    written; the adapter that was there is then intact.
+    Of a model sharded by `fully_shard` the parameters are gathered: call it in every process, the first one writes. With
+    `state_dict`, a whole state dict of the model on this process, nothing is gathered; a model sharded in another way
+    needs that. Under DistributedDataParallel call it in one process.
+
+    Raises PatchError if the model is not patched, the name is not an adapter's, or parameters cannot be gathered;
+    AdapterFileError if it cannot be written; the adapter that was there is then intact.
     """
     state = state_of(model)
     name = only_adapter(state, adapter_name)
     alone = len(state.configs) == 1
-    _write(model, name, directory if alone else files.adapter_directory(directory, name))
+    _write(model, name, directory if alone else files.adapter_directory(directory, name), state_dict)
 
 
-def _write(model: nn.Module, name: str, target: str | Path) -> None:
+def _write(model: nn.Module, name: str, target: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
     state = state_of(model)
     config = state.configs[name]
     original = state.original_class
@@ -61,7 +72,12 @@ def _write(model: nn.Module, name: str, target: str | Path) -> None:
     if options := config.side_values():
         side[files.OPTIONS] = options
     written = config.to_file_dict(None if config.task_type else mapping)
-    files.write_adapter(target, adapter_state_dict(model, name), written, side, encoder_tensors(model, name))
+    with whole_tensors(model, name, state_dict) as mesh:
+        tensors, encoder = adapter_state_dict(model, name), encoder_tensors(model, name)
+    if mesh is None:
+        files.write_adapter(target, tensors, written, side, encoder)
+    else:
+        first_writes(mesh, lambda: files.write_adapter(target, tensors, written, side, encoder))
 
 
 # Arguments of peft's methods that ask for something else than is done here: name -> (neutral values, advice).
@@ -81,14 +97,14 @@ def check_arguments(method: str, **given) -> None:
             raise PatchError(f"{method}: {name}={value!r} cannot be honoured; {advice}")
 
 
-def save_all(model: nn.Module, directory, selected_adapters=None) -> None:
+def save_all(model: nn.Module, directory, selected_adapters=None, state_dict=None) -> None:
     """`save_pretrained` of a patched model: all adapters, or the selected ones. As in peft, and unlike `save_adapter`,
-    the only adapter too lies in a folder of its name, unless that is "default"."""
+    the only adapter too lies in a folder of its name, unless that is "default". `state_dict`: as in `save_adapter`."""
     state = state_of(model)
     names = tuple(state.configs) if selected_adapters is None else names_of(selected_adapters, "save_pretrained")
     check_names(state, names, "save_pretrained")
     for name in names:
-        _write(model, name, files.adapter_directory(directory, name))
+        _write(model, name, files.adapter_directory(directory, name), state_dict)
 
 
 def load_adapter(

@@ -22,6 +22,7 @@ from fastpeft.files import adapter_directory
 from fastpeft.forward import Part
 from fastpeft.mapping import task_class, tuner_of
 from fastpeft.model import PatchedModel
+from fastpeft.preconditions import adapted_by_peft, check_model, check_not_wrapped
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer, detach, give_back_forward, offloaded_to, take_forward
@@ -66,39 +67,6 @@ def layers(model: nn.Module):
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdapterLayer))
 
 
-def check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise PatchError(f"patch: model is a {type(model).__name__}; a torch.nn.Module is needed")
-    if any(cls.__module__.split(".")[0] == "peft" for cls in type(model).__mro__):
-        raise PatchError(
-            f"patch: this {type(model).__name__} belongs to peft already; pass its base model, "
-            "`model.get_base_model()` before any adapter was injected, and the configuration"
-        )
-    if isinstance(model.__dict__.get("_fastpeft"), PatchState):
-        names = ", ".join(map(repr, state_of(model).configs)) or "no adapter"
-        raise PatchError(
-            f"patch: this model is already patched and has {names}; add another one with "
-            "model.add_adapter(name, config), or fastpeft.unpatch(model) first"
-        )
-    compiled = "_orig_mod" in model._modules
-    if compiled or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise PatchError(
-            f"patch: this {type(model).__name__} wraps the model, and all of its modules' paths begin with "
-            f"{'_orig_mod' if compiled else 'module'!r}; patch the model inside it, then compile or distribute that"
-        )
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        raise PatchError("patch: the model has lazy modules without shapes; run a batch through it first")
-    kind = f"this {type(model).__name__}"
-    for name, module in model.named_modules():
-        owner = type(module).__module__.split(".")[0]
-        if owner in ("peft", "unsloth", "axolotl", "lorafusion"):
-            raise PatchError(
-                f"patch: {name} is a {owner} layer; a model patched by another library is not patched again"
-            )
-        if "_fastpeft" in module.__dict__:
-            raise PatchError(f"patch: {name or kind} is patched as part of another model; unpatch that one first")
-
-
 def patch(
     model: nn.Module,
     config: Any = None,
@@ -108,10 +76,13 @@ def patch(
     autocast_adapter_dtype: bool = True,
     hf_quirks: bool = False,
 ) -> nn.Module:
-    """Give a model trainable adapters, in place, and freeze everything else.
+    """Give a model trainable adapters, in place, and freeze everything else; or take over the arithmetic, and nothing
+    else, of a model that HF peft has adapted already.
 
     Args:
-        model: any transformers model (or torch module), with its weights loaded.
+        model: any transformers model (or torch module), with its weights loaded; or a `peft.PeftModel`, or a model with
+            adapters of transformers' own `add_adapter`: then `backend` is all that there is to choose, and the result
+            computes what peft computes.
         config: a `fastpeft.LoraConfig`, `AdaLoraConfig`, `PrefixTuningConfig`, `PromptTuningConfig`,
             `PromptEncoderConfig` or `AdaptionPromptConfig`, the `peft` object of the same name, or the dict of an
             adapter_config.json.
@@ -133,12 +104,14 @@ def patch(
         BackendError: "triton" is demanded and cannot serve the model where and as it is now.
         The model is then as it was.
     """
-    check_model(model)
     check_flags("patch", autocast_adapter_dtype=autocast_adapter_dtype, hf_quirks=hf_quirks)
-    if config is None:
-        raise ConfigError("patch: a configuration is needed, for example fastpeft.LoraConfig(r=16)")
     if backend is not None:
         checked_backend(backend, "patch(backend=)")
+    if adapted_by_peft(model):
+        return _patch_peft(model, config, backend, adapter_name, autocast_adapter_dtype, hf_quirks)
+    check_model(model)
+    if config is None:
+        raise ConfigError("patch: a configuration is needed, for example fastpeft.LoraConfig(r=16)")
     config = as_config(config)
     config.validate_new()
     adapter_directory("", adapter_name)
@@ -149,6 +122,24 @@ def patch(
         add_planned(model, state, plan, adapter_name, init=True)
         activate(model, state, (adapter_name,))
     return model
+
+
+def _patch_peft(model: nn.Module, config: Any, backend: str | None, name: str, autocast: bool, quirks: bool):
+    from fastpeft.integrations.peft import patch_peft
+
+    kind = type(model).__name__
+    if config is not None:
+        raise PatchError(
+            f"patch: this {kind} has adapters of peft's; fastpeft.patch(model) makes them fast as they are, and "
+            "model.add_adapter(name, config) adds another"
+        )
+    if (name, autocast, quirks) != ("default", True, False):
+        raise PatchError(
+            f"patch: this {kind} has adapters of peft's, which keep their names, dtypes and meaning; leave out "
+            "adapter_name, autocast_adapter_dtype and hf_quirks"
+        )
+    check_not_wrapped(model)
+    return patch_peft(model, backend)
 
 
 def check_demand(model: nn.Module, plan, backend: str | None) -> None:
@@ -403,7 +394,12 @@ def check_together(state: PatchState, names: tuple[str, ...], where: str) -> Non
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Take every adapter out and restore what `patch` found: objects, classes, parameters bit for bit, requires_grad,
-    training modes, input hooks. Returns the same model. Raises PatchError if it is not patched."""
+    training modes, input hooks. A model that peft has adapted keeps its adapters and what they have learned. Returns
+    the same model. Raises PatchError if it is not patched."""
+    if adapted_by_peft(model):
+        from fastpeft.integrations.peft import unpatch_peft
+
+        return unpatch_peft(model)
     state = state_of(model)
     restore(model, state, keep_weights=False)
     for name, parameter in model.named_parameters():

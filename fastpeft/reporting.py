@@ -10,14 +10,16 @@ from fastpeft import tables
 from fastpeft.dispatch import choose_backend, lora_linear_plan_for
 from fastpeft.errors import BackendError
 from fastpeft.patching import layers, state_of
+from fastpeft.preconditions import adapted_by_peft
 from fastpeft.table_file import PrefixBucket
-from fastpeft.tuners.attention_layer import AdaptedAttention
+from fastpeft.tuners.attention_layer import AdaptedAttention, Slice
 from fastpeft.tuners.layer import Companion
 from fastpeft.tuners.lora import LoraLinear
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.prompt_layer import PromptedEmbedding
 
 ROWS = 4096
+LEFT = "peft's own forward"  # in place of an op, of a layer of peft's that was left as it was
 HEAD_DIMENSIONS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
@@ -42,7 +44,8 @@ class Report:
     merged: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = f"{len(self.layers)} layers patched; active: {', '.join(self.active) or 'none'}"
+        patched = sum(layer.op != LEFT for layer in self.layers)
+        head = f"{patched} layers patched; active: {', '.join(self.active) or 'none'}"
         if self.merged:
             head += f"; merged: {', '.join(self.merged)}"
         groups = Counter((layer.kind, layer.op, layer.backend, layer.reason) for layer in self.layers)
@@ -51,10 +54,19 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What `patch` did to this model and what will run. Raises PatchError if it is not patched."""
+    """What `patch` did to this model and what will run; of a model that peft has adapted also what was left as it was,
+    and why. Raises PatchError if it is not patched."""
+    if adapted_by_peft(model):
+        from fastpeft.integrations.peft import report_peft
+
+        return report_peft(model)
     state = state_of(model)
-    rows = tuple(_layer_report(path, each) for path, each in layers(model) if _computes(each))
-    return Report(rows, state.active, state.merged)
+    return Report(tuple(rows_of(model)), state.active, state.merged)
+
+
+def rows_of(model: nn.Module) -> list[LayerReport]:
+    """Of the layers that fastpeft's own adapters are in."""
+    return [_layer_report(path, each) for path, each in layers(model) if _computes(each)]
 
 
 def _computes(layer: nn.Module) -> bool:
@@ -110,7 +122,8 @@ def _strategies(layer: LoraLinear, weight: torch.Tensor) -> str:
 def _attention_report(path: str, kind: str, names: tuple[str, ...], layer: AdaptedAttention) -> LayerReport:
     """Of attention over virtual tokens. Which of the kernels' strategies a call gets depends on its lengths and masks,
     so only the backend is said."""
-    op = "gated_prompt_attention" if len(layer.adaption_prompt) else "prefix_attention"
+    has_prefix = any(isinstance(entry, Slice) for entry in layer._fastpeft.adapters.values())
+    op = "prefix_attention" if has_prefix else "gated_prompt_attention"
     weight = next(parameter for parameter in layer.parameters() if parameter.ndim == 2)
     depth = next((getattr(layer, each) for each in HEAD_DIMENSIONS if hasattr(layer, each)), 0)
     try:

@@ -171,8 +171,8 @@ MODELS = [
     (on_meta, fastpeft.TargetError, ("model.layers.0.self_attn.q_proj is on the meta device", "load")),
     (lambda: class_of("unsloth"), fastpeft.PatchError, ("1 is a unsloth layer", "not patched again")),
     (lambda: class_of("axolotl"), fastpeft.PatchError, ("1 is a axolotl layer",)),
-    (peft_model, fastpeft.PatchError, ("PeftModel belongs to peft already", "get_base_model()")),
-    (lambda: peft_model().base_model.model, fastpeft.PatchError, ("q_proj is a peft layer",)),
+    (peft_model, fastpeft.PatchError, ("PeftModel has adapters of peft's", "fastpeft.patch(model)", "add_adapter")),
+    (lambda: peft_model().base_model.model, fastpeft.PatchError, ("LlamaForCausalLM has adapters of peft's",)),
     (lambda: two(), fastpeft.PatchError, ("already patched", "'a', 'b'", "unpatch")),
     (lambda: two().model, fastpeft.PatchError, ("layers.0.self_attn.q_proj is patched as part of another model",)),
     (

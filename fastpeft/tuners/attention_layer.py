@@ -48,10 +48,17 @@ class Slice:
         return tuple(t.to(dtype).unflatten(1, (self.heads, -1)).transpose(0, 1) for t in (key, value))
 
 
+@dataclass(frozen=True)
+class PromptOf:
+    """A gated prompt whose parameters, `adaption_prompt` (1, P, hidden) and `adaption_gate` (1,), `holder` has."""
+
+    holder: nn.Module
+
+
 class AdaptedAttention(AdapterLayer):
     """An attention module with virtual tokens: the entry of an adapter is its `Slice` of a prefix, None for a gated
-    prompt, whose parameters are here, or NOTHING. As it is, it serves every class that asks transformers' interface for
-    its attention function; the function finds the virtual tokens here."""
+    prompt, whose parameters are here, a `PromptOf` another module, or NOTHING. As it is, it serves every class that
+    asks transformers' interface for its attention function; the function finds the virtual tokens here."""
 
     prefix = "Adapted"
     # Whether its forward calls the op, and not transformers' interface. The class's own forward then knows none of our
@@ -71,7 +78,7 @@ class AdaptedAttention(AdapterLayer):
     def slices(self) -> list[Slice]:
         """The prefixes of a call now."""
         entries = self._fastpeft.adapters
-        return [entries[name] for name in self.active_adapters() if entries[name] is not None]
+        return [entries[name] for name in self.active_adapters() if isinstance(entries[name], Slice)]
 
     def active_prefix(self, dtype: torch.dtype, number: int | None = None) -> tuple[Tensor, Tensor] | None:
         """((Hkv, P, D), (Hkv, P, D)), one after the other of the active adapters, in the pass of this number; None
@@ -101,9 +108,14 @@ class AdaptedAttention(AdapterLayer):
 
     def active_prompts(self) -> list[tuple[Tensor, Tensor]]:
         """(prompt (1, P, hidden), gate (1,)) of the active adapters that have one."""
-        entries = self._fastpeft.adapters
-        names = [name for name in self.active_adapters() if entries[name] is None]
-        return [(self.adaption_prompt[name], self.adaption_gate[name]) for name in names]
+        found = []
+        for name in self.active_adapters():
+            entry = self._fastpeft.adapters[name]
+            if entry is None:
+                found.append((self.adaption_prompt[name], self.adaption_gate[name]))
+            elif isinstance(entry, PromptOf):
+                found.append((entry.holder.adaption_prompt, entry.holder.adaption_gate))
+        return found
 
     def add_prompt(self, name: str, length: int, hidden: int, init: bool) -> None:
         """A gated prompt, drawn as HF peft's is: in the dtype of the base, which it keeps."""

@@ -36,6 +36,16 @@ class PrefixEncoder(nn.Module):
         self.left_behind = False  # whether the file it is from has a network, and this is the table alone
         self.parts = nn.ModuleDict()  # encoders of the same kind, for other stacks of the model
 
+    @classmethod
+    def over(cls, other: nn.Module, length: int, width: int, blocks: int) -> "PrefixEncoder":
+        """One that computes with the children of another module, which have the same names."""
+        view = cls.__new__(cls)
+        nn.Module.__init__(view)
+        view.length, view.width, view.count, view.left_behind = length, width, blocks, False
+        view._modules.update(other._modules)
+        view.parts = nn.ModuleDict()
+        return view
+
     @torch.no_grad()
     def zero(self) -> None:
         """Zeros out of the encoder, which are not neutral: zero keys still take their share of the softmax."""

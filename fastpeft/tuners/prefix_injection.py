@@ -140,14 +140,15 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     holder.add_adapter(name, encoders[0].to(device))
     register()
     for part, encoder in zip(plan.parts, encoders, strict=True):
-        _inject_part(part, encoder, name, state, config)
+        attach_part(part, encoder, name, state, config)
     for _, module in plan.saved:
         if not isinstance(module, AdapterLayer):
             attach(module, SavedModule, state)
         module.add_adapter(name)
 
 
-def _inject_part(part: Part, encoder: PrefixEncoder, name: str, state, config: PrefixTuningConfig) -> None:
+def attach_part(part: Part, encoder: PrefixEncoder, name: str, state, config: PrefixTuningConfig) -> None:
+    """Let the attention modules of a stack find their blocks of an encoder, whoever holds that."""
     for each in part.sites.configs:
         switch(each)
     for (_, module, mixin), passes in zip(part.sites.attention, part.sites.passes, strict=True):

@@ -12,6 +12,16 @@ def _learned(table: nn.Embedding) -> Tensor:
     return table.weight
 
 
+def over(other: nn.Module, used: int) -> "PromptTable | PromptNetwork":
+    """One that computes with the children of another module, which have the same names."""
+    kind = PromptNetwork if "mlp_head" in other._modules else PromptTable
+    view = kind.__new__(kind)
+    nn.Module.__init__(view)
+    view.used = used
+    view._modules.update(other._modules)
+    return view
+
+
 class PromptTable(nn.Module):
     """`length` rows of `width` numbers, trained as they are; the first `used` of them stand in front of the tokens."""
 

@@ -155,13 +155,22 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     there is no text to begin with."""
     first = plan.embeddings[0][1]
     encoder = _encoder(plan, first, init)
-    encoder.most = most_positions(plan.model, plan.embeddings[0][0])
     holder = plan.model._modules.get(PromptEncoders.NAME)
     if holder is None:
         holder = PromptEncoders(plan.model, state)
         plan.model.add_module(PromptEncoders.NAME, holder)
     holder.add_adapter(name, encoder.to(offloaded_to(first) or first.weight.device))
     encoder.train(plan.model.training)
+    attach_embeddings(plan, encoder, name, state)
+    for _, module in plan.saved:
+        if not isinstance(module, AdapterLayer):
+            attach(module, SavedModule, state)
+        module.add_adapter(name)
+
+
+def attach_embeddings(plan: Plan, encoder: nn.Module, name: str, state) -> None:
+    """Let the embeddings know virtual tokens, whose rows come from `encoder`, whoever holds that."""
+    encoder.most = most_positions(plan.model, plan.embeddings[0][0])
     argument_names(state.original_class)  # which are found here, before torch.compile asks for them
     for _, module, decodes in plan.embeddings:
         if not isinstance(module, AdapterLayer):
@@ -172,10 +181,6 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
             attach(plan.encoder, PromptedEncoder, state)
         plan.encoder._fastpeft.adapters[name] = encoder
         argument_names(plan.encoder._fastpeft.original_class)
-    for _, module in plan.saved:
-        if not isinstance(module, AdapterLayer):
-            attach(module, SavedModule, state)
-        module.add_adapter(name)
 
 
 def _encoder(plan: Plan, embedding: nn.Module, init: bool) -> nn.Module:

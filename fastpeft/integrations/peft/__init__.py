@@ -1,0 +1,6 @@
+"""Models that peft has adapted: `fastpeft.patch(peft_model)` leaves classes, parameters, names and files to peft, and
+takes over the arithmetic."""
+
+from fastpeft.integrations.peft.model import patch_peft, report_peft, unpatch_peft
+
+__all__ = ["patch_peft", "report_peft", "unpatch_peft"]

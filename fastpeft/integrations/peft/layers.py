@@ -1,0 +1,142 @@
+"""peft's layers with our arithmetic: what stands in front of their classes, and for which there is something.
+
+Which adapters a call uses is peft's own matter (active, disabled, merged). Where a layer does what the op does not
+know, its own forward is called; `why_not` says so.
+"""
+
+from torch import Tensor, nn
+
+from fastpeft.integrations.peft.swapping import Swapped, full_name
+from fastpeft.tuners.lora import LinearArithmetic, Settings
+
+PLAIN_DROPOUTS = (nn.Dropout, nn.Identity)
+DORA = "peft.tuners.lora.variants.DoraLinearVariant"
+CONV1D = "transformers.pytorch_utils.Conv1D"
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module is its class's forward and nothing else, so that its parameters can be read without
+    calling it: no hooks (of accelerate, of ZeRO-3, of a user), no forward on the instance."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
+class FusedLayer(Swapped, LinearArithmetic):
+    """What the kinds share: in front of a class whose forward is `forward(x, *args, **kwargs)`."""
+
+    op = "lora_linear"
+
+    def base_forward(self, *args, **kwargs) -> Tensor:
+        return self.base_layer(*args, **kwargs)
+
+    def base_bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def backend(self) -> str | None:
+        return self.extension.backend
+
+    def matrix(self) -> Tensor:
+        weight = self.base_layer.weight
+        return weight.t() if full_name(type(self.base_layer)) == CONV1D else weight
+
+    def plain_base(self) -> bool:
+        """Whether the base product is x Wᵀ + bias with a dense weight, so that the op may compute it."""
+        base = self.base_layer
+        known = type(base).forward is nn.Linear.forward or full_name(type(base)) == CONV1D
+        weight = base._parameters.get("weight")
+        dense = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+        return known and dense and is_bare(base)
+
+    def dropout_of(self, name: str) -> float:
+        """The probability in force."""
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def why_not(self, name: str) -> str | None:
+        """Why this adapter is left to peft's own forward here, or None."""
+        raise NotImplementedError
+
+    def reasons(self) -> dict[str, str]:
+        """Adapter -> why it is left to peft's own forward."""
+        return {name: why for name in self.lora_A if (why := self.why_not(name)) is not None}
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        special = any(kwargs.get(key) is not None for key in ("adapter_names", "alora_offsets"))
+        if self.disable_adapters or self.merged_adapters or special or not names or any(map(self.why_not, names)):
+            return super().forward(x, *args, **kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("adapter_names", "alora_offsets")}
+        return self.adapted_forward(names, x, *args, **kwargs)
+
+
+class FusedLora(FusedLayer):
+    """LoRA, rank-stabilised LoRA and DoRA."""
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def settings(self, name: str) -> Settings:
+        use_dora, bias = name in self.lora_variant, self.lora_B[name].bias is not None
+        return Settings(self.r[name], self.scaling[name], self.dropout_of(name), use_dora, bias)
+
+    def _bias_of(self, name: str) -> Tensor | None:
+        return self.lora_B[name].bias
+
+    def magnitude(self, name: str) -> Tensor:
+        return self.lora_magnitude_vector[name].weight
+
+    def why_not(self, name: str) -> str | None:
+        variant = self.lora_variant.get(name)
+        if variant is not None and full_name(type(variant)) != DORA:
+            return f"{type(variant).__name__} has a forward of its own"
+        if variant is not None and not self.plain_base():
+            return "DoRA on a base that is not dense, or has hooks"
+        parts = [self.lora_A[name], self.lora_B[name], self.lora_dropout[name]]
+        if variant is not None:
+            parts.append(self.lora_magnitude_vector[name])
+        if not all(map(is_bare, parts)):
+            return "hooks on the adapter's modules, which only their own calls run"
+        if type(parts[0]) is not nn.Linear or type(parts[1]) is not nn.Linear:
+            return f"its factors are {type(parts[0]).__name__} and {type(parts[1]).__name__}"
+        if type(parts[2]) not in PLAIN_DROPOUTS:
+            return f"its dropout is {type(parts[2]).__name__}"
+        return None
+
+
+class FusedAdaLora(FusedLayer):
+    """AdaLoRA, with A∘E for A. The scaling, which peft divides by a number on the device, goes with E."""
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        scaling = self.scaling[name] / (self.ranknum[name] + 1e-5)
+        return self.lora_A[name] * (self.lora_E[name] * scaling), self.lora_B[name]
+
+    def settings(self, name: str) -> Settings:
+        return Settings(self.r[name], 1.0, self.dropout_of(name), False, False)
+
+    def _bias_of(self, name: str) -> None:
+        return None
+
+    def why_not(self, name: str) -> str | None:
+        if not self.lora_A[name].shape[0]:
+            return "no triplets are left"
+        if not is_bare(self.lora_dropout[name]) or type(self.lora_dropout[name]) not in PLAIN_DROPOUTS:
+            return "hooks on its dropout"
+        return None
+
+
+_LORA = "peft.tuners.lora"
+FUSED = {
+    f"{_LORA}.layer.Linear": FusedLora,
+    f"{_LORA}.bnb.Linear8bitLt": FusedLora,
+    f"{_LORA}.bnb.Linear4bit": FusedLora,
+    f"{_LORA}.gptq.GPTQLoraLinear": FusedLora,
+    f"{_LORA}.awq.AwqLoraLinear": FusedLora,
+    f"{_LORA}.hqq.HqqLoraLinear": FusedLora,
+    f"{_LORA}.eetq.EetqLoraLinear": FusedLora,
+    f"{_LORA}.aqlm.AqlmLoraLinear": FusedLora,
+    f"{_LORA}.torchao.TorchaoLoraLinear": FusedLora,
+    "peft.tuners.adalora.layer.SVDLinear": FusedAdaLora,
+    "peft.tuners.adalora.bnb.SVDLinear8bitLt": FusedAdaLora,
+    "peft.tuners.adalora.bnb.SVDLinear4bit": FusedAdaLora,
+    "peft.tuners.adalora.gptq.SVDQuantLinear": FusedAdaLora,
+}

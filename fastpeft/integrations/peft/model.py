@@ -1,0 +1,129 @@
+"""`patch`, `unpatch` and `report` of a model that peft has adapted."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from fastpeft.dispatch import choose_backend
+from fastpeft.errors import BackendError, PatchError
+from fastpeft.integrations.peft.gated import swap_adaption
+from fastpeft.integrations.peft.layers import FUSED, FusedLayer
+from fastpeft.integrations.peft.prompts import swap_prompts
+from fastpeft.integrations.peft.swapping import KEY, Extension, Swapped, full_name, swap, swap_back
+from fastpeft.integrations.peft.tuners import TUNERS, SwappingModel, swap_layers
+from fastpeft.reporting import LEFT, LayerReport, Report, rows_of
+
+ADAPTION = "peft.tuners.adaption_prompt.model.AdaptionPromptModel"
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether `patch_peft` has been here."""
+    return any(isinstance(module, Swapped) for module in model.modules())
+
+
+def patch_peft(model: nn.Module, backend: str | None = None) -> nn.Module:
+    """Take over the arithmetic of a model that peft has adapted, in place; returns the same object.
+
+    Args:
+        model: a `peft.PeftModel` (or PeftMixedModel, or a transformers model with adapters of its own method
+            `add_adapter`), with adapters of any number.
+        backend: as in `fastpeft.patch`.
+
+    Raises:
+        PatchError: it is patched already, or has no adapter of peft's at all. The model is then as it was.
+    """
+    if is_swapped(model):
+        raise PatchError(f"patch: this {type(model).__name__} is patched already; fastpeft.unpatch(model) first")
+    extension = Extension(backend)
+    try:
+        _swap_all(model, extension)
+    except BaseException:
+        _swap_all_back(model)
+        raise
+    return model
+
+
+def _swap_all(model: nn.Module, extension: Extension) -> None:
+    swap_layers(model, extension)
+    for module in list(model.modules()):
+        kind = full_name(type(module))
+        if kind in TUNERS:
+            swap(module, TUNERS[kind], extension)
+        elif kind == ADAPTION:
+            swap_adaption(module, extension)
+    if "prompt_encoder" in model._modules and getattr(model, "_is_prompt_learning", False):
+        swap_prompts(model, extension)
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        swap(model, SwappingModel, extension)
+
+
+def unpatch_peft(model: nn.Module) -> nn.Module:
+    """Give the arithmetic back to peft: classes and hooks are what they were; adapters, and what they have learned,
+    stay. Returns the same object. Raises PatchError if it is not patched."""
+    if not is_swapped(model):
+        raise PatchError(f"unpatch: this {type(model).__name__} is peft's own as it is; fastpeft.patch(model) first")
+    return _swap_all_back(model)
+
+
+def _swap_all_back(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        if isinstance(module, Swapped):
+            if hasattr(module, "swapped_back"):
+                module.swapped_back()
+            swap_back(module)
+    return model
+
+
+def report_peft(model: nn.Module) -> Report:
+    """Every layer of peft's in the model: what serves it, or why it was left to peft. Raises PatchError if the model is
+    not patched."""
+    if not is_swapped(model):
+        raise PatchError(f"report: this {type(model).__name__} is not patched; call fastpeft.patch(model) first")
+    rows = tuple(_rows(model))
+    active = getattr(model, "active_adapters", ())
+    active = active() if callable(active) else active
+    return Report(rows, tuple(active), tuple(dict.fromkeys(_merged(model))))
+
+
+def _merged(model: nn.Module) -> Iterator[str]:
+    for module in model.modules():
+        yield from getattr(module, "merged_adapters", ())
+
+
+def _rows(model: nn.Module) -> Iterator[LayerReport]:
+    for path, module in model.named_modules():
+        kind = full_name(type(module))
+        if isinstance(module, FusedLayer):
+            yield from _layer_rows(path, module)
+        elif hasattr(module, "base_layer") and kind.startswith("peft."):
+            why = _why_left(module, kind)
+            yield LayerReport(path, type(module).__name__, tuple(module._get_available_adapters()), LEFT, "torch", why)
+    extension = next((m.__dict__[KEY] for m in model.modules() if isinstance(m, Swapped)), None)
+    if extension is not None and extension.hooked is not None:
+        yield from rows_of(model)
+        for name, why in extension.left.items():
+            yield LayerReport("", type(model).__name__, (name,), LEFT, "torch", why)
+
+
+def _why_left(module: nn.Module, kind: str) -> str:
+    if kind in FUSED:
+        return "its forward was replaced by somebody"
+    return "no kernel serves this kind of layer"
+
+
+def _layer_rows(path: str, layer: FusedLayer) -> Iterator[LayerReport]:
+    kind, reasons = type(layer).__name__, layer.reasons()
+    for name, why in reasons.items():
+        yield LayerReport(path, kind, (name,), LEFT, "torch", why)
+    names = tuple(name for name in layer.lora_A if name not in reasons)
+    if not names:
+        return
+    a = layer.factors(names[0])[0]
+    dtype = layer.base_layer.weight.dtype if layer.plain_base() else a.dtype
+    try:
+        choice = choose_backend(a, dtype, max(layer.r[name] for name in names), layer.backend())
+    except BackendError as error:
+        yield LayerReport(path, kind, names, layer.op, "none", str(error))
+        return
+    reason = choice.reason if layer.plain_base() else f"{choice.reason}; the base product is its own class's"
+    yield LayerReport(path, kind, names, layer.op, choice.backend, reason)

@@ -1,0 +1,94 @@
+"""Prefix tuning, prompt tuning and P-tuning of peft: the parameters stay in the PeftModel's `prompt_encoder`, its
+forward hands the call to the base model, where attention and embeddings find the virtual tokens."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from fastpeft.attention.interface import register
+from fastpeft.configs import PrefixTuningConfig, PromptLearningConfig, TaskType, as_config
+from fastpeft.errors import FastpeftError
+from fastpeft.forward import Part
+from fastpeft.integrations.peft.base import begin_base, end_base, forget_adapter
+from fastpeft.integrations.peft.swapping import Extension, Swapped, swap
+from fastpeft.mapping import task_class, tuner_of
+from fastpeft.selection import override
+from fastpeft.tuners import prefix_injection, prompt_encoder, prompt_injection
+from fastpeft.tuners.prefix_encoder import PrefixEncoder
+from fastpeft.tuners.prompt_call import argument_names, named_arguments
+
+
+class FusedPromptModel(Swapped):
+    """In front of a PeftModel of one of these methods."""
+
+    def forward(self, *args, **kwargs) -> Any:
+        name, state = self.active_adapter, self.extension.hooked
+        if name not in state.configs:
+            return super().forward(*args, **kwargs)
+        given = named_arguments(type(self).__bases__[1], args, kwargs)
+        given.pop("task_ids", None)
+        if state.configs[name].task_type != TaskType.SEQ_CLS and given.get("token_type_ids") is not None:
+            warnings.warn("peft hands no token_type_ids on to a model of this task; they are ignored", stacklevel=2)
+            del given["token_type_ids"]
+        given = {key: value for key, value in given.items() if value is not None}
+        with override(state, (name,)):
+            return self.base_model(**given)
+
+    def generate(self, *args, **kwargs) -> Any:
+        name, state = self.active_adapter, self.extension.hooked
+        if name not in state.configs:
+            return super().generate(*args, **kwargs)
+        if "generation_config" in self.__dict__:
+            self.base_model.generation_config = self.generation_config
+        with override(state, (name,)):
+            return self.base_model.generate(*args, **kwargs)
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, *args, **kwargs) -> None:
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        attach_adapter(self, adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        forget_adapter(self.base_model, self.extension, adapter_name)
+
+    def swapped_back(self) -> None:
+        """Undo what `swap_prompts` did to the base model."""
+        end_base(self.base_model, self.extension)
+
+
+def swap_prompts(model: nn.Module, extension: Extension) -> None:
+    """Make a PeftModel with virtual tokens ours, and its base model ready for them."""
+    argument_names(type(model))  # which are found here, before torch.compile asks for them
+    if swap(model, FusedPromptModel, extension):
+        begin_base(model.base_model, extension)
+        for name in model.peft_config:
+            attach_adapter(model, name)
+
+
+def attach_adapter(model: nn.Module, name: str) -> None:
+    """Let the base model's modules know one adapter of the PeftModel. What fastpeft has no way for is left to peft's
+    own forward, and the extension says why."""
+    base, extension = model.base_model, model.extension
+    state, encoder = extension.hooked, model.prompt_encoder[name]
+    try:
+        config: PromptLearningConfig = as_config(model.peft_config[name])
+        config.modules_to_save = None  # which peft has put in place
+        plan = tuner_of(config).plan(base, config)
+    except FastpeftError as error:
+        extension.left[name] = str(error)
+        return
+    config, view = plan.config, None
+    if isinstance(config, PrefixTuningConfig):
+        register()
+        (part,) = plan.parts
+        prefix = PrefixEncoder.over(encoder, config.num_virtual_tokens, part.width, part.blocks)
+        prefix_injection.attach_part(part, prefix, name, state, config)
+    else:
+        view = prompt_encoder.over(encoder, config.num_virtual_tokens)
+        prompt_injection.attach_embeddings(plan, view, name, state)
+    state.configs[name] = config
+    state.quirky.add(name)
+    part = Part(task_class(config), True, view)
+    if part.acts:
+        state.parts[name] = part

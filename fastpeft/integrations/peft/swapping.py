@@ -1,0 +1,74 @@
+"""How an object of peft's becomes one of ours and ceases to be one: its class is swapped, on the instance, for a
+subclass of its own class under the same name. Parameters, children and paths stay what they are."""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastpeft.tuners.layer import give_back_forward, take_forward
+
+KEY = "_fastpeft_extension"  # where a swapped module remembers its Extension
+
+
+@dataclass
+class Extension:
+    """What the swapped modules of one model share.
+
+    backend: as in `patch`. hooked: the PatchState of the base model, where a method lives in its attention or in front
+    of its input; None for the others. left: adapter -> why it is left to peft's own forward as a whole.
+    """
+
+    backend: str | None
+    hooked: Any = None
+    left: dict[str, str] = field(default_factory=dict)
+
+
+class Swapped:
+    """Mixin in front of a class of peft's; `self.__dict__[KEY]` is the Extension."""
+
+    def __reduce_ex__(self, protocol):
+        mixin, original = type(self).__bases__
+        return _rebuild, (mixin, original), self.__dict__
+
+    @property
+    def extension(self) -> Extension:
+        return self.__dict__[KEY]
+
+
+@functools.cache
+def swapped_class(mixin: type, original: type) -> type:
+    """The subclass of `original` that `mixin` stands in front of, under the name of the original: peft and others read
+    it."""
+    namespace = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (mixin, original), namespace)
+
+
+def _rebuild(mixin: type, original: type):
+    cls = swapped_class(mixin, original)
+    return cls.__new__(cls)
+
+
+def swap(module: nn.Module, mixin: type, extension: Extension) -> bool:
+    """Put `mixin` in front of the module's class. A forward that somebody has put on the instance stays, and then what
+    it does is not ours to change: False, unless it is accelerate's, which calls ours."""
+    original = type(module)
+    module.__class__ = swapped_class(mixin, original)
+    forward = take_forward(module, original)
+    if forward is not None:
+        give_back_forward(module, original, forward)
+        return False
+    module.__dict__[KEY] = extension
+    return True
+
+
+def swap_back(module: nn.Module) -> None:
+    """Undo `swap`."""
+    give_back_forward(module, type(module).__bases__[1], None)
+    del module.__dict__[KEY]
+
+
+def full_name(kind: type) -> str:
+    """A class's module and name, for tables of classes that are not imported for their sake."""
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,68 @@
+"""What stands in front of peft's tuners, the objects that put adapters into a model: layers that are added later become
+ours too."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastpeft.integrations.peft.layers import FUSED
+from fastpeft.integrations.peft.swapping import Extension, Swapped, full_name, swap
+from fastpeft.tuners.orthogonality import mean_distance
+
+
+def swap_layers(model: nn.Module, extension: Extension) -> None:
+    """Make every layer of peft's ours for which there is something."""
+    for module in model.modules():
+        mixin = FUSED.get(full_name(type(module)))
+        if mixin is not None and not isinstance(module, Swapped):
+            swap(module, mixin, extension)
+
+
+class SwappingTuner(Swapped):
+    """In front of a tuner of layers (LoraModel, MixedModel): whatever adds an adapter calls `inject_adapter`."""
+
+    def inject_adapter(self, model: nn.Module, *args, **kwargs) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        swap_layers(model, self.extension)
+
+
+class SwappingAdaLora(SwappingTuner):
+    """In front of AdaLoraModel: the orthogonal term of the loss, in as many kernels as there are shapes, not layers."""
+
+    def forward(self, *args, **kwargs) -> Any:
+        outputs = self.model.forward(*args, **kwargs)
+        loss = getattr(outputs, "loss", None)
+        if isinstance(loss, Tensor):
+            name = self.trainable_adapter_name
+            weight = self.peft_config[name].orth_reg_weight
+            if weight < 0:
+                raise ValueError(f"orth_reg_weight={weight!r}; 0 or more is needed")
+            layers = [module for module in self.model.modules() if _has_triplets(module, name)]
+            rows, columns = ([getattr(layer, key)[name] for layer in layers] for key in ("lora_A", "lora_B"))
+            outputs.loss = loss + weight * mean_distance(rows, columns, loss.device).to(loss.dtype)
+        return outputs
+
+
+def _has_triplets(module: nn.Module, name: str) -> bool:
+    return hasattr(module, "lora_E") and name in module.lora_A
+
+
+class SwappingModel(Swapped):
+    """In front of a transformers model that holds peft's layers itself (`model.add_adapter(config)`)."""
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        super().add_adapter(*args, **kwargs)
+        swap_layers(self, self.extension)
+
+    def load_adapter(self, *args, **kwargs) -> Any:
+        out = super().load_adapter(*args, **kwargs)
+        swap_layers(self, self.extension)
+        return out
+
+
+_TUNERS = "peft.tuners"
+TUNERS = {
+    f"{_TUNERS}.lora.model.LoraModel": SwappingTuner,
+    f"{_TUNERS}.mixed.model.MixedModel": SwappingTuner,
+    f"{_TUNERS}.adalora.model.AdaLoraModel": SwappingAdaLora,
+}
