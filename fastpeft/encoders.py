@@ -19,6 +19,12 @@ def _encoder(model: nn.Module, name: str) -> nn.Module | None:
     return holder[name] if isinstance(holder, PromptEncoders) and name in holder else None
 
 
+def has_network(model: nn.Module, name: str) -> bool:
+    """Whether an adapter's virtual tokens come out of a network that is trained."""
+    encoder = _encoder(model, name)
+    return encoder is not None and encoder.projects
+
+
 def encoder_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor] | None:
     """The parameters of an adapter's network by name, or what else its training needs; None if there is nothing."""
     tuner = tuner_of(model._fastpeft.configs[name])

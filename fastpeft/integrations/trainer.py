@@ -1,11 +1,18 @@
-"""AdaLoRA under transformers' Trainer, which knows no step between the optimizer's and `zero_grad`:
+"""transformers' and TRL's trainers for models that `fastpeft.patch` has patched:
 
-    from fastpeft.integrations.trainer import AdaLoraCallback
+    from fastpeft.integrations.trainer import Trainer  # in place of transformers'
+
+    Trainer(model, args, train_dataset=data).train(resume_from_checkpoint=True)
+
+`Trainer`, `Seq2SeqTrainer`: transformers', which save the adapter alone by themselves, and know how to go on only with
+peft's own classes. These do with a patched model: see `fastpeft.integrations.trainer_checkpoints`.
+`SFTTrainer`, `DPOTrainer`, `GRPOTrainer`: TRL's, with the same: see `fastpeft.integrations.trainer_trl`.
+`AdaLoraCallback`: AdaLoRA's step, of which no trainer knows, between the optimizer's and `zero_grad`:
 
     Trainer(model, args, train_dataset=data, callbacks=[AdaLoraCallback()]).train()
 
-`AdaLoraCallback` is a `transformers.TrainerCallback`, made when it is first asked for, so that nothing else loads
-transformers.
+Each class is made when it is first asked for, so that nothing else loads transformers or TRL. Any other model is
+handled as transformers' or TRL's own class does it.
 """
 
 import functools
@@ -15,14 +22,39 @@ from torch import nn
 
 from fastpeft.configs import AdaLoraConfig
 from fastpeft.errors import PatchError
+from fastpeft.integrations.trainer_checkpoints import AdapterCheckpoints, inside
 from fastpeft.patching import state_of
 from fastpeft.rank_allocator import update_and_allocate
+
+_OF_TRANSFORMERS = ("Trainer", "Seq2SeqTrainer")
+_OF_TRL = ("SFTTrainer", "DPOTrainer", "GRPOTrainer")
 
 
 def __getattr__(name: str):
     if name == "AdaLoraCallback":
         return _callback_class()
+    if name in (*_OF_TRANSFORMERS, *_OF_TRL):
+        return _trainer_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "AdaLoraCallback", *_OF_TRANSFORMERS, *_OF_TRL])
+
+
+@functools.cache
+def _trainer_class(name: str) -> type:
+    if name in _OF_TRL:
+        import trl
+
+        from fastpeft.integrations import trainer_trl
+
+        mixin, original = getattr(trainer_trl, name.removesuffix("Trainer")), getattr(trl, name)
+    else:
+        import transformers
+
+        mixin, original = AdapterCheckpoints, getattr(transformers, name)
+    return type(name, (mixin, original), {"__module__": __name__, "__doc__": mixin.__doc__})
 
 
 @functools.cache
@@ -38,7 +70,7 @@ def _callback_class() -> type:
         """
 
         def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-            config = _config_of(_inside(model))
+            config = _config_of(inside(model))
             if config.total_step != state.max_steps:
                 settled = f"the ranks are settled at step {config.final_step} (total_step - tfinal)"
                 warnings.warn(
@@ -48,24 +80,13 @@ def _callback_class() -> type:
                 )
 
         def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-            model, step = _inside(model), state.global_step + 1
+            model, step = inside(model), state.global_step + 1
             skipped = getattr(optimizer, "step_was_skipped", False)  # by accelerate, for gradients beyond fp16's range
             if not skipped or step >= _config_of(model).final_step:  # where gradients are not looked at
                 update_and_allocate(model, step)
 
     AdaLoraCallback.__module__, AdaLoraCallback.__qualname__ = __name__, "AdaLoraCallback"
     return AdaLoraCallback
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """The patched model in what distributes or compiles it."""
-    while "_fastpeft" not in model.__dict__ and (inner := _wrapped(model)) is not None:
-        model = inner
-    return model
-
-
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    return model._modules.get("module", model._modules.get("_orig_mod"))
 
 
 def _config_of(model: nn.Module) -> AdaLoraConfig:
