@@ -45,6 +45,7 @@ from fastpeft.errors import (
     PatchError,
     TargetError,
 )
+from fastpeft.kbit_training import prepare_model_for_kbit_training
 from fastpeft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from fastpeft.patching import patch, unpatch
 from fastpeft.prefix_init import (
@@ -92,6 +93,7 @@ __all__ = [
     "merge_and_unload",
     "ops",
     "patch",
+    "prepare_model_for_kbit_training",
     "print_trainable_parameters",
     "prompt_embeddings_from_past_key_values",
     "report",

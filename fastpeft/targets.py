@@ -31,6 +31,7 @@ from fastpeft.default_targets import (
 from fastpeft.errors import TargetError
 from fastpeft.names import dotted_ends, leaf, listed, nearest, shortest_ends
 from fastpeft.patterns import layer_index, matches_name, matches_tail
+from fastpeft.quantised import entry_of
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 
 ALL_LINEAR = "all-linear"
@@ -150,7 +151,7 @@ class _Selection:
     @cached_property
     def linear(self) -> dict[str, nn.Module]:
         kinds = (nn.Linear, *_conv1d())
-        return {name: module for name, module in self.modules.items() if isinstance(module, kinds)}
+        return {name: module for name, module in self.modules.items() if isinstance(module, kinds) or entry_of(module)}
 
     # target_modules that the configuration leaves to us.
 
@@ -264,11 +265,12 @@ class _Selection:
     def target(self, name: str) -> Target:
         """Raises TargetError if the module cannot carry the adapter."""
         module, config = self.modules[name], self.config
-        if not isinstance(module, (*_SUPPORTED, *_conv1d())):
+        if not isinstance(module, (*_SUPPORTED, *_conv1d())) and entry_of(module) is None:
             kinds = ", ".join(kind.__name__ for kind in _SUPPORTED)
             raise TargetError(
-                f"{name} is a {type(module).__name__}, which LoRA does not apply to; it applies to {kinds} and "
-                f"transformers' Conv1D. Narrow target_modules={_shown(self.by_user)} or set exclude_modules"
+                f"{name} is a {type(module).__name__}, which LoRA does not apply to; it applies to {kinds}, "
+                "transformers' Conv1D, and quantised linear layers that fastpeft.quantised.register knows. Narrow "
+                f"target_modules={_shown(self.by_user)} or set exclude_modules"
             )
         if self.model_type in UNCALLED_FAMILIES and leaf(name) in UNCALLED_NAMES:
             raise TargetError(

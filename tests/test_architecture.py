@@ -29,11 +29,13 @@ MAY_KNOW = {
         "fastpeft.tuners",
         "fastpeft.configs",
         "fastpeft.dispatch",
+        "fastpeft.distributed",  # parameters of which a process holds a part
         "fastpeft.errors",
         "fastpeft.names",  # how modules' paths are read and shown
         "fastpeft.prefix_geometry",  # the sizes of virtual tokens
         "fastpeft.selection",  # which adapters a call uses
         "fastpeft.prefix_geometry",  # which sizes a configuration takes from the model
+        "fastpeft.quantised",  # what is known of other libraries' quantised layers
         "fastpeft.targets",  # which modules a configuration asks for
     ),
 }
@@ -41,7 +43,10 @@ KERNEL_LIBRARIES = {"torch", "triton"}
 PEFT_ALLOWED = ("fastpeft/integrations/", "fastpeft/demo.py", "fastpeft/check.py", "benchmarks/", "tests/")
 BENCHMARKS_ALLOWED = ("fastpeft/cli.py", "benchmarks/", "tests/")
 CLI_ALLOWED = ("fastpeft/__main__.py", "tests/")
-ONLY_IN_FUNCTIONS = ("triton", "transformers", "peft", "safetensors", "fastpeft.integrations")
+ONLY_IN_FUNCTIONS = (
+    *("triton", "transformers", "peft", "safetensors", "accelerate", "bitsandbytes", "torchao"),
+    "fastpeft.integrations",
+)
 IMPORTING_CALLS = ("importlib.import_module", "import_module", "__import__")
 
 FILE_LINES = 450
@@ -193,6 +198,7 @@ BROKEN = [
     ("fastpeft/a.py", "try:\n    import transformers\nexcept ImportError:\n    pass", "inside functions"),
     ("fastpeft/a.py", "class A:\n    from transformers import Cache", "transformers.Cache is imported inside"),
     ("fastpeft/integrations/a.py", "import peft", "peft is imported inside functions"),
+    ("fastpeft/a.py", "from bitsandbytes import nn", "bitsandbytes.nn is imported inside functions"),
     ("fastpeft/a.py", "from safetensors.torch import save_file", "safetensors.torch.save_file is imported inside"),
     ("fastpeft/a.py", "from fastpeft.integrations import trainer", "fastpeft.integrations.trainer is imported in"),
     ("tests/a.py", "x = 1\n" * 451, "451 lines, at most 450"),

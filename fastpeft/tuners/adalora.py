@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastpeft import quantised
 from fastpeft.configs import AdaLoraConfig
 from fastpeft.errors import TargetError
 from fastpeft.tuners.lora import LoraConv1D, LoraLayer, LoraLinear, Settings
 from fastpeft.tuners.lora_kinds import layer_class
+from fastpeft.tuners.lora_quantised import QuantisedLora
 
 EPSILON = 1e-5  # peft's, beside the number of triplets
 KEYS = ("lora_A", "lora_E", "lora_B")
@@ -68,10 +70,6 @@ class AdaLoraLayer(LoraLayer):
 
     prefix = "AdaLora"
     containers = {**dict.fromkeys(KEYS, nn.ParameterDict), "ranknum": nn.ParameterDict}
-
-    def width(self) -> tuple[int, int]:
-        """(N, K)"""
-        return tuple(self.matrix().shape)
 
     def build(self, name: str, settings: AdaLoraSettings, device) -> None:
         for key, shape in {**triplet_shapes(*self.width(), settings.r), "ranknum": (1,)}.items():
@@ -162,6 +160,14 @@ class AdaLoraConv1D(AdaLoraLayer, LoraConv1D):
         return triplet_shapes(*base.weight.shape[::-1], settings.r)
 
 
+class QuantisedAdaLora(AdaLoraLayer, QuantisedLora):
+    """AdaLoRA on a quantised linear layer of another library."""
+
+    @staticmethod
+    def shapes(base: nn.Module, settings: AdaLoraSettings) -> dict[str, tuple[int, ...]]:
+        return triplet_shapes(*quantised.features(base), settings.r)
+
+
 class AdaLoraConv2d(AdaLoraLayer):
     """AdaLoRA on nn.Conv2d: A is a convolution like the base's down to r channels, B a pointwise one.
 
@@ -192,7 +198,7 @@ class AdaLoraConv2d(AdaLoraLayer):
         return result.to(dtype)
 
 
-_KINDS = {LoraLinear: AdaLoraLinear, LoraConv1D: AdaLoraConv1D}
+_KINDS = {LoraLinear: AdaLoraLinear, LoraConv1D: AdaLoraConv1D, QuantisedLora: QuantisedAdaLora}
 
 
 def adalora_class(name: str, module: nn.Module) -> type[AdaLoraLayer]:

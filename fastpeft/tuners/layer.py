@@ -81,6 +81,12 @@ class AdapterLayer:
         if undo is not None:
             undo.append((tensor, before))
 
+    def give_back(self) -> None:
+        """Undo what `keep` has noted before."""
+        for name, tensor in self._fastpeft.kept.items():
+            with torch.no_grad():
+                getattr(self, name).copy_(tensor)
+
 
 class Companion(AdapterLayer):
     """A module that virtual tokens need changed and that holds none of their parameters."""
@@ -156,8 +162,6 @@ def detach(module: nn.Module) -> None:
     module.unmerge()
     for name in module.containers:
         module._modules.pop(name, None)
-    for name, tensor in state.kept.items():
-        with torch.no_grad():
-            getattr(module, name).copy_(tensor)
+    module.give_back()
     give_back_forward(module, state.original_class, state.original_forward)
     del module.__dict__["_fastpeft"]

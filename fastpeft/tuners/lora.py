@@ -61,17 +61,25 @@ class LoraLayer(AdapterLayer):
         """The names and shapes of the tensors that HF's file holds for one adapter of this module."""
         raise NotImplementedError
 
+    def width(self) -> tuple[int, int]:
+        """(N, K)"""
+        return tuple(self.matrix().shape)
+
+    def placement(self) -> dict:
+        """Where an adapter's parameters belong, and of what dtype they are before half precision is widened."""
+        base = self.weight
+        device = offloaded_to(self) if base.is_meta else base.device
+        return {"device": device, "dtype": base.dtype if base.is_floating_point() else None}
+
     def add_adapter(self, name: str, settings: Settings, init: bool | str | None, autocast: bool) -> None:
         """Build, initialise and place one adapter's parameters; `init` None leaves them unset, for a file to fill."""
-        base = self.weight
         device = torch.device("meta") if init is None else None
         self.build(name, settings, device)
         if lora_init.decomposes(init):
             self._decompose(name, settings, init)
         elif init is not None:
             self.reset(name, init, settings)
-        device = offloaded_to(self) if base.is_meta else base.device
-        place = {"device": device, "dtype": base.dtype if base.is_floating_point() else None}
+        place = self.placement()
         for container in self.parameter_holders():
             if name in container:
                 _place(container, name, place, empty=init is None)
@@ -110,9 +118,12 @@ class LoraLayer(AdapterLayer):
                 f"init_lora_weights={init!r} gave infinite values at scaling {settings.scaling:g}; raise it"
             )
         self.lora_A[name].weight.data, self.lora_B[name].weight.data = a, b
+        self.leave(weight.detach().float() - settings.scaling * b @ a)
+
+    def leave(self, rest: torch.Tensor) -> None:
+        """Make `rest` (N, K) the base weight, until the adapter is taken out."""
         self.keep("weight")
-        rest = (weight.detach().float() - settings.scaling * b @ a).to(weight.dtype)
-        weight.data.copy_(rest)
+        self.matrix().data.copy_(rest)
 
     def _add_magnitude(self, name: str, settings: Settings, empty: bool) -> None:
         a, b = (factor.detach().flatten(1) for factor in self.factors(name))
@@ -151,7 +162,8 @@ class LoraLayer(AdapterLayer):
         return (b.to(wide) @ a.to(wide)) * self._fastpeft.adapters[name].scaling
 
     def merged_weight(self, names: list[str]) -> torch.Tensor:
-        """The weight, in its own shape and dtype, with the adapters added. Raises PatchError if it is not finite."""
+        """The weight, in its own shape, with the adapters added, in fp32 at least. Raises PatchError if it is not
+        finite."""
         matrix = self.matrix().detach()
         merged = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
         for name in names:
@@ -164,7 +176,7 @@ class LoraLayer(AdapterLayer):
                 merged += self.delta(name)
         if not torch.isfinite(merged).all():
             raise PatchError(f"merging {', '.join(names)} would put NaN or Inf into a weight; the adapter is broken")
-        return merged.to(matrix.dtype)
+        return merged
 
     def merged_bias(self, names: list[str]) -> torch.Tensor | None:
         extra = [
@@ -187,7 +199,7 @@ class LoraLayer(AdapterLayer):
             raise PatchError("its weight is computed from other parameters, so nothing can be merged into it")
         if self.weight.is_meta:
             raise PatchError("its weight is offloaded by accelerate; load the model without offloading to merge")
-        return self.merged_weight(names), self.merged_bias(names)
+        return self.merged_weight(names).to(self.weight.dtype), self.merged_bias(names)
 
     def merge(self, prepared, untie: bool) -> None:
         """Put the prepared weight in place. With `untie` the layer gets a parameter of its own, because another
@@ -288,6 +300,10 @@ class LinearArithmetic:
     `backend()` that is asked for.
     """
 
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ with the weight that `matrix()` has given."""
+        return F.linear(x, weight)
+
     def adapted_forward(self, names: list[str], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if len(names) == 1:
             fused = self.plain_base() and not args and not kwargs
@@ -327,7 +343,7 @@ class LinearArithmetic:
         factor = dora.factor(weight, a, b, settings.scaling, self.magnitude(name))
         dropped = F.dropout(x, p) if p else x
         bias = 0 if self.base_bias() is None else self.base_bias()
-        base = F.linear(dropped, weight) if p or result is None else result - bias
+        base = self.product(dropped, weight) if p or result is None else result - bias
         dtype = base.dtype if result is None else result.dtype
         # The sum is in the factor's dtype, as HF peft's: on a half-precision base rounding W x + s·B A x before it is
         # multiplied made the error 1.2 to 1.4 times as large.
@@ -349,7 +365,7 @@ class LoraLinear(LinearArithmetic, LoraLayer):
         return linear_shapes(*base.weight.shape, settings)
 
     def build(self, name: str, settings: Settings, device) -> None:
-        outputs, inputs = self.matrix().shape
+        outputs, inputs = self.width()
         self.lora_A[name] = nn.Linear(inputs, settings.r, bias=False, device=device)
         self.lora_B[name] = nn.Linear(settings.r, outputs, bias=settings.bias, device=device)
 

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastpeft import quantised
 from fastpeft.configs import LoraConfig
 from fastpeft.errors import ConfigError, PatchError, TargetError
 from fastpeft.tuners import dora, lora_init
 from fastpeft.tuners.layer import offloaded_to
 from fastpeft.tuners.lora import LoraConv1D, LoraLayer, LoraLinear, Settings, settings_of
+from fastpeft.tuners.lora_quantised import QuantisedLora, check_quantised
 
 MAX_SCALING = 1e4
 MAX_RANK = 1 << 16  # far beyond the width of any layer
@@ -145,6 +147,8 @@ class LoraConv(LoraLayer):
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """The LoRA class for a module, or None if LoRA does not serve it."""
+    if quantised.entry_of(module) is not None:
+        return QuantisedLora
     if isinstance(module, nn.Linear):
         return LoraLinear
     if isinstance(module, nn.Embedding):
@@ -158,20 +162,38 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     return None
 
 
+def _check_dense(name: str, module: nn.Module) -> None:
+    weight, kind = module.weight, type(module)
+    if weight.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64) and not (
+        quantised.is_quantised(weight)
+    ):
+        return
+    if isinstance(module, nn.Linear):
+        advice = (
+            f"its library is not known; say how it works with fastpeft.quantised.register("
+            f"'{kind.__module__.partition('.')[0]}.{kind.__qualname__}', ...)"
+        )
+    else:
+        advice = "of quantised modules only linear layers carry an adapter; convert it to a floating type"
+    raise TargetError(
+        f"{name} is a {kind.__name__} with a weight of {type(weight).__name__}, dtype {weight.dtype}, which is not "
+        f"served: {advice}, or exclude the module with exclude_modules"
+    )
+
+
 def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha: float) -> None:
     """Refuse what cannot be served, before anything changes. Raises TargetError or ConfigError."""
-    weight = module.weight
+    weight = quantised.storage(module)
     decomposed = lora_init.decomposes(config.init_lora_weights)
     if weight.is_meta and offloaded_to(module) is None:
         raise TargetError(f"{name} is on the meta device; load the model's weights before patching it")
     if weight.is_meta and (config.use_dora or decomposed):
         what = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
         raise TargetError(f"{name} is offloaded by accelerate, and {what} needs its weight; load it without offloading")
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TargetError(
-            f"{name} has a weight of dtype {weight.dtype}, which is not served; convert it to a floating type or "
-            f"exclude the module with exclude_modules"
-        )
+    if layer_class(module) is QuantisedLora:
+        check_quantised(name, module, config)
+    else:
+        _check_dense(name, module)
     if r > MAX_RANK:
         raise ConfigError(f"r={r} for {name}, whose weight is {tuple(weight.shape)}; the most is {MAX_RANK}")
     scaling = settings_of(config, r, alpha).scaling
@@ -185,8 +207,9 @@ def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha
         if config.use_dora:
             raise ConfigError(f"use_dora=True does not apply to {name}, a convolution with {module.groups} groups")
     if decomposed:
-        linear = layer_class(module) in (LoraLinear, LoraConv1D)
-        matrix = weight if linear else weight.new_empty(0)
+        kind = layer_class(module)
+        matrix = weight if kind in (LoraLinear, LoraConv1D) else weight.new_empty(0)
+        matrix = quantised.dense_weight(module) if kind is QuantisedLora else matrix
         lora_init.check_decomposition(name, matrix, r, scaling, config.init_lora_weights)
 
 
