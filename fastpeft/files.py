@@ -231,7 +231,7 @@ def _check_savable(name: str, tensor: torch.Tensor, where: str) -> None:
     check_tensor_name(name, where)
     if hasattr(tensor, "full_tensor"):
         raise AdapterFileError(
-            f"{where}: tensor {name!r} is sharded. Call its full_tensor() on every rank, save on one."
+            f"{where}: tensor {name!r} is sharded. Call its full_tensor() in every process, save in one."
         )
     if tensor.is_meta:
         raise AdapterFileError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.configs import AdaLoraConfig
+from fastpeft.distributed import local, placed_as, whole
 from fastpeft.errors import PatchError
 from fastpeft.patching import state_of
 from fastpeft.tuners.adalora import AdaLoraLayer, Ranks
@@ -133,9 +134,9 @@ class RankAllocator:
                 f"update_and_allocate: {len(missing)} of {len(parameters)} parameters have no gradient, the first is "
                 f"{missing[0]}; call it after loss.backward() and optimizer.step(), and before zero_grad()"
             )
-        averages = [tensor for layer in self.layers for tensor in self._started(layer).importance]
-        deviations = [tensor for layer in self.layers for tensor in self.ranks(layer).uncertainty]
-        now = torch._foreach_mul(parameters, [parameter.grad for parameter in parameters])
+        averages = [local(tensor) for layer in self.layers for tensor in self._started(layer).importance]
+        deviations = [local(tensor) for layer in self.layers for tensor in self.ranks(layer).uncertainty]
+        now = torch._foreach_mul([*map(local, parameters)], [local(parameter.grad) for parameter in parameters])
         torch._foreach_abs_(now)
         _average(averages, torch._foreach_mul(now, 1 - self.config.beta1), self.config.beta1)
         torch._foreach_sub_(now, averages)
@@ -148,8 +149,8 @@ class RankAllocator:
         if ranks.importance is None:
             ranks.importance = [torch.zeros_like(parameter) for parameter in own]
             ranks.uncertainty = [torch.zeros_like(parameter) for parameter in own]
-        for held in (ranks.importance, ranks.uncertainty):  # the model may have been moved since
-            held[:] = [tensor.to(parameter.device) for tensor, parameter in zip(held, own, strict=True)]
+        for held in (ranks.importance, ranks.uncertainty):  # the model may have been moved or sharded since
+            held[:] = [placed_as(tensor, parameter) for tensor, parameter in zip(held, own, strict=True)]
         return ranks
 
     def allocate(self, budget: int) -> None:
@@ -193,7 +194,7 @@ class RankAllocator:
             importances = zip(*(self.ranks(layer).importance for layer in layers), strict=True)
             uncertainties = zip(*(self.ranks(layer).uncertainty for layer in layers), strict=True)
             a, e, b = (
-                torch.stack(means).mul_(torch.stack(deviations))
+                torch.stack([*map(whole, means)]).mul_(torch.stack([*map(whole, deviations)]))
                 for means, deviations in zip(importances, uncertainties, strict=True)
             )
             out.append(_Group(layers, e.squeeze(2) + (a.mean(2) + b.mean(1))))
@@ -205,8 +206,8 @@ class RankAllocator:
             values = layer.lora_E[self.name]
             groups[values.shape, values.dtype, values.device].append(layer)
         for group in groups.values():
-            values = [layer.lora_E[self.name] for layer in group]
-            masks = torch.stack([self.ranks(layer).dropped.to(values[0].device) for layer in group])
+            masks = torch.stack([local(placed_as(self.ranks(e).dropped, e.lora_E[self.name])) for e in group])
+            values = [local(layer.lora_E[self.name]) for layer in group]
             torch._foreach_copy_(values, list(torch.stack(values).masked_fill_(masks, 0.0).unbind()))
 
     def mask_again(self, step: int) -> None:

@@ -10,6 +10,14 @@ import contextvars
 import threading
 import types
 
+import torch
+
+from fastpeft.config_base import PeftType
+from fastpeft.distributed import check_reentrant
+
+# The methods whose parameters are read by several layers, or by a layer and for the loss.
+IN_SEVERAL_SEGMENTS = (PeftType.PREFIX_TUNING, PeftType.ADALORA)
+
 # Per patched model, the names in force: {_key of its PatchState: names}.
 _overrides: contextvars.ContextVar[dict[str, tuple[str, ...]]] = contextvars.ContextVar("fastpeft_adapters")
 
@@ -69,6 +77,9 @@ class CarriedCheckpoint:
     def __call__(self, function, *args, **kwargs):
         state = self.state
         names = active_names(state)
+        if not torch.compiler.is_compiling():
+            shared = [name for name in names if state.configs[name].peft_type in IN_SEVERAL_SEGMENTS]
+            check_reentrant(self.without_choice, shared)
 
         def bound(*inner, **inner_kwargs):
             if active_names(state) == names:

@@ -1,9 +1,12 @@
 """The tensors of an adapter under HF peft's names, out of a patched model and into one."""
 
+import contextlib
+
 import torch
 from torch import nn
 
 from fastpeft.configs import LoraConfig, PeftConfig, PromptLearningConfig
+from fastpeft.distributed import gathered, plain_path
 from fastpeft.errors import PatchError
 from fastpeft.patching import is_bias, layers, state_of
 from fastpeft.patterns import matches_name
@@ -27,15 +30,26 @@ def only_adapter(state, adapter_name: str | None) -> str:
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, under exactly the keys of HF peft's file; the tensors are the live ones.
+    """The adapter's tensors, under exactly the keys of HF peft's file; the tensors are the live ones, but of a sharded
+    model (`fully_shard`) whole copies, for which every process has to call.
 
     `adapter_name` None: the active adapter, or the only one. Raises PatchError if the model is not patched or the
     name is not one adapter's.
     """
     name = only_adapter(state_of(model), adapter_name)
-    out = own_tensors_of(model, name)
-    out.update({key: tensor.detach() for key, tensor in base_tensors(model, name).items()})
+    with whole_tensors(model, name):
+        out = own_tensors_of(model, name)
+        out.update({key: tensor.detach() for key, tensor in base_tensors(model, name).items()})
     return out
+
+
+@contextlib.contextmanager
+def whole_tensors(model: nn.Module, adapter_name: str, full: dict[str, torch.Tensor] | None = None):
+    """`fastpeft.distributed.gathered` of all that belongs into an adapter's file."""
+    own = [layer.parameters_of(adapter_name) for _, layer in layers(model) if adapter_name in layer._fastpeft.adapters]
+    tensors = [tensor for held in (*own, base_tensors(model, adapter_name)) for tensor in held.values()]
+    with gathered(model, tensors, full) as mesh:
+        yield mesh
 
 
 def own_tensors_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -50,6 +64,7 @@ def own_tensors_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tenso
 
 def file_key(config: PeftConfig, path: str, key: str) -> str:
     """The name in HF peft's file of a layer's tensor: prompt learning has its table, and its heads, nearer the top."""
+    path = plain_path(path)
     if not isinstance(config, PromptLearningConfig):
         return f"{PREFIX}{path}.{key}"
     return key if path == PromptEncoders.NAME else f"base_model.{path}.{key}"

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastpeft.configs import AdaLoraConfig, LoraConfig, PeftType, as_config
+from fastpeft.distributed import plain_path, whole
 from fastpeft.errors import AdapterFileError, ConfigError, PatchError
 from fastpeft.names import listed
 from fastpeft.targets import Target, resolve_targets
@@ -87,7 +88,7 @@ def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, AdaLoraLayer]]
     """(path, layer) of the layers that have this adapter, in `named_modules()` order."""
     for path, module in model.named_modules():
         if isinstance(module, AdaLoraLayer) and name in module._fastpeft.adapters:
-            yield path, module
+            yield plain_path(path), module
 
 
 def after_call(model: nn.Module, name: str, outputs):
@@ -110,7 +111,8 @@ def after_call(model: nn.Module, name: str, outputs):
                 "or dispatch the model first and patch it then"
             )
         layers.append(layer)
-    distance = mean_distance([e.lora_A[name] for e in layers], [e.lora_B[name] for e in layers], loss.device)
+    rows, columns = ([whole(getattr(each, key)[name]) for each in layers] for key in ("lora_A", "lora_B"))
+    distance = mean_distance(rows, columns, loss.device)
     loss = loss + (weight * distance).to(loss.dtype)
     if is_tuple:
         return (loss, *outputs[1:])
@@ -129,8 +131,8 @@ def training_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor] | N
         if gone:
             out.update({f"{path}.{key}.dropped": tensor for key, tensor in rows_of(own, gone).items()})
         if settings.r and ranks.importance is not None:
-            out.update({f"{path}.{key}.exp_avg_ipt": t for key, t in zip(KEYS, ranks.importance, strict=True)})
-            out.update({f"{path}.{key}.exp_avg_unc": t for key, t in zip(KEYS, ranks.uncertainty, strict=True)})
+            for what, held in (("exp_avg_ipt", ranks.importance), ("exp_avg_unc", ranks.uncertainty)):
+                out.update({f"{path}.{key}.{what}": whole(tensor) for key, tensor in zip(KEYS, held, strict=True)})
         if 0 < settings.r < settings.init_r:
             out[f"{path}.positions"] = torch.tensor(ranks.positions, dtype=torch.float32)
     return out if any(not key.endswith(".positions") for key in out) else None

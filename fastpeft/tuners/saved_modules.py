@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastpeft.configs import LoraConfig
+from fastpeft.distributed import check_undistributed
 from fastpeft.errors import TargetError
 from fastpeft.tuners.layer import AdapterLayer
 
@@ -25,7 +26,9 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_saved(model: nn.Module, saved: Sequence[tuple[str, nn.Module]]) -> None:
-    """Refuse modules that cannot be trained whole. Raises TargetError."""
+    """Refuse a model that is distributed already, and modules that cannot be trained whole. Raises PatchError or
+    TargetError."""
+    check_undistributed(model)
     whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SavedModule))
     for position, (name, module) in enumerate(saved):
         _check_inside(name, module)
