@@ -2,6 +2,9 @@
 
 import functools
 
+import torch
+
+from fastpeft.distributed import check_dtypes
 from fastpeft.forward import forward as adapted_forward
 from fastpeft.generation import PromptedGeneration, preparing
 from fastpeft.selection import CarriedCheckpoint
@@ -12,7 +15,10 @@ class AdaptedModel(PromptedGeneration):
     """A model whose calls go through `fastpeft.forward`; `self._fastpeft` is its PatchState."""
 
     def __call__(self, *args, **kwargs):
-        """The model's own call. Raises PatchError if it asks for attention weights over virtual tokens."""
+        """The model's own call. Raises PatchError if it asks for attention weights over virtual tokens, or if
+        `fully_shard` was given parameters that it cannot train together."""
+        if not torch.compiler.is_compiling():
+            check_dtypes(self)
         if kwargs.get("output_attentions"):
             for module in self.modules():
                 if isinstance(module, AdaptedAttention):

@@ -7,6 +7,7 @@ their children, which have to be sharded with a layer and not by themselves.
 """
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,6 +80,44 @@ def check_undistributed(model: nn.Module) -> None:
         if "ZeRO-3" in reason:
             reason += " (from_pretrained under a DeepSpeed configuration does that; load the model before there is one)"
         raise PatchError(f"{name} {reason}: {ORDER}")
+
+
+def sharded_by_itself(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on the module."""
+    return hasattr(type(module), "set_requires_gradient_sync")
+
+
+def give_class(module: nn.Module, cls: type) -> None:
+    """Give a module another class, in front of which the one that `fully_shard` has put there stays."""
+    present = type(module)
+    if sharded_by_itself(module):
+        front, behind = present.__bases__[0], dict(present.__dict__)
+        if present.__bases__[1:] != (cls,):
+            module.__class__ = type(f"FSDP{cls.__name__}", (front, cls), behind)
+    elif present is not cls:
+        module.__class__ = cls
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Raises PatchError, before the first call of a model that `fully_shard` has sharded, where parameters that are
+    trained and sharded together have several dtypes."""
+    if not sharded_by_itself(model) or getattr(model._get_fsdp_state(), "_is_root", True) is not None:
+        return
+    groups, found = {}, defaultdict(dict)
+    for path, module in model.named_modules():
+        parent = groups.get(path.rpartition(".")[0])
+        groups[path] = path if sharded_by_itself(module) else parent
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                found[groups[path]].setdefault(parameter.dtype, f"{path}.{leaf}")
+    for path, names in found.items():
+        if len(names) > 1:
+            each = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
+            raise PatchError(
+                f"{each}, and fully_shard({path or 'model'}) has both in one group, whose gradients are reduced in one "
+                "dtype. Before fully_shard convert what is trained to fp32, and give it "
+                "mp_policy=MixedPrecisionPolicy(param_dtype=...), the base's dtype; or shard a trained head by itself"
+            )
 
 
 def check_gathered(tensor: Tensor, what: str) -> None:

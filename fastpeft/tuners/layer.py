@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.distributed import give_class
 from fastpeft.errors import TargetError
 from fastpeft.selection import active_names
 
@@ -137,7 +138,7 @@ def take_forward(module: nn.Module, original: type) -> Any:
 def give_back_forward(module: nn.Module, original: type, forward: Any) -> None:
     """Give a module the class `original` again, and undo `take_forward`."""
     ours = type(module).forward
-    module.__class__ = original
+    give_class(module, original)
     # accelerate's hooks may remember our forward as the module's own, and put it on the instance when they go
     if getattr(module.__dict__.get("_old_forward"), "__func__", None) is ours:
         module._old_forward = MethodType(original.forward, module)

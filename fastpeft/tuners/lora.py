@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastpeft.configs import LoraConfig
+from fastpeft.distributed import check_gathered, is_sharded
 from fastpeft.errors import PatchError
 from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.tuners import dora, lora_init
@@ -199,6 +200,8 @@ class LoraLayer(AdapterLayer):
             raise PatchError("its weight is computed from other parameters, so nothing can be merged into it")
         if self.weight.is_meta:
             raise PatchError("its weight is offloaded by accelerate; load the model without offloading to merge")
+        if is_sharded(self.weight):
+            raise PatchError("its weight is sharded; save the adapter, and merge it into a model that is not")
         return self.merged_weight(names).to(self.weight.dtype), self.merged_bias(names)
 
     def merge(self, prepared, untie: bool) -> None:
@@ -318,6 +321,8 @@ class LinearArithmetic:
         """`result` (None: the base's, not yet computed) plus one adapter's share."""
         settings = self.settings(name)
         a, b = self.factors(name)
+        check_gathered(a, "a factor of LoRA")
+        check_gathered(b, "a factor of LoRA")
         p = settings.dropout if self.training else 0.0
         backend = self.backend()
         if settings.use_dora:

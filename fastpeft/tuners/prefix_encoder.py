@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastpeft.distributed import check_gathered
 from fastpeft.errors import PatchError
 from fastpeft.tuners.layer import AdapterLayer, LayerState
 
@@ -67,10 +68,13 @@ class PrefixEncoder(nn.Module):
 
     def columns(self, start: int, stop: int) -> Tensor:
         """These columns of the table."""
+        rows = self.embedding.weight
+        check_gathered(rows, "a prefix")
         if not self.projects:
-            return self.embedding.weight[:, start:stop]
+            return rows[:, start:stop]
         inner, activation, outer = self.transform
-        return F.linear(activation(inner(self.embedding.weight)), outer.weight[start:stop], outer.bias[start:stop])
+        check_gathered(outer.weight, "the network of a prefix")
+        return F.linear(activation(inner(rows)), outer.weight[start:stop], outer.bias[start:stop])
 
     def table(self) -> Tensor:
         """(P, blocks·width): what HF peft saves."""
