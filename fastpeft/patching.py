@@ -23,6 +23,7 @@ from fastpeft.forward import Part
 from fastpeft.mapping import task_class, tuner_of
 from fastpeft.model import PatchedModel
 from fastpeft.preconditions import adapted_by_peft, check_model, check_not_wrapped
+from fastpeft.quantised import stand_in
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer, detach, give_back_forward, offloaded_to, take_forward
@@ -147,13 +148,12 @@ def check_demand(model: nn.Module, plan, backend: str | None) -> None:
     if backend != "triton":
         return
     if isinstance(plan.config, LoraConfig):
-        calls = [(each.module, each.module.weight.dtype, each.r) for each, kind, _ in plan.targets if kind.has_op]
+        calls = [(each.module, stand_in(each.module), each.r) for each, kind, _ in plan.targets if kind.has_op]
     else:
-        calls = [(model, parameter.dtype, 1) for parameter in model.parameters()][:1]
+        calls = [(model, parameter, 1) for parameter in model.parameters()][:1]
     with forced_backend("triton"):
-        for module, dtype, width in calls:
-            device = offloaded_to(module) or next(module.parameters()).device
-            choose_backend(torch.empty(0, device=device), dtype, width)
+        for module, like, width in calls:
+            choose_backend(torch.empty(0, device=offloaded_to(module) or like.device), like.dtype, width)
 
 
 def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool) -> PatchState:

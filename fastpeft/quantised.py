@@ -40,8 +40,8 @@ class Entry:
     dense: a new tensor (N, K), or one that is not written to, by the library's own means; None: there is none.
     requantised: (layer, weight (N, K)) -> attributes that give the layer this weight in its own format; they are
         set together, and their former values are put back to undo it. None: nothing can be merged.
-    differentiable: whether the layer's forward, as it is now, gives x and the bias their gradients. Where it does not,
-        dX = dY W with the dense weight.
+    differentiable: whether the layer's forward, as it is now, gives x and the bias their gradients, without keeping a
+        dense weight for that. Where it does not, dX = dY W with the weight made anew.
     refusal: why the layer cannot carry an adapter as it is now, or None.
     """
 

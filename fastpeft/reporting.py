@@ -11,6 +11,7 @@ from fastpeft.dispatch import choose_backend, lora_linear_plan_for
 from fastpeft.errors import BackendError
 from fastpeft.patching import layers, state_of
 from fastpeft.preconditions import adapted_by_peft
+from fastpeft.quantised import stand_in
 from fastpeft.table_file import PrefixBucket
 from fastpeft.tuners.attention_layer import AdaptedAttention, Slice
 from fastpeft.tuners.layer import Companion
@@ -84,7 +85,7 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
     if not isinstance(layer, LoraLinear):
         return LayerReport(path, kind, names, "torch modules", "torch", "no kernel serves this kind of module")
     rank = max(settings.r for settings in layer._fastpeft.adapters.values()) if names else 0
-    weight = layer.weight
+    weight = stand_in(layer)
     try:
         choice = choose_backend(weight, weight.dtype, rank, layer._fastpeft.model.backend)
     except BackendError as error:

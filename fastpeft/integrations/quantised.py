@@ -140,12 +140,6 @@ def _granularity(weight):
     return PerRow() if block == (1, weight.shape[1]) else PerBlock(block)
 
 
-def _differentiable_torchao(module: nn.Module) -> bool:
-    """A product with a weight that can be made dense has a gradient; one that quantises x on its way has none."""
-    weight = module.weight
-    return hasattr(type(weight), "dequantize") and getattr(weight, "act_quant_kwargs", None) is None
-
-
 def _requantised_hqq(module: nn.Module, dense: torch.Tensor) -> dict:
     kind = next(each for each in type(module).__mro__ if each.__name__ == "HQQLinear")
     settings = copy.deepcopy(module.quant_config)
@@ -167,7 +161,8 @@ ENTRIES = {
         "bitsandbytes", None, _dense_4bit, _requantised_4bit, lambda module: not _is_repacked(module), _refusal_4bit
     ),
     "bitsandbytes.Linear8bitLt": Entry("bitsandbytes", None, _dense_8bit, _requantised_8bit, refusal=_refusal_8bit),
-    "torchao.TorchAOBaseTensor": Entry("torchao", None, _dense_torchao, _requantised_torchao, _differentiable_torchao),
+    # Its product keeps a dense weight for backward, or has no backward where it quantises x on the way.
+    "torchao.TorchAOBaseTensor": Entry("torchao", None, _dense_torchao, _requantised_torchao, lambda module: False),
     "hqq.HQQLinear": Entry("hqq", None, lambda module: module.dequantize(), _requantised_hqq),
     "gptqmodel.BaseQuantLinear": Entry("gptqmodel"),
     "eetq.EetqLinear": Entry("eetq", _features_eetq),

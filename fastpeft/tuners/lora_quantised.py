@@ -61,7 +61,7 @@ class QuantisedLora(LoraLinear):
         return False
 
     def base_forward(self, *args, **kwargs):
-        """The library's own, with a gradient where that has none."""
+        """The library's own, with a gradient where that has none, or one at the price of a dense weight kept."""
         own, bias = super().base_forward, self.base_bias()
         x = args[0] if args else next(iter(kwargs.values()), None)
         wanted = any(isinstance(each, torch.Tensor) and each.requires_grad for each in (x, bias))
@@ -107,7 +107,7 @@ class QuantisedLora(LoraLinear):
             stacklevel=2,
         )
         super().merge((None, bias), untie)
-        if untie:
+        if untie and "weight" in self._parameters:
             self._fastpeft.unmerged["weight"] = self.weight
         self._fastpeft.unmerged[SWAPPED] = Swap(self, attributes)
 
