@@ -17,6 +17,7 @@ from fastpeft.kernels import (
     _attention_tiles,
     _tiles,
     lora_linear,
+    mixed_lora_linear,
     prompt_embedding,
 )
 from fastpeft.kernels._common import dot_mode
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODES = ("half", "split", "tf32x3", "tf32", "ieee")
 KERNELS = {
     name.strip("_")
-    for module in (lora_linear, _attention_kernels, _attention_decode, prompt_embedding) for name in vars(module)
+    for module in (lora_linear, mixed_lora_linear, _attention_kernels, _attention_decode, prompt_embedding)
+    for name in vars(module)
     if name.startswith("_") and name.endswith("_kernel")
 }  # fmt: skip
 
@@ -76,12 +78,12 @@ def test_shared_memory_suffices(shipped):
 
 def test_every_matrix_product_runs_on_tensor_cores(shipped):
     sums = {"sum_partials_kernel", "merge_parts_kernel", "grad_query_kernel"}  # the last where only δ is wanted
-    sums |= {"prepend_kernel", "grad_prompt_kernel"}
+    sums |= {"prepend_kernel", "grad_prompt_kernel", "mixed_sum_kernel"}
     assert {each["kernel"].split()[0] for each in shipped if not each["tensor_core"]} == sums
 
 
 def test_the_kernels_that_wait_for_memory_copy_ahead(shipped):
-    waiting = ("shrink_kernel", "grad_b_and_t_kernel", "grad_columns_kernel")
+    waiting = ("shrink_kernel", "grad_b_and_t_kernel", "grad_columns_kernel", "mixed_shrink", "mixed_grad_columns")
     found = [each for each in shipped if each["target"] == "sm_90" and each["kernel"].startswith(waiting)]
     assert found and all(each["async_copies"] >= 6 for each in found)
 

@@ -1,0 +1,24 @@
+"""The tiles of `mixed_lora_linear`'s kernels: those of `lora_linear`'s (`_tiles`), but where a kernel that looks up its
+rows would spill in them. Predicted, as those are; what `fastpeft tune` measures is not asked, as the compile gate has
+not seen these kernels in it."""
+
+import torch
+
+from fastpeft.kernels._tiles import HALF, Row, Tiles, _serves, family_of, tiles_for
+
+OTHER_CUDA = (Row("shrink", HALF, 32, Tiles(64, depth=64, warps=4), above=16),)
+OWN = {
+    "sm_90": (),
+    "sm_100": (Row("grad_columns", HALF, 64, Tiles(32, 64, warps=4), above=32),),
+    "hip": (),
+    "interpreter": (),
+}
+
+
+def mixed_tiles(kernel: str, rank: int, mode: str, burden: bool, device: torch.device) -> Tiles:
+    """The tiles of the kernel of this name at a greatest rank; `burden` as in `_tiles.Row`."""
+    family = family_of(device)
+    for row in OWN.get(family, OTHER_CUDA):
+        if _serves(row, kernel, rank, mode, burden):
+            return row.tiles
+    return tiles_for(kernel, rank, mode, burden, family)
