@@ -210,3 +210,65 @@ def test_under_autocast_the_gradients_are_as_near_to_exact_as_peft_s(kind):
         gradients.append(torch.cat([embedded.grad.flatten(), *(each.flatten() for each in found)]))
     exact, theirs, mine = gradients
     assert 0 < error(mine, exact) <= 1.1 * error(theirs, exact)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_merging_after_an_evaluation_merges_the_same_weight(kind):
+    weights = []
+    dtype = torch.bfloat16 if "bfloat16" in kind else torch.float32
+    for evaluated in (False, True):
+        model = LAYERS[kind]()
+        fastpeft.patch(model, config())
+        randomise(model)
+        with torch.no_grad():
+            before = model["layer"](rows(dtype=dtype)) if evaluated else None
+            quietly(model.merge_adapter)
+            weights.append(quantised.dense_weight(model["layer"]))
+            if evaluated:
+                model["layer"](rows(dtype=dtype))
+                model.unmerge_adapter()
+                assert torch.equal(model["layer"](rows(dtype=dtype)), before)
+    assert error(weights[1], weights[0]) < (3e-2 if "nf4" in kind else 1e-6)
+
+
+def test_several_adapters_share_a_quantised_layer():
+    """Added up, switched, disabled, merged together, deleted."""
+    model = linear_4bit()
+    base = model["layer"](rows())
+    fastpeft.patch(model, config(use_dora=True), adapter_name="first")
+    model.add_adapter("second", config(r=2))
+    randomise(model)
+    model.set_adapter("second")
+    randomise(model, seed=4)
+    layer = model["layer"]
+    alone = {}
+    for name in ("first", "second"):
+        with fastpeft.use_adapter(model, name):
+            alone[name] = layer(rows())
+        assert error(alone[name], base) > 0.05
+    model.set_adapter(["first", "second"])
+    both = layer(rows())
+    assert error(both, alone["first"] + alone["second"] - base) < 5e-3  # bitsandbytes' evaluation products are of bf16
+    with model.disable_adapter():
+        assert error(layer(rows()), base) < 5e-3
+    quietly(model.merge_adapter)
+    assert 0 < error(layer(rows()), both) < 0.2
+    model.unmerge_adapter()
+    model.delete_adapter("second")
+    assert error(layer(rows()), alone["first"]) < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "ao-int8"])
+def test_compiled_layers_are_one_graph_with_the_same_gradients(kind):
+    model = LAYERS[kind]().train()
+    fastpeft.patch(model, config(use_dora=True, lora_dropout=0.5))
+    randomise(model)
+    torch._dynamo.reset()
+    results = []
+    for layer in (model["layer"], torch.compile(lambda x: model["layer"](x), backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(1)
+        x = rows().requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        results.append((y, x.grad))
+    assert torch.equal(results[0][0], results[1][0]) and error(results[1][1], results[0][1]) < 1e-6
