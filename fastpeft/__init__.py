@@ -56,6 +56,7 @@ from fastpeft.prefix_init import (
 from fastpeft.rank_allocator import update_and_allocate
 from fastpeft.reporting import report
 from fastpeft.state import adapter_state_dict
+from fastpeft.wrapping import get_peft_model
 
 __version__ = "0.1.0"
 
@@ -86,6 +87,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "get_peft_config",
+    "get_peft_model",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
     "load_adapter",

@@ -121,10 +121,14 @@ class AdaptedAttention(AdapterLayer):
         """A gated prompt, drawn as HF peft's is: in the dtype of the base, which it keeps."""
         weight = next(parameter for parameter in self.parameters() if parameter.ndim == 2)
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        super().add_containers()
         prompt = torch.empty(1, length, hidden, device=weight.device, dtype=dtype)
         self.adaption_prompt[name] = nn.Parameter(prompt.normal_() if init else prompt)
         self.adaption_gate[name] = nn.Parameter(torch.zeros(1, device=weight.device, dtype=dtype))
         self._fastpeft.adapters[name] = None
+
+    def add_containers(self) -> None:
+        """None, until there is a gated prompt."""
 
     def refuse_weights(self, wanted: bool | None) -> None:
         """Raises PatchError where a call asks for the attention's weights."""
@@ -153,17 +157,17 @@ class AdaptedAttention(AdapterLayer):
 
     def parameters_of(self, name: str) -> dict:
         """A gated prompt's; a prefix's encoder has them."""
-        held = {key: getattr(self, key) for key in self.containers}
+        held = {key: self._modules[key] for key in self.containers if key in self._modules}
         return {key: container[name] for key, container in held.items() if name in container}
 
     def delete_adapter(self, name: str) -> None:
-        for key in self.containers:
-            getattr(self, key).pop(name) if name in getattr(self, key) else None
+        for key in self.parameters_of(name):
+            self._modules[key].pop(name)
         self._fastpeft.adapters.pop(name, None)
 
     def prepare_merge(self, names) -> None:
         """Of a prefix `merge` asks the encoders, which refuse."""
-        if held := [name for name in names if name in self.adaption_prompt]:
+        if held := [name for name in names if self.parameters_of(name)]:
             raise PatchError(f"{held[0]!r} has a gated prompt, which no weight can hold; leave it out")
 
     def unmerge(self) -> None:

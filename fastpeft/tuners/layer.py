@@ -70,6 +70,12 @@ class AdapterLayer:
             return state.original_forward(*args, **kwargs)
         return state.original_class.forward(self, *args, **kwargs)
 
+    def add_containers(self) -> None:
+        """Make the children that hold the adapters' parameters, where they are not there yet."""
+        for name, container in self.containers.items():
+            if name not in self._modules:
+                self.add_module(name, container())
+
     def keep(self, name: str) -> None:
         """Remember a base tensor as it is now, on the CPU: for `unpatch`, where the first memory counts, and for the
         case that adding the present adapter fails."""
@@ -153,8 +159,7 @@ def attach(module: nn.Module, mixin: type, model_state) -> None:
     original = type(module)
     module.__class__ = patched_class(mixin, original)
     module.__dict__["_fastpeft"] = LayerState(model_state, original, take_forward(module, original))
-    for name, container in mixin.containers.items():
-        module.add_module(name, container())
+    module.add_containers()
 
 
 def detach(module: nn.Module) -> None:

@@ -2,5 +2,6 @@
 takes over the arithmetic."""
 
 from fastpeft.integrations.peft.model import patch_peft, report_peft, unpatch_peft
+from fastpeft.integrations.peft.wrap import wrapped_by_peft
 
-__all__ = ["patch_peft", "report_peft", "unpatch_peft"]
+__all__ = ["patch_peft", "report_peft", "unpatch_peft", "wrapped_by_peft"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from fastpeft.dispatch import choose_backend
@@ -30,10 +31,14 @@ def patch_peft(model: nn.Module, backend: str | None = None) -> nn.Module:
         backend: as in `fastpeft.patch`.
 
     Raises:
-        PatchError: it is patched already, or has no adapter of peft's at all. The model is then as it was.
+        PatchError: it is patched already. BackendError: "triton" is demanded and cannot serve the model where it is. The
+        model is then as it was.
     """
     if is_swapped(model):
         raise PatchError(f"patch: this {type(model).__name__} is patched already; fastpeft.unpatch(model) first")
+    if backend == "triton":
+        parameter = next(model.parameters())
+        choose_backend(torch.empty(0, device=parameter.device), torch.float32, patched=backend)
     extension = Extension(backend)
     try:
         _swap_all(model, extension)

@@ -1,0 +1,31 @@
+"""peft's own `get_peft_model`, for configurations of fastpeft's too."""
+
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from fastpeft.configs import PeftConfig, as_config, refuse
+
+
+def wrapped_by_peft(model: nn.Module, config: Any, adapter_name: str, **options) -> nn.Module:
+    """A `peft.PeftModel` of this model, not yet patched. Raises ConfigError for an option that peft does not have."""
+    import peft
+
+    given = config if isinstance(config, peft.PeftConfig) else peft_s_config(as_config(config))
+    return peft.get_peft_model(model, given, adapter_name, **options)
+
+
+def peft_s_config(config: PeftConfig) -> Any:
+    """The object of peft's class of the same name, with the same fields."""
+    import peft
+
+    kind = getattr(peft, type(config).__name__)
+    known = {each.name for each in fields(kind)}
+    values = config.to_dict()
+    for name, value in values.items():
+        if name not in known:
+            why = "peft has no such option; call fastpeft.patch(model, config) with it, in place of get_peft_model"
+            refuse(name, value, why)
+    del values["peft_type"]
+    return kind(**values)
