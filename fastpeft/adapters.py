@@ -50,9 +50,9 @@ def save_adapter(
     """Write one adapter as HF peft does: `adapter_model.safetensors` and `adapter_config.json`, each replaced
     atomically, in `directory` for the adapter "default" or the only one, else in `directory/adapter_name`.
 
-    Of a model sharded by `fully_shard` the parameters are gathered: call it in every process, the first one writes. With
-    `state_dict`, a whole state dict of the model on this process, nothing is gathered; a model sharded in another way
-    needs that. Under DistributedDataParallel call it in one process.
+    Of a model sharded by `fully_shard` the parameters are gathered: call it in every process, the first one writes.
+    With `state_dict`, a whole state dict of the model in this process, nothing is gathered; a model sharded in another
+    way needs that. Under DistributedDataParallel call it in one process.
 
     Raises PatchError if the model is not patched, the name is not an adapter's, or parameters cannot be gathered;
     AdapterFileError if it cannot be written; the adapter that was there is then intact.
@@ -73,7 +73,16 @@ def _write(model: nn.Module, name: str, target: str | Path, state_dict: dict[str
         side[files.OPTIONS] = options
     written = config.to_file_dict(None if config.task_type else mapping)
     with whole_tensors(model, name, state_dict) as mesh:
-        tensors, encoder = adapter_state_dict(model, name), encoder_tensors(model, name)
+        tensors = adapter_state_dict(model, name)
+        needs_all = getattr(tuner_of(config), "training_is_sharded", None)
+        alone = state_dict is not None and needs_all is not None and needs_all(model, name)
+        encoder = None if alone else encoder_tensors(model, name)
+    if alone:
+        warnings.warn(
+            f"{name!r} is saved without the importances of AdaLoRA's schedule, which are sharded and in no state dict; "
+            "call fastpeft.save_adapter(model, directory) in every process to have them saved",
+            stacklevel=3,
+        )
     if mesh is None:
         files.write_adapter(target, tensors, written, side, encoder)
     else:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOADED = (
+PRELOADED = (  # by the server
     *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.nn.parallel", "accelerate"),
-    *("transformers.models.llama.modeling_llama", "tests.distributed_work"),
+    *("transformers.models.llama.modeling_llama", "tests.distributed_fsdp"),
 )
 
 

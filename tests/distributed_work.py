@@ -122,10 +122,10 @@ def result_of(model: nn.Module, losses: list[float]) -> dict:
 
 
 @functools.cache
-def alone(method: str) -> dict:
+def alone(method: str, steps: int = STEPS) -> dict:
     """The result of one process with the whole batch."""
     model = patched(method)
-    return result_of(model, train(model))
+    return result_of(model, train(model, steps=steps))
 
 
 def assert_as_alone(method: str, found: list[dict], what: object = "", rtol: float = 1e-5) -> None:
@@ -168,37 +168,4 @@ def ddp(rank: int, cases: list[tuple[str, dict]]) -> list[dict | str]:
             out.append(str(error))
         else:
             out.append(result_of(model, losses))
-    return out
-
-
-# FSDP2
-
-
-def shard(model: nn.Module, **options) -> nn.Module:
-    """Each decoder layer, then the root."""
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.base_model.layers:
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
-def fsdp(rank: int, cases: list[tuple[str, dict]]) -> list[dict]:
-    """Each case is a method, and of its training: micro, checkpointing, and the options of `fully_shard`."""
-    out, world = [], dist.get_world_size()
-    for method, case in cases:
-        options = dict(case)
-        micro = options.pop("micro", 1)
-        model = patched(method)
-        checkpointing(model, options.pop("checkpointing", None))
-        shard(model, **options)
-
-        @contextlib.contextmanager
-        def unsynced(model=model):
-            model.set_requires_gradient_sync(False)
-            yield
-            model.set_requires_gradient_sync(True)
-
-        losses = train(model, rank=rank, world=world, micro=micro, unsynced=unsynced)
-        out.append(result_of(model, losses))
     return out

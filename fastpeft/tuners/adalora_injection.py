@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastpeft.configs import AdaLoraConfig, LoraConfig, PeftType, as_config
-from fastpeft.distributed import plain_path, whole
+from fastpeft.distributed import is_sharded, plain_path, whole
 from fastpeft.errors import AdapterFileError, ConfigError, PatchError
 from fastpeft.names import listed
 from fastpeft.targets import Target, resolve_targets
@@ -118,6 +118,12 @@ def after_call(model: nn.Module, name: str, outputs):
         return (loss, *outputs[1:])
     outputs.loss = loss
     return outputs
+
+
+def training_is_sharded(model: nn.Module, name: str) -> bool:
+    """Whether `training_tensors` has to gather something, for which all processes have to call it."""
+    held = (layer._fastpeft.adapters[name].ranks.importance or () for _, layer in layers_of(model, name))
+    return any(is_sharded(tensor) for tensors in held for tensor in tensors)
 
 
 def training_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor] | None:
