@@ -109,7 +109,7 @@ def _prompted(model: nn.Module, parts: list[Part], given: dict[str, Any]) -> Any
     call = with_virtual_tokens(given, prompt, packs=packs, decodes=decodes)
     room, total = call.room, (given["inputs_embeds"] if call.ids is None else given["input_ids"]).shape[1]
     trims = (decodes or not encoder_decoder) and not any(part.shows_virtual for part in parts)
-    spares = trims and takes(state.original_class, "logits_to_keep") and spare_logits(given, room)
+    spares = trims and _may_spare(state) and spare_logits(given, room)
     task.move_targets(given, room, spares)
     as_dict = given.pop("return_dict", None)
     as_dict = getattr(model.config, "return_dict", True) if as_dict is None else as_dict
@@ -117,6 +117,13 @@ def _prompted(model: nn.Module, parts: list[Part], given: dict[str, Any]) -> Any
     if trims:
         output = without_virtual_tokens(output, room, total)
     return output if as_dict else output.to_tuple()
+
+
+def _may_spare(state) -> bool:
+    """Whether the model's own class computes logits, and of some places alone if it is asked to. Liger's cross-entropy
+    computes none and cannot."""
+    liger = state.original_class.forward.__module__.startswith("liger_kernel.")
+    return state.original_forward is None and not liger and takes(state.original_class, "logits_to_keep")
 
 
 def _called(state, parts: list[Part], call: Call, base: Callable, given: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from fastpeft.errors import AdapterFileError
 from fastpeft.files import adapter_directory
 from fastpeft.model import PatchedModel
+from fastpeft.neighbours import check_liger, put_behind
 from fastpeft.patching import state_of
 from fastpeft.restoring import restore_adapter
 
@@ -29,7 +30,8 @@ class AdapterCheckpoints:
     AdaLoRA's importances and ranks. Training goes on bit for bit. A checkpoint that was being written when the process
     died is passed over; one of another configuration is refused, with the name of the field.
 
-    Raises AdapterFileError and ConfigError as `fastpeft.restoring.restore_adapter`, before the first step.
+    Raises, before the first step, AdapterFileError and ConfigError as `fastpeft.restoring.restore_adapter`, and
+    PatchError where Liger's kernels (`use_liger_kernel`) would pass the adapter by.
     """
 
     def __init__(self, model=None, *args, **kwargs):
@@ -37,12 +39,22 @@ class AdapterCheckpoints:
             super().__init__(model, *args, **kwargs)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if resume_from_checkpoint and is_patched(self.model):
+        patched = is_patched(self.model)
+        if patched:
+            liger = self.args.use_liger_kernel
+            fused = (self.args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+            check_liger(inside(self.model), liger and fused)
+        if resume_from_checkpoint and patched:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete(self.args.output_dir)
             else:
                 check_complete(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        if is_patched(self.model):
+            put_behind(inside(self.model))
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
