@@ -93,9 +93,10 @@ class AdaptedAttention(AdapterLayer):
         return sum(each.length for each in self.slices())
 
     def reads_padding(self) -> bool:
-        """Whether what is computed at padding counts: the place of an answer is sought there too."""
+        """Whether what is computed at padding counts: the place of an answer is sought there too, and what HF peft
+        computes there may be anybody's matter."""
         configs = self._fastpeft.model.configs
-        return any(configs[name].task_type == TaskType.QUESTION_ANS for name in self.active_adapters())
+        return self.as_in_peft() or any(configs[name].task_type == TaskType.QUESTION_ANS for name in self.active_adapters())
 
     def as_in_peft(self) -> bool:
         """Whether a call now is computed as HF peft does it where that is wrong."""

@@ -37,7 +37,7 @@ class FusedPromptModel(Swapped):
 
     def generate(self, *args, **kwargs) -> Any:
         name, state = self.active_adapter, self.extension.hooked
-        if name not in state.configs:
+        if name not in state.configs or self._adapters_disabled:
             return super().generate(*args, **kwargs)
         if "generation_config" in self.__dict__:
             self.base_model.generation_config = self.generation_config
