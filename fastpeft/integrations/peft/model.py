@@ -31,8 +31,8 @@ def patch_peft(model: nn.Module, backend: str | None = None) -> nn.Module:
         backend: as in `fastpeft.patch`.
 
     Raises:
-        PatchError: it is patched already. BackendError: "triton" is demanded and cannot serve the model where it is. The
-        model is then as it was.
+        PatchError: it is patched already. BackendError: "triton" is demanded and cannot serve the model where it is.
+        The model is then as it was.
     """
     if is_swapped(model):
         raise PatchError(f"patch: this {type(model).__name__} is patched already; fastpeft.unpatch(model) first")
