@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft.configs import as_config
+from fastpeft.dispatch import checked_backend
 from fastpeft.errors import ConfigError
 from fastpeft.patching import patch
 
@@ -40,6 +41,8 @@ def get_peft_model(
     if (config is None) == (peft_config is None):
         raise ConfigError("get_peft_model: one configuration is needed, for example LoraConfig(r=16)")
     config = peft_config if config is None else config
+    if backend is not None:
+        checked_backend(backend, "get_peft_model(backend=)")
     if importlib.util.find_spec("peft") is not None:
         from fastpeft.integrations.peft import wrapped_by_peft
 
