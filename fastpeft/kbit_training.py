@@ -10,6 +10,11 @@ from fastpeft.errors import ConfigError, PatchError
 
 # Of these the layers' own parameters are in half precision, and are computed with as they are.
 HALF_PRECISION_METHODS = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+# transformers' method and its argument, and what both were called before.
+ENABLES = (
+    ("activation_checkpointing_enable", "activation_checkpointing_kwargs"),
+    ("gradient_checkpointing_enable", "gradient_checkpointing_kwargs"),
+)
 
 
 def prepare_model_for_kbit_training(
@@ -46,8 +51,11 @@ def prepare_model_for_kbit_training(
     narrow = _method(model) in HALF_PRECISION_METHODS or getattr(model, "hqq_quantized", False)
     in_bits = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     checkpoints = use_gradient_checkpointing and (narrow or in_bits)
-    if checkpoints and not hasattr(model, "gradient_checkpointing_enable"):
-        raise PatchError(f"{where}: this {type(model).__name__} has no gradient_checkpointing_enable")
+    if checkpoints and not any(hasattr(model, method) for method, _ in ENABLES):
+        raise PatchError(
+            f"{where}: this {type(model).__name__} has no activation_checkpointing_enable; set "
+            "use_gradient_checkpointing=False"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if not narrow:
@@ -57,7 +65,8 @@ def prepare_model_for_kbit_training(
     if checkpoints:
         if options.get("use_reentrant", True):
             _want_input_grads(model)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        method, argument = next(each for each in ENABLES if hasattr(model, each[0]))
+        getattr(model, method)(**{argument: options})
     return model
 
 

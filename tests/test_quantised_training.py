@@ -91,8 +91,28 @@ def test_preparing_comes_before_patching():
         prepare_model_for_kbit_training(fresh, True, True)
     with pytest.raises(PatchError, match="use_gradient_checkpointing='no' must be True or False"):
         prepare_model_for_kbit_training(fresh, "no")
+    bare = torch.nn.Linear(2, 2)
+    bare.is_loaded_in_4bit = True
+    with pytest.raises(PatchError, match="this Linear has no activation_checkpointing_enable; set use_gradient"):
+        prepare_model_for_kbit_training(bare)
+    assert bare.weight.requires_grad
     assert all(parameter.requires_grad == load("nf4").get_parameter(name).requires_grad
                for name, parameter in fresh.named_parameters())  # fmt: skip
+
+
+def test_models_of_older_transformers_are_asked_in_their_words():
+    class Older(torch.nn.Linear):
+        is_loaded_in_4bit = True
+
+        def get_input_embeddings(self):
+            return self
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+            self.asked = gradient_checkpointing_kwargs
+
+    model = prepare_model_for_kbit_training(Older(2, 2), gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert model.asked == {"use_reentrant": True} and not model.weight.requires_grad
+    assert model(torch.ones(1, 2)).requires_grad
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
