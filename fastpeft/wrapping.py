@@ -26,7 +26,7 @@ def get_peft_model(
     """Give a model a trainable adapter, as peft's function of this name, and make it fast.
 
     Where peft is installed, the result is its `PeftModel`, patched (`isinstance` holds, and everything but the
-    arithmetic is peft's); where it is not, it is the model itself, patched natively, with the methods that scripts call.
+    arithmetic is peft's); where it is not, it is the model itself, patched natively, with the methods scripts call.
 
     Args:
         model: a transformers model or torch module.
