@@ -39,11 +39,11 @@ def settings(kind: str, dtype: torch.dtype = torch.float32):
 
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if kind in KINDS:
-        name, _, double = kind.partition("-")
+    if not kind.startswith("ao"):
+        name, _, more = kind.partition("-")
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_use_double_quant=bool(double),
-            bnb_4bit_compute_dtype=dtype,
+            load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_use_double_quant=more == "double",
+            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if more == "storage" else torch.uint8,
         )  # fmt: skip
     return TorchAoConfig(torchao_config(kind))
 

@@ -156,6 +156,13 @@ def test_a_foreign_layer_carries_an_adapter(kind, method, tmp_path):
     assert row.op == "lora_linear" and "the base product is its own class's" in row.reason
 
 
+def test_all_linear_means_foreign_layers_too():
+    for kind in FOREIGN:
+        model = foreign(kind)
+        fastpeft.patch(model, lora(target_modules="all-linear"))
+        assert [row.path for row in fastpeft.report(model).layers] == ["layer", "head"]
+
+
 @pytest.mark.parametrize("kind", FORWARD_ONLY)
 def test_where_only_the_forward_is_known_nothing_is_merged(kind):
     model = foreign(kind)

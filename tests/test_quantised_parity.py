@@ -94,7 +94,8 @@ def test_dora_on_8_bits_begins_as_in_peft():
 
 DTYPES = [
     ("nf4", torch.bfloat16, True), ("nf4", torch.bfloat16, False), ("nf4", torch.float16, False),
-    ("int8", torch.bfloat16, False), ("ao-int8", torch.bfloat16, True), ("ao-int8", torch.bfloat16, False),
+    ("nf4-storage", torch.bfloat16, False), ("int8", torch.bfloat16, False), ("ao-int8", torch.bfloat16, True),
+    ("ao-int8", torch.bfloat16, False),
 ]  # fmt: skip
 
 
