@@ -37,7 +37,13 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, in every process; differentiable. Of a DTensor each process of its mesh has to ask."""
+    """All of it, in every process; differentiable. Of a DTensor each process of its mesh has to ask. Raises PatchError
+    for a part of a flat parameter."""
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise PatchError(
+            "AdaLoRA needs the factors of all layers at once, of which FullyShardedDataParallel has given back all but "
+            "its own part by then; use FSDP2 (fully_shard; accelerate's fsdp_version=2)"
+        )
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -171,6 +177,8 @@ def _whole_parameter(name: str, parameter: Tensor, reason: str, full: dict[str, 
     if full is not None:
         if name not in full:
             raise PatchError(f"state_dict: {name} is not in it; give the whole state dict of the model")
+        if is_sharded(full[name]):
+            raise PatchError(f"state_dict: {name} is sharded in it too; leave it out, and call in every process")
         return nn.Parameter(full[name], requires_grad=False)
     if not is_sharded(parameter):
         raise PatchError(

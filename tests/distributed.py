@@ -45,6 +45,8 @@ def run(function, world: int, folder: Path, *args, timeout: float = 60) -> list:
     said = [f"rank {path.stem}:\n{path.read_text()}" for path in sorted(folder.glob("*.error"))]
     if said:
         raise AssertionError("\n".join(said))
+    if died := {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode and not late}:
+        raise AssertionError(f"processes ended without a word: {died}")
     if late:
         raise AssertionError(f"ranks {late} did not end within {timeout} s")
     return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world)]
