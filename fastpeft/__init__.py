@@ -20,6 +20,15 @@ from fastpeft.adapters import (
     unmerge,
     use_adapter,
 )
+from fastpeft.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from fastpeft.configs import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     AdaLoraConfig,
@@ -56,6 +65,9 @@ from fastpeft.prefix_init import (
 from fastpeft.rank_allocator import update_and_allocate
 from fastpeft.reporting import report
 from fastpeft.state import adapter_state_dict
+from fastpeft.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
+from fastpeft.status import get_layer_status, get_model_status, rescale_adapter_scale
+from fastpeft.weighted import add_weighted_adapter
 from fastpeft.wrapping import get_peft_model
 
 __version__ = "0.1.0"
@@ -66,6 +78,13 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterFileError",
     "AdaptionPromptConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BackendError",
     "ConfigError",
     "FastpeftError",
@@ -82,12 +101,16 @@ __all__ = [
     "TargetError",
     "TaskType",
     "adapter_state_dict",
+    "add_weighted_adapter",
     "backend",
     "count_parameters",
     "delete_adapter",
     "disable_adapter",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
     "load_adapter",
@@ -99,9 +122,11 @@ __all__ = [
     "print_trainable_parameters",
     "prompt_embeddings_from_past_key_values",
     "report",
+    "rescale_adapter_scale",
     "save_adapter",
     "set_adapter",
     "set_backend",
+    "set_peft_model_state_dict",
     "unmerge",
     "unpatch",
     "update_and_allocate",

@@ -185,6 +185,14 @@ class PeftConfig:
                 refuse(str(name), values[name], why)
         return target(**{name: value for name, value in values.items() if name in known})
 
+    @classmethod
+    def from_pretrained(cls, directory) -> "PeftConfig":
+        """The configuration in a local directory's adapter_config.json; on PeftConfig, of any method. Raises
+        AdapterFileError if there is none, ConfigError as `from_dict`."""
+        from fastpeft.files import read_config
+
+        return cls.from_dict(read_config(directory))
+
 
 def class_for(peft_type: object) -> type[PeftConfig]:
     """The class of a method's configurations. Raises ConfigError."""

@@ -48,6 +48,15 @@ class PatchedModel(AdaptedModel):
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
+    @property
+    def active_peft_config(self):
+        """The configuration of the active adapter; of the first, if there are several."""
+        return self._fastpeft.configs[self.active_adapters[0]]
+
+    def get_base_model(self):
+        """The model itself: it is the base model, with adapters in it."""
+        return self
+
     def save_pretrained(
         self, save_directory, safe_serialization=True, selected_adapters=None, save_embedding_layers="auto",
         is_main_process=True, path_initial_model_for_weight_conversion=None, **kwargs,
@@ -87,6 +96,18 @@ class PatchedModel(AdaptedModel):
         from fastpeft import adapters
 
         adapters.add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    def add_weighted_adapter(
+        self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, svd_clamp=None,
+        svd_full_matrices=True, svd_driver=None, density=None, majority_sign_method="total",
+    ) -> None:  # fmt: skip
+        """Add a LoRA made of others; it becomes active only by `set_adapter`. The factors of the whole matrices are
+        never needed, whatever `svd_full_matrices` says, and torch chooses the driver."""
+        from fastpeft.weighted import add_weighted_adapter
+
+        add_weighted_adapter(
+            self, adapters, weights, adapter_name, combination_type, svd_rank, svd_clamp, density, majority_sign_method
+        )
 
     def set_adapter(self, adapter_name, inference_mode=False) -> None:
         """Make one adapter (or a list, added up) the active one, and train it, also if it was loaded for inference,
@@ -149,6 +170,18 @@ class PatchedModel(AdaptedModel):
         from fastpeft import adapters
 
         return adapters.count_parameters(self)
+
+    def get_layer_status(self):
+        """The state of each layer's adapters."""
+        from fastpeft.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self):
+        """The state of the adapters in the whole model."""
+        from fastpeft.status import get_model_status
+
+        return get_model_status(self)
 
     def print_trainable_parameters(self) -> None:
         """peft's line."""

@@ -63,7 +63,7 @@ def restore_adapter(model: nn.Module, directory: str | Path, *, adapter_name: st
     network = has_network(model, name)
     if network and found.encoder is None:
         raise AdapterFileError(f"{found.path} has the table of {name!r}, and not the network that it comes out of")
-    with _undone_on_failure(model, name), _triplets_in_place(model, name, plan.config):
+    with in_place(model, name, plan.config):
         fill(model, name, places, plan.in_today_s_layout(found.tensors), found.path)
         if found.encoder is not None and (network or hasattr(tuner_of(plan.config), "fill_training")):
             fill_encoder(model, name, found)
@@ -101,6 +101,13 @@ def _differs(field: str, theirs: object, mine: object, name: str, directory) -> 
 def _plain(value: object) -> object:
     """An enum's value; of an empty container, which asks for nothing, None."""
     return None if isinstance(value, list | set | dict) and not value else getattr(value, "value", value)
+
+
+@contextlib.contextmanager
+def in_place(model: nn.Module, name: str, config: PeftConfig):
+    """Around what fills an adapter as `config`, that of a file, has it: if it fails, the adapter is as it was."""
+    with _undone_on_failure(model, name), _triplets_in_place(model, name, config):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,116 @@
+"""An adapter's tensors out of a patched model and into one, by peft's functions of these names."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastpeft.encoders import has_network
+from fastpeft.errors import PatchError
+from fastpeft.filling import check_names_and_shapes, fill, places_in_file
+from fastpeft.mapping import tuner_of
+from fastpeft.patching import layers, state_of
+from fastpeft.restoring import in_place
+from fastpeft.state import adapter_state_dict, file_key
+
+
+class Filled(NamedTuple):
+    """What torch's load_state_dict returns; both are empty, as a mismatch is an error."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of a patched model, under the names of HF peft's file.
+
+    Args:
+        model: patched by fastpeft.
+        state_dict: of the model, with the values to take in place of the model's own, as gathered from shards.
+        adapter_name: whose.
+        unwrap_compiled: whether the model is one that torch.compile has wrapped.
+        save_embedding_layers: "auto", which adds the base weights of targeted embeddings.
+
+    Raises:
+        PatchError: the model is not patched, there is no such adapter, `state_dict` lacks a tensor or the adapter has
+        one that is computed from others (a prompt's network), or another choice of embeddings is asked for.
+    """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    if save_embedding_layers != "auto":
+        raise PatchError(
+            f"get_peft_model_state_dict: save_embedding_layers={save_embedding_layers!r} cannot be honoured; the base "
+            "weights of targeted embeddings are always there"
+        )
+    own = adapter_state_dict(model, adapter_name)
+    if state_dict is None:
+        return own
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    config, out = state_of(model).configs[adapter_name], dict(own)
+    found: dict[str, torch.Tensor] = {}
+    for path, layer in layers(model):
+        if adapter_name in layer._fastpeft.adapters:
+            for key, tensor in layer.file_tensors(adapter_name).items():
+                found[file_key(config, path, key)] = tensor
+    for key, tensor in own.items():
+        name = names.get(id(found.get(key)))
+        if name is None and key in found:
+            raise PatchError(f"get_peft_model_state_dict: {key} is computed; leave state_dict out")
+        if name is not None and name not in state_dict:
+            raise PatchError(f"get_peft_model_state_dict: state_dict has no {name}; give the whole model's")
+        out[key] = tensor if name is None else state_dict[name]
+    return out
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Filled:
+    """Give an adapter of a patched model, in place, the tensors of `get_peft_model_state_dict` or of HF peft's file.
+
+    Args:
+        model: patched by fastpeft.
+        peft_model_state_dict: all of the adapter's tensors.
+        adapter_name: whose.
+        ignore_mismatched_sizes: False; a mismatch is an error.
+        low_cpu_mem_usage: of no effect, as the parameters are there.
+
+    Returns:
+        (missing_keys, unexpected_keys), both empty.
+
+    Raises:
+        AdapterFileError: a tensor is missing, unknown, of another shape, or beyond the range of where it goes.
+        PatchError: the model is not patched, there is no such adapter, it is merged, or its tensors come out of a
+        network that the dict lacks. The adapter is then as it was.
+    """
+    state = state_of(model)
+    if adapter_name not in state.configs:
+        have = ", ".join(map(repr, state.configs)) or "none"
+        raise PatchError(f"set_peft_model_state_dict: there is no adapter {adapter_name!r}; there are {have}")
+    if ignore_mismatched_sizes:
+        raise PatchError("set_peft_model_state_dict: ignore_mismatched_sizes=True cannot be honoured; leave it out")
+    if state.merged:
+        raise PatchError(f"set_peft_model_state_dict: {', '.join(state.merged)} is merged; unmerge first")
+    if has_network(model, adapter_name):
+        raise PatchError(
+            f"set_peft_model_state_dict: {adapter_name!r} comes out of a network, which such a dict does not hold; use "
+            "save_adapter and fastpeft.restoring.restore_adapter"
+        )
+    config = type(state.configs[adapter_name])(**vars(state.configs[adapter_name]))
+    config.inference_mode = True
+    plan = tuner_of(config).plan(model, config)
+    places, tensors = places_in_file(model, plan), dict(peft_model_state_dict)
+    where = "peft_model_state_dict"
+    check_names_and_shapes(places, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, where)
+    with in_place(model, adapter_name, plan.config):
+        fill(model, adapter_name, places, tensors, where)
+    return Filled([], [])
