@@ -150,3 +150,16 @@ class FrozenProduct(torch.autograd.Function):
             if need_bias:
                 dbias = dy.flatten(0, -2).sum(0, dtype=ctx.bias_dtype)
         return dx, dbias, None, None
+
+
+def call(module: nn.Module, forward: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
+    """The result of `forward`, which is a layer's own and takes x first: with the gradients of x and the bias where it
+    has none, or has them at the price of a dense weight kept. Of a layer that is not quantised it is plainly called."""
+    entry, bias = entry_of(module), getattr(module, "bias", None)
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    wanted = any(isinstance(each, torch.Tensor) and each.requires_grad for each in (x, bias))
+    if entry is None or not wanted or not torch.is_grad_enabled() or entry.differentiable(module):
+        return forward(*args, **kwargs)
+    more = args[1:] if args else tuple(kwargs.values())[1:]
+    named = kwargs if args else {}
+    return FrozenProduct.apply(x, bias, functools.partial(dense_weight, module), lambda x: forward(x, *more, **named))

@@ -61,14 +61,7 @@ class QuantisedLora(LoraLinear):
         return False
 
     def base_forward(self, *args, **kwargs):
-        """The library's own, with a gradient where that has none, or one at the price of a dense weight kept."""
-        own, bias = super().base_forward, self.base_bias()
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        wanted = any(isinstance(each, torch.Tensor) and each.requires_grad for each in (x, bias))
-        if not wanted or not torch.is_grad_enabled() or quantised.entry_of(self).differentiable(self):
-            return own(*args, **kwargs)
-        more = args[1:] if args else tuple(kwargs.values())[1:]
-        return FrozenProduct.apply(x, bias, self.matrix, lambda x: own(x, *more, **(kwargs if args else {})))
+        return quantised.call(self, super().base_forward, *args, **kwargs)
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return FrozenProduct.apply(x, None, self.matrix, lambda x: F.linear(x, weight.to(x.dtype)))
