@@ -7,6 +7,7 @@ import torch
 from fastpeft.distributed import check_dtypes
 from fastpeft.forward import forward as adapted_forward
 from fastpeft.generation import PromptedGeneration, preparing
+from fastpeft.mixed_batches import generating
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
 
@@ -52,7 +53,7 @@ def patched_model_class(original: type, task: type) -> type:
     """The subclass of a model's class with the methods of `task`, an AdaptedModel, under the same name: transformers
     asks for it, and for the arguments of its forward."""
     namespace = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
-    namespace |= {"forward": _forward_of(original), **preparing(original)}
+    namespace |= {"forward": _forward_of(original), **preparing(original), **generating(original)}
     return type(original.__name__, (task, original), namespace)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.calls import Call, Room, calling
+from fastpeft.mixed_batches import call_with_rows
 from fastpeft.selection import active_names
 from fastpeft.tuners.prompt_call import (
     behind_virtual_tokens,
@@ -48,9 +49,13 @@ class Part:
 
 def forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward of a patched model; one that was wrapped by somebody (accelerate) outlives the patch."""
-    state = getattr(model, "_fastpeft", None)
-    if state is None:
+    if getattr(model, "_fastpeft", None) is None:
         return type(model).forward(model, *args, **kwargs)
+    return call_with_rows(model, functools.partial(_forward, model), args, kwargs)
+
+
+def _forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    state = model._fastpeft
     parts = {name: state.parts[name] for name in active_names(state) if name in state.parts}
     if not parts:
         return _base(model, state)(*args, **kwargs)

@@ -52,6 +52,7 @@ class PatchState:
     parts: dict[str, Part] = field(default_factory=dict)  # what adapters do at the root of the model
     original_forward: Any = None  # a forward that stood on the instance, or None
     traced_call: Any = None  # the call that torch.compile is tracing
+    traced_rows: tuple[str, ...] | None = None  # the names of its samples' adapters
     undo: list | None = None  # (tensor, its values before) of the base, while an adapter is being added
 
 

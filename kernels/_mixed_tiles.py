@@ -9,7 +9,7 @@ from fastpeft.kernels._tiles import HALF, Row, Tiles, _serves, family_of, tiles_
 OTHER_CUDA = (Row("shrink", HALF, 32, Tiles(64, depth=64, warps=4), above=16),)
 OWN = {
     "sm_90": (),
-    "sm_100": (Row("grad_columns", HALF, 64, Tiles(32, 64, warps=4), above=32),),
+    "sm_100": (Row("grad_columns", HALF, 64, Tiles(32, 64), above=32),),
     "hip": (),
     "interpreter": (),
 }

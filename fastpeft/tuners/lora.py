@@ -4,6 +4,7 @@ Parameter names, shapes, scaling and the order of random draws are HF peft's; th
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
@@ -15,8 +16,10 @@ from fastpeft.configs import LoraConfig
 from fastpeft.distributed import check_gathered, is_sharded
 from fastpeft.errors import PatchError
 from fastpeft.ops.lora_linear import apply_lora
+from fastpeft.selection import row_names
 from fastpeft.tuners import dora, lora_init
 from fastpeft.tuners.layer import AdapterLayer, offloaded_to
+from fastpeft.tuners.mixed import mixed_linear, mixed_one_by_one
 
 
 @dataclass(frozen=True)
@@ -242,10 +245,24 @@ class LoraLayer(AdapterLayer):
         names = self.active_adapters()
         if not names or self._fastpeft.model.merged:
             return self.base_forward(*args, **kwargs)
+        rows = row_names(self._fastpeft.model)
+        forward = self.adapted_forward if rows is None else functools.partial(self.mixed_forward, rows=rows)
         if not self.is_offloaded(names[0]):
-            return self.adapted_forward(names, *args, **kwargs)
+            return forward(names, *args, **kwargs)
         with self._fetched(names):
-            return self.adapted_forward(names, *args, **kwargs)
+            return forward(names, *args, **kwargs)
+
+    def adapted_forward(self, names: list[str], input: torch.Tensor) -> torch.Tensor:
+        """The forward with these adapters, one after the other."""
+        result = self.base_forward(input)
+        dtype = result.dtype
+        for name in names:
+            result = self._add(name, input, result)
+        return result.to(dtype)
+
+    def mixed_forward(self, names: list[str], input: torch.Tensor, *, rows: tuple[str, ...]) -> torch.Tensor:
+        """`adapted_forward` of a batch for whose samples `rows` names adapters, of which there are `names` here."""
+        return mixed_one_by_one(self, names, rows, input, self.base_forward(input), self._add)
 
     @contextlib.contextmanager
     def _fetched(self, names: list[str]):
@@ -316,6 +333,10 @@ class LinearArithmetic:
         for name in names:  # the sum is rounded once, as in HF peft
             result = self._add(name, input, result.to(torch.promote_types(dtype, self.factors(name)[0].dtype)))
         return result.to(dtype)
+
+    def mixed_forward(self, names: list[str], input: torch.Tensor, *args, rows: tuple[str, ...], **kwargs):
+        """The same, of a batch for whose samples `rows` names adapters; `names` are those that there are here."""
+        return mixed_linear(self, names, rows, input, *args, **kwargs)
 
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
         """`result` (None: the base's, not yet computed) plus one adapter's share."""

@@ -62,24 +62,21 @@ class LoraEmbedding(LoraLayer):
     def _bias_of(self, name: str) -> None:
         return None
 
-    def adapted_forward(self, names: list[str], input: torch.Tensor) -> torch.Tensor:
-        result = self.base_forward(input)
-        dtype = result.dtype
+    def _add(self, name: str, input: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`result` plus one adapter's share."""
+        settings: Settings = self._fastpeft.adapters[name]
+        a, b = self.factors(name)
+        factor = None
+        if settings.use_dora:  # with A as it is before max_norm shortens its columns in place
+            factor = dora.factor(self.matrix(), a, b, settings.scaling, self.magnitude(name))
+        rows = F.embedding(
+            input, a.t(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )
+        update = (rows @ b.t()) * settings.scaling
         embed_scale = getattr(self, "embed_scale", None)  # Gemma's embeddings multiply their output
-        for name in names:
-            settings: Settings = self._fastpeft.adapters[name]
-            a, b = self.factors(name)
-            factor = None
-            if settings.use_dora:  # with A as it is before max_norm shortens its columns in place
-                factor = dora.factor(self.matrix(), a, b, settings.scaling, self.magnitude(name))
-            rows = F.embedding(
-                input, a.t(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
-            )
-            update = (rows @ b.t()) * settings.scaling
-            if embed_scale is not None:
-                update = update * torch.as_tensor(embed_scale).to(update)
-            result = result + update if factor is None else (result + update) * factor
-        return result.to(dtype)
+        if embed_scale is not None:
+            update = update * torch.as_tensor(embed_scale).to(update)
+        return result + update if factor is None else (result + update) * factor
 
 
 class LoraConv(LoraLayer):
@@ -123,17 +120,14 @@ class LoraConv(LoraLayer):
         product = b.to(wide).flatten(1) @ a.to(wide).flatten(1)
         return product.view(self.weight.shape) * self._fastpeft.adapters[name].scaling
 
-    def adapted_forward(self, names: list[str], input: torch.Tensor) -> torch.Tensor:
-        result = self.base_forward(input)
-        dtype = result.dtype
-        for name in names:
-            settings: Settings = self._fastpeft.adapters[name]
-            p = settings.dropout if self.training else 0.0
-            z = input.to(self.lora_A[name].weight.dtype)
-            z = F.dropout(z, p) if p else z
-            update = self.lora_B[name](self.lora_A[name](z)) * settings.scaling
-            result = self._with_magnitude(name, z, result, update, bool(p)) if settings.use_dora else result + update
-        return result.to(dtype)
+    def _add(self, name: str, input: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`result` plus one adapter's share."""
+        settings: Settings = self._fastpeft.adapters[name]
+        p = settings.dropout if self.training else 0.0
+        z = input.to(self.lora_A[name].weight.dtype)
+        z = F.dropout(z, p) if p else z
+        update = self.lora_B[name](self.lora_A[name](z)) * settings.scaling
+        return self._with_magnitude(name, z, result, update, bool(p)) if settings.use_dora else result + update
 
     def _with_magnitude(self, name, z, result, update, dropped: bool) -> torch.Tensor:
         a, b = (factor.flatten(1) for factor in self.factors(name))

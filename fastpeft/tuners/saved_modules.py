@@ -11,7 +11,9 @@ from torch import nn
 from fastpeft.configs import LoraConfig
 from fastpeft.distributed import check_undistributed
 from fastpeft.errors import TargetError
+from fastpeft.selection import row_names
 from fastpeft.tuners.layer import AdapterLayer
+from fastpeft.tuners.mixed import check_rows
 
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -121,10 +123,28 @@ class SavedModule(AdapterLayer):
         return [name for name in merged if name not in beside] + beside
 
     def forward(self, *args, **kwargs):
+        rows = row_names(self._fastpeft.model)
+        if rows is not None and self.active_adapters():
+            return self._of_rows(rows, *args, **kwargs)
         names = self.used()
         if not names:
             return self.base_forward(*args, **kwargs)
         return self.modules_to_save[names[-1]](*args, **kwargs)
+
+    def _of_rows(self, rows: tuple[str, ...], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Of a batch for whose samples `rows` names adapters: each adapter's copy of its samples, and the original of
+        those whose adapter has none."""
+        check_rows(self, rows, input)
+        places: dict[str | None, list[int]] = {}
+        for b, name in enumerate(rows):
+            places.setdefault(name if name in self.modules_to_save else None, []).append(b)
+        parts = []
+        for name, place in places.items():
+            module = self.base_forward if name is None else self.modules_to_save[name]
+            parts.append(module(input[place], *args, **kwargs))
+            check_rows(self, place, parts[-1], "a result")
+        order = torch.tensor([b for place in places.values() for b in place], device=parts[0].device)
+        return torch.cat(parts)[order.argsort()]
 
     def unmerge(self) -> None:
         """Nothing to do: merging leaves the original and its copies as they are."""

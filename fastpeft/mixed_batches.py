@@ -1,0 +1,112 @@
+"""Mixed batches: a call, or a `generate`, that names for each of its samples an adapter (`adapter_names=`), as in HF
+peft; and, which HF peft refuses, in training."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.configs import LoraConfig, PeftType
+from fastpeft.errors import PatchError
+from fastpeft.selection import BASE, by_rows, disabled, row_names
+from fastpeft.tuners.mixed import WrongRows
+
+ARGUMENT = "adapter_names"
+# The arguments whose first dimension is the batch of what is called: the decoder's, where there are both.
+BATCHED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "inputs")
+
+
+def checked_rows(state, given: Any, batch: int | None) -> tuple[str, ...]:
+    """The names that a call gives for its samples, of which there are `batch`. Raises PatchError for what is no such
+    list, for an adapter that there is not, or that no sample can have alone, and while one is merged into the
+    weights."""
+    if not isinstance(given, list | tuple) or not given or not all(isinstance(name, str) for name in given):
+        raise PatchError(f"{ARGUMENT}={given!r}: a list is needed, for each sample an adapter's name or {BASE!r}")
+    if batch not in (None, len(given)):
+        raise PatchError(f"{ARGUMENT} has {len(given)} names, and the batch {batch} samples; name one for each")
+    if state.merged:
+        merged = ", ".join(state.merged)
+        raise PatchError(
+            f"{ARGUMENT}: {merged} is merged into the base weights, which all samples share; unmerge first"
+        )
+    for name in dict.fromkeys(given):
+        config = state.configs.get(name)
+        if name == BASE:
+            continue
+        if config is None:
+            known = ", ".join(map(repr, state.configs))
+            raise PatchError(
+                f"{ARGUMENT} names {name!r}, which is no adapter of this model; there are {known}, {BASE!r}"
+            )
+        if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise PatchError(
+                f"{ARGUMENT} names {name!r}, which is {kind}: samples of one batch can have LoRA adapters each; call "
+                f"the model with that adapter alone"
+            )
+        if config.use_dora:
+            raise PatchError(
+                f"{ARGUMENT} names {name!r}, which has use_dora=True: that changes the base product as well, which the "
+                "samples share; call the model with that adapter alone"
+            )
+    return tuple(given)
+
+
+def with_rows(model: nn.Module, given: Any, batch: int | None, function: Callable, /, *args, **kwargs) -> Any:
+    """`function(*args, **kwargs)`, in which `model` uses for each sample the adapter that is named for it; where
+    adapters are disabled, as ever. Raises PatchError, also where a layer's input has not the samples as its rows."""
+    state = model._fastpeft
+    rows = checked_rows(state, given, batch)
+    if disabled(state):
+        return function(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        return by_rows(state, rows, function, *args, **kwargs)
+    try:
+        return by_rows(state, rows, function, *args, **kwargs)
+    except WrongRows as error:
+        path = next((name for name, module in model.named_modules() if module is error.layer), "")
+        raise PatchError(
+            f"{path}: {error.what}; leave the module out of the adapters' targets, or {ARGUMENT}"
+        ) from None
+
+
+def call_with_rows(model: nn.Module, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`call(args, kwargs)` of a model's root, without the argument that is not the model's own, which is taken out of
+    kwargs. Inside `generate` a sample's beams, or its several sequences, follow each other and have its adapter."""
+    given, rows = kwargs.pop(ARGUMENT, None), row_names(model._fastpeft)
+    if given is None and rows is None:
+        return call(args, kwargs)
+    batch = _batch(args, kwargs)
+    if given is not None:
+        return with_rows(model, given, batch, call, args, kwargs)
+    if batch is None or batch == len(rows) or batch % len(rows):
+        return call(args, kwargs)
+    repeated = tuple(name for name in rows for _ in range(batch // len(rows)))
+    return by_rows(model._fastpeft, repeated, call, args, kwargs)
+
+
+def _batch(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """How many samples a call has, as far as its arguments say."""
+    for name in BATCHED:
+        if isinstance(tensor := kwargs.get(name), Tensor):
+            return tensor.shape[0]
+    return args[0].shape[0] if args and isinstance(args[0], Tensor) else None
+
+
+@functools.cache
+def generating(original: type) -> dict:
+    """The `generate` of `original`, if it has one, as it is to be in front of it: with `adapter_names`."""
+    own = getattr(original, "generate", None)
+    if own is None:
+        return {}
+
+    @functools.wraps(own)
+    def generate(self, *args, **kwargs):
+        given = kwargs.pop(ARGUMENT, None)
+        if given is None:
+            return own(self, *args, **kwargs)
+        return with_rows(self, given, _batch(args, kwargs), own, self, *args, **kwargs)
+
+    return {own.__name__: generate}
