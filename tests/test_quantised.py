@@ -236,7 +236,7 @@ def test_several_adapters_share_a_quantised_layer():
     model = linear_4bit()
     base = model["layer"](rows())
     fastpeft.patch(model, config(use_dora=True), adapter_name="first")
-    model.add_adapter("second", config(r=2))
+    model.add_adapter("second", config(r=2, lora_bias=True))
     randomise(model)
     model.set_adapter("second")
     randomise(model, seed=4)
@@ -251,9 +251,11 @@ def test_several_adapters_share_a_quantised_layer():
     assert error(both, alone["first"] + alone["second"] - base) < 5e-3  # bitsandbytes' evaluation products are of bf16
     with model.disable_adapter():
         assert error(layer(rows()), base) < 5e-3
+    bias = layer.bias.clone()
     quietly(model.merge_adapter)
-    assert 0 < error(layer(rows()), both) < 0.2
+    assert 0 < error(layer(rows()), both) < 0.2 and not torch.equal(layer.bias, bias)
     model.unmerge_adapter()
+    assert torch.equal(layer.bias, bias)
     model.delete_adapter("second")
     assert error(layer(rows()), alone["first"]) < 5e-3
 

@@ -154,8 +154,8 @@ def exact_copy(model):
 
 
 def test_files_go_both_ways(tmp_path):
-    for kind in ("nf4-double", "int8", "ao-int8"):
-        hf, ours = pair(kind)
+    for kind, settings in (("nf4-double", {}), ("nf4", METHODS["olora"]), ("int8", {}), ("ao-int8", METHODS["dora"])):
+        hf, ours = pair(kind, **settings)
         randomise(hf, ours)
         hf.eval(), ours.eval()
         directory = tmp_path / kind
