@@ -33,9 +33,10 @@ def _forward(
 
 @_forward.register_fake
 def _(x, weight, bias, residual, a, b, seed, scaling, dropout, dtype, patched):
+    # Sizes by `shape`: `len` of a tensor is a number of Python's, for which alone the graph would hold.
     kind = getattr(torch, dtype) if residual is None else residual.dtype
-    y = x.new_empty(len(x), len(b), dtype=kind)
-    return y, a.new_empty(len(x), len(a)), torch.empty(1, dtype=torch.bool, device="cpu")
+    y = x.new_empty(x.shape[0], b.shape[0], dtype=kind)
+    return y, a.new_empty(x.shape[0], a.shape[0]), torch.empty(1, dtype=torch.bool, device="cpu")
 
 
 @torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
@@ -57,7 +58,7 @@ def _backward(
 @_backward.register_fake
 def _(dy, x, weight, a, b, s, seed, triton, scaling, dropout, dtype, dx_dtype, needs):
     columns, kind = a.shape[1], getattr(torch, dtype)
-    shapes = ((len(dy), columns), (dy.shape[1], columns), (dy.shape[1],), a.shape, b.shape)
+    shapes = ((dy.shape[0], columns), (dy.shape[1], columns), (dy.shape[1],), a.shape, b.shape)
     kinds = (getattr(torch, dx_dtype), kind, kind, a.dtype, b.dtype)
     return tuple(
         dy.new_empty(shape if need else (0,), dtype=of if need else dy.dtype)

@@ -32,8 +32,9 @@ def _forward(
 @_forward.register_fake
 def _(x, weight, bias, residual, a, b, seeds, rows, scalings, dropouts, dtype, patched):
     kind = getattr(torch, dtype) if residual is None else residual.dtype
-    y = x.new_empty(len(x), len(b[0]), dtype=kind)
-    elements = len(x) // len(rows) * sum(len(a[g]) for g in rows if g >= 0)
+    # Sizes by `shape`: `len` of a tensor is a number of Python's, for which alone the graph would hold.
+    y = x.new_empty(x.shape[0], b[0].shape[0], dtype=kind)
+    elements = x.shape[0] // len(rows) * sum(len(a[g]) for g in rows if g >= 0)
     return y, a[0].new_empty(elements), torch.empty(1, dtype=torch.bool, device="cpu")
 
 
@@ -58,8 +59,8 @@ def _backward(
 @_backward.register_fake
 def _(dy, x, weight, a, b, s, seeds, triton, rows, scalings, dropouts, dtype, dx_dtype, needs):
     columns, kind = a[0].shape[1], getattr(torch, dtype)
-    ranks = sum(len(each) for each in a)
-    shapes = ((len(dy), columns), (dy.shape[1], columns), (dy.shape[1],), (ranks * columns,), (ranks * dy.shape[1],))
+    ranks, (count, outputs) = sum(len(each) for each in a), dy.shape
+    shapes = ((count, columns), (outputs, columns), (outputs,), (ranks * columns,), (ranks * outputs,))
     kinds = (getattr(torch, dx_dtype), kind, kind, a[0].dtype, b[0].dtype)
     return tuple(
         dy.new_empty(shape if need else (0,), dtype=of if need else dy.dtype)

@@ -160,9 +160,9 @@ def make_scores(
         raise ValueError(f"{op}: query_start is {start}; with segment_ids 0 to T - S = {keys - queries} is needed")
     if scale is None:
         scale = depth**-0.5
-    elif not math.isfinite(scale):
+    elif not -math.inf < scale < math.inf:  # no isfinite, which torch.compile does not know of numbers that may change
         raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap is {softcap}; a positive number or None is needed")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"{op}: sliding_window is {sliding_window}; at least 1, or None is needed")
