@@ -1,12 +1,16 @@
 """The base model under peft's prefixes and prompts: made to find them where its attention and its embeddings are, while
 peft keeps the parameters."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
 
 from fastpeft.adapted_model import AdaptedModel, patched_model_class
 from fastpeft.integrations.peft.swapping import Extension
 from fastpeft.patching import PatchState, enable_input_grads, restore
-from fastpeft.selection import CarriedCheckpoint
+from fastpeft.selection import CarriedCheckpoint, override
 from fastpeft.tuners.layer import AdapterLayer, take_forward
 
 
@@ -23,6 +27,17 @@ def begin_base(base: nn.Module, extension: Extension) -> PatchState:
         enable_input_grads(base, state)
     extension.hooked = state
     return state
+
+
+def using(state: PatchState, name: str, function: Callable, /, *args, **kwargs) -> Any:
+    """`function(*args, **kwargs)`, inside which the base model uses this adapter."""
+    if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
+        before, state.active = state.active, (name,)
+        out = function(*args, **kwargs)
+        state.active = before
+        return out
+    with override(state, (name,)):
+        return function(*args, **kwargs)
 
 
 def end_base(base: nn.Module, extension: Extension) -> None:

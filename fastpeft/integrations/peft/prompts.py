@@ -10,10 +10,9 @@ from fastpeft.attention.interface import register
 from fastpeft.configs import PrefixTuningConfig, PromptLearningConfig, TaskType, as_config
 from fastpeft.errors import FastpeftError
 from fastpeft.forward import Part
-from fastpeft.integrations.peft.base import begin_base, end_base, forget_adapter
+from fastpeft.integrations.peft.base import begin_base, end_base, forget_adapter, using
 from fastpeft.integrations.peft.swapping import Extension, Swapped, swap
 from fastpeft.mapping import task_class, tuner_of
-from fastpeft.selection import override
 from fastpeft.tuners import prefix_injection, prompt_encoder, prompt_injection
 from fastpeft.tuners.prefix_encoder import PrefixEncoder
 from fastpeft.tuners.prompt_call import argument_names, named_arguments
@@ -32,8 +31,7 @@ class FusedPromptModel(Swapped):
             warnings.warn("peft hands no token_type_ids on to a model of this task; they are ignored", stacklevel=2)
             del given["token_type_ids"]
         given = {key: value for key, value in given.items() if value is not None}
-        with override(state, (name,)):
-            return self.base_model(**given)
+        return using(state, name, self.base_model, **given)
 
     def generate(self, *args, **kwargs) -> Any:
         name, state = self.active_adapter, self.extension.hooked
@@ -41,8 +39,7 @@ class FusedPromptModel(Swapped):
             return super().generate(*args, **kwargs)
         if "generation_config" in self.__dict__:
             self.base_model.generation_config = self.generation_config
-        with override(state, (name,)):
-            return self.base_model.generate(*args, **kwargs)
+        return using(state, name, self.base_model.generate, *args, **kwargs)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args, **kwargs) -> None:
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
