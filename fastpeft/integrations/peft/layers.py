@@ -5,9 +5,12 @@ know, its own forward is called; `why_not` says so.
 """
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from fastpeft import quantised
 from fastpeft.integrations.peft.swapping import Swapped, full_name
 from fastpeft.tuners.lora import LinearArithmetic, Settings
+from fastpeft.tuners.mixed import mixed_linear
 
 PLAIN_DROPOUTS = (nn.Dropout, nn.Identity)
 DORA = "peft.tuners.lora.variants.DoraLinearVariant"
@@ -27,7 +30,7 @@ class FusedLayer(Swapped, LinearArithmetic):
     op = "lora_linear"
 
     def base_forward(self, *args, **kwargs) -> Tensor:
-        return self.base_layer(*args, **kwargs)
+        return quantised.call(self.base_layer, self.base_layer, *args, **kwargs)
 
     def base_bias(self) -> Tensor | None:
         return self.base_layer.bias
@@ -36,6 +39,8 @@ class FusedLayer(Swapped, LinearArithmetic):
         return self.extension.backend
 
     def matrix(self) -> Tensor:
+        if quantised.entry_of(self.base_layer) is not None:
+            return quantised.dense_weight(self.base_layer)
         weight = self.base_layer.weight
         return weight.t() if full_name(type(self.base_layer)) == CONV1D else weight
 
@@ -52,6 +57,16 @@ class FusedLayer(Swapped, LinearArithmetic):
         dropout = self.lora_dropout[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        if quantised.entry_of(self.base_layer) is None:
+            return super().product(x, weight)
+        return quantised.FrozenProduct.apply(x, None, self.matrix, lambda x: F.linear(x, weight.to(x.dtype)))
+
+    def has_matrix(self) -> bool:
+        """Whether the base's weight can be had without calling the base."""
+        entry = quantised.entry_of(self.base_layer)
+        return self.plain_base() if entry is None else entry.dense is not None and is_bare(self.base_layer)
+
     def why_not(self, name: str) -> str | None:
         """Why this adapter is left to peft's own forward here, or None."""
         raise NotImplementedError
@@ -61,12 +76,17 @@ class FusedLayer(Swapped, LinearArithmetic):
         return {name: why for name in self.lora_A if (why := self.why_not(name)) is not None}
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        special = any(kwargs.get(key) is not None for key in ("adapter_names", "alora_offsets"))
-        if self.disable_adapters or self.merged_adapters or special or not names or any(map(self.why_not, names)):
+        rows = kwargs.get("adapter_names")
+        chosen = self.active_adapters if rows is None else dict.fromkeys(rows)
+        names = [name for name in chosen if name in self.lora_A]
+        special = self.disable_adapters or self.merged_adapters or kwargs.get("alora_offsets") is not None
+        if special or not names or any(map(self.why_not, names)):
             return super().forward(x, *args, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("adapter_names", "alora_offsets")}
-        return self.adapted_forward(names, x, *args, **kwargs)
+        if rows is None:
+            return self.adapted_forward(names, x, *args, **kwargs)
+        self._check_forward_args(x, adapter_names=rows)
+        return mixed_linear(self, names, rows, x, *args, **kwargs)
 
 
 class FusedLora(FusedLayer):
@@ -89,8 +109,8 @@ class FusedLora(FusedLayer):
         variant = self.lora_variant.get(name)
         if variant is not None and full_name(type(variant)) != DORA:
             return f"{type(variant).__name__} has a forward of its own"
-        if variant is not None and not self.plain_base():
-            return "DoRA on a base that is not dense, or has hooks"
+        if variant is not None and not self.has_matrix():
+            return "DoRA on a base whose weight is not at hand, or that has hooks"
         parts = [self.lora_A[name], self.lora_B[name], self.lora_dropout[name]]
         if variant is not None:
             parts.append(self.lora_magnitude_vector[name])
