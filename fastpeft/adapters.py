@@ -34,7 +34,7 @@ from fastpeft.patching import (
 )
 from fastpeft.preconditions import check_model
 from fastpeft.selection import override
-from fastpeft.state import adapter_state_dict, embeddings, only_adapter, whole_tensors
+from fastpeft.state import adapter_state_dict, ends_of, only_adapter, whole_embeddings, whole_tensors
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.saved_modules import SavedModule
 from fastpeft.untrusted import shown
@@ -63,7 +63,9 @@ def save_adapter(
     _write(model, name, directory if alone else files.adapter_directory(directory, name), state_dict)
 
 
-def _write(model: nn.Module, name: str, target: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+def _write(
+    model: nn.Module, name: str, target: str | Path, state_dict: dict[str, torch.Tensor] | None, embeddings=False
+) -> None:
     state = state_of(model)
     config = state.configs[name]
     original = state.original_class
@@ -73,7 +75,7 @@ def _write(model: nn.Module, name: str, target: str | Path, state_dict: dict[str
         side[files.OPTIONS] = options
     written = config.to_file_dict(None if config.task_type else mapping)
     with whole_tensors(model, name, state_dict) as mesh:
-        tensors = adapter_state_dict(model, name)
+        tensors = {**(whole_embeddings(model, config) if embeddings else {}), **adapter_state_dict(model, name)}
         needs_all = getattr(tuner_of(config), "training_is_sharded", None)
         alone = state_dict is not None and needs_all is not None and needs_all(model, name)
         encoder = None if alone else encoder_tensors(model, name)
@@ -93,7 +95,7 @@ def _write(model: nn.Module, name: str, target: str | Path, state_dict: dict[str
 _ADVICE = {
     "push_to_hub": ((False, None), "upload the written directory"),
     "safe_serialization": ((True, None), "adapters are written as safetensors only"),
-    "save_embedding_layers": (("auto", None), "the base weights of targeted embeddings are always written"),
+    "save_embedding_layers": (("auto", None, True), "the base weights of targeted embeddings are always written"),
     "path_initial_model_for_weight_conversion": ((None,), "converting a PiSSA or OLoRA adapter is left to peft"),
 }
 
@@ -106,14 +108,14 @@ def check_arguments(method: str, **given) -> None:
             raise PatchError(f"{method}: {name}={value!r} cannot be honoured; {advice}")
 
 
-def save_all(model: nn.Module, directory, selected_adapters=None, state_dict=None) -> None:
+def save_all(model: nn.Module, directory, selected_adapters=None, state_dict=None, embeddings: bool = False) -> None:
     """`save_pretrained` of a patched model: all adapters, or the selected ones. As in peft, and unlike `save_adapter`,
     the only adapter too lies in a folder of its name, unless that is "default". `state_dict`: as in `save_adapter`."""
     state = state_of(model)
     names = tuple(state.configs) if selected_adapters is None else names_of(selected_adapters, "save_pretrained")
     check_names(state, names, "save_pretrained")
     for name in names:
-        _write(model, name, files.adapter_directory(directory, name), state_dict)
+        _write(model, name, files.adapter_directory(directory, name), state_dict, embeddings)
 
 
 def load_adapter(
@@ -124,6 +126,7 @@ def load_adapter(
     trainable: bool = False,
     autocast_adapter_dtype: bool = True,
     hf_quirks: bool | None = None,
+    embeddings: bool = False,
 ) -> nn.Module:
     """Load an adapter that fastpeft or HF peft wrote. A plain model is patched and uses it; in a patched model it
     waits for `set_adapter`.
@@ -135,6 +138,8 @@ def load_adapter(
         trainable: whether it can be trained further; otherwise the model is also put into eval mode, as peft does.
         autocast_adapter_dtype: a half-precision adapter becomes fp32.
         hf_quirks: None takes what the directory says, and True for one that HF wrote.
+        embeddings: whether the file may hold the input and output embeddings, as after the vocabulary was resized, and
+            they take the place of the model's, of the same size, until `unpatch`.
 
     Returns:
         The model.
@@ -144,8 +149,8 @@ def load_adapter(
         PatchError as `patch`. The model is then as it was.
     """
     files.adapter_directory(directory, adapter_name)
-    check_flags("load_adapter", trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype)
-    check_flags("load_adapter", **({} if hf_quirks is None else {"hf_quirks": hf_quirks}))
+    flags = {"trainable": trainable, "autocast_adapter_dtype": autocast_adapter_dtype, "embeddings": embeddings}
+    check_flags("load_adapter", **flags, **({} if hf_quirks is None else {"hf_quirks": hf_quirks}))
     patched = "_fastpeft" in getattr(model, "__dict__", {})
     if not patched:
         check_model(model)
@@ -158,16 +163,13 @@ def load_adapter(
         config = config.with_side_values({**config.of_peft_s_files, **((side or {}).get(files.OPTIONS) or {})})
         config.inference_mode = not trainable
         plan = tuner_of(config).plan(model, config)
-        places = places_in_file(model, plan)
+        places = places_in_file(model, plan, embeddings)
         check_names_and_shapes(places, {key: each.shape for key, each in header.items()}, str(directory))
         check_demand(model, plan, state_of(model).backend if patched else None)
         planned.append((plan, places))
 
     found = files.read_adapter(directory, validate)
-    if hf_quirks is None:
-        hf_quirks = True if found.side is None else found.side.get("hf_quirks", False)
-        if not isinstance(hf_quirks, bool):
-            raise AdapterFileError(f"{found.path}: {SIDE} has hf_quirks={shown(hf_quirks)}; it must be true or false")
+    hf_quirks = _quirks_of(found) if hf_quirks is None else hf_quirks
     state = state_of(model) if patched else begin(model, None, autocast_adapter_dtype, hf_quirks)
     with adding(model, state, adapter_name, undo_all=not patched):
         plan, places = planned[-1]
@@ -186,6 +188,14 @@ def load_adapter(
     if not trainable:
         model.eval()
     return model
+
+
+def _quirks_of(found: files.AdapterFiles) -> bool:
+    """Whether a directory's adapter computes as HF peft where that is wrong. Raises AdapterFileError."""
+    said = True if found.side is None else found.side.get("hf_quirks", False)
+    if not isinstance(said, bool):
+        raise AdapterFileError(f"{found.path}: {SIDE} has hf_quirks={shown(said)}; it must be true or false")
+    return said
 
 
 def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_adapter_dtype: bool = True) -> None:
@@ -351,7 +361,7 @@ def _is_own(kept: torch.Tensor) -> bool:
 
 def check_resize(model: nn.Module, new_num_tokens: int | None) -> None:
     """Raises PatchError if the vocabulary is to change under an adapter that was made for its size."""
-    for embedding in embeddings(model):
+    for _, embedding in ends_of(model):
         if isinstance(embedding, AdapterLayer) and new_num_tokens not in (None, len(embedding.weight)):
             raise PatchError(
                 f"resize_token_embeddings: an adapter is made for {len(embedding.weight)} tokens, not "

@@ -23,14 +23,14 @@ class AutoPeftModel:
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path, adapter_name: str = "default", is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True, **kwargs,
+        autocast_adapter_dtype: bool = True, embeddings: bool = False, **kwargs,
     ):  # fmt: skip
         """The base model that a local directory's adapter_config.json names, patched with the adapter.
 
         Args:
             pretrained_model_name_or_path: the adapter's directory. If it has a tokenizer of more tokens than the base
                 model has embeddings, these are made more, as peft does it.
-            adapter_name, is_trainable, autocast_adapter_dtype: as `load_adapter`'s.
+            adapter_name, is_trainable, autocast_adapter_dtype, embeddings: as `load_adapter`'s.
             **kwargs: for the base model's `from_pretrained` (dtype, device_map, …), which is transformers' and finds
                 base models as it does.
 
@@ -54,7 +54,7 @@ class AutoPeftModel:
         _make_room(model, directory)
         return load_adapter(
             model, directory, adapter_name=adapter_name, trainable=is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
+            autocast_adapter_dtype=autocast_adapter_dtype, embeddings=embeddings,
         )  # fmt: skip
 
     @classmethod

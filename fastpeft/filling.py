@@ -13,7 +13,7 @@ from torch import nn
 from fastpeft.configs import LoraConfig
 from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.patching import added_names, layers, state_of
-from fastpeft.state import PREFIX, embeddings, own_tensors_of
+from fastpeft.state import PREFIX, embeddings, ends_of, file_key, own_tensors_of
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.lora_kinds import layer_class
 from fastpeft.tuners.saved_modules import SavedModule, own_tensors
@@ -35,13 +35,15 @@ class Place(NamedTuple):
     of: str = ""
 
 
-def places_in_file(model: nn.Module, plan) -> dict[str, Place]:
+def places_in_file(model: nn.Module, plan, embeddings: bool = False) -> dict[str, Place]:
     """Every tensor that the file of a planned adapter may hold, by its name there.
 
     Base weights are accepted only where the configuration declares their modules: biases with `bias`, and the weights
-    of targeted embeddings, which HF peft saves by default or on request.
+    of targeted embeddings, which HF peft saves by default or on request. With `embeddings`, those of the others too.
     """
     out = {key: Place(tuple(shape)) for key, shape in plan.file_shapes().items()}
+    if embeddings:
+        out = {**_other_embeddings(model, plan), **out}
     if not isinstance(plan.config, LoraConfig):
         return out
     targeted = {target.name: target.module for target, _, _ in plan.targets}
@@ -61,6 +63,23 @@ def places_in_file(model: nn.Module, plan) -> dict[str, Place]:
 
 def _base(parameter: torch.Tensor, name: str) -> Place:
     return Place(tuple(parameter.shape), BASE, name)
+
+
+def _other_embeddings(model: nn.Module, plan) -> dict[str, Place]:
+    """The input and output embeddings that the adapter neither targets nor trains whole; of two that share a weight
+    the second repeats it."""
+    targets, saved = getattr(plan, "targets", ()), getattr(plan, "saved", ())
+    taken = {id(target.module) for target, *_ in targets} | {id(module) for _, module in saved}
+    out, first = {}, {}
+    for path, end in ends_of(model):
+        for leaf, parameter in end._parameters.items():
+            if parameter is not None and id(end) not in taken:
+                key = file_key(plan.config, path, leaf)
+                before = first.setdefault(id(parameter), key)
+                out[key] = _base(parameter, f"{path}.{leaf}")
+                if before != key:
+                    out[key] = Place(tuple(parameter.shape), TWIN, before)
+    return out
 
 
 def _embedding_places(model: nn.Module, targeted: dict[str, nn.Module]) -> dict[str, Place]:
@@ -135,14 +154,18 @@ def check_names_and_shapes(places: dict[str, Place], found: dict[str, tuple], wh
     if extra:
         raise AdapterFileError(
             f"{where}: {len(extra)} tensors that the configuration does not declare: {_some(extra)}; an adapter may "
-            "hold only its own tensors, its modules_to_save, its trained biases, and targeted embeddings"
+            "hold only its own tensors, its modules_to_save, its trained biases, and targeted embeddings (with "
+            "load_adapter(..., embeddings=True) all of them, in place of the model's)"
         )
     replaced: dict[str, str] = {}
     for key, place in known.items():
         if tuple(found[key]) != place.shape:
+            advice = "is it the right base model, and is r what the adapter was trained with?"
+            if place.use != OWN and len(found[key]) == 2:
+                advice += f" A vocabulary that was resized has to be here too: resize_token_embeddings({found[key][0]})"
             raise AdapterFileError(
                 f"{where}: {key} has shape {tuple(found[key])}, but this model and configuration need {place.shape}; "
-                "is it the right base model, and is r what the adapter was trained with?"
+                + advice
             )
         if place.use == BASE and replaced.setdefault(place.of, key) != key:
             raise AdapterFileError(f"{where}: {replaced[place.of]} and {key} are both for {place.of}; remove one")

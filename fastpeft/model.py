@@ -73,22 +73,24 @@ class PatchedModel(AdaptedModel):
             push_to_hub=kwargs.get("push_to_hub", False),
         )  # fmt: skip
         if is_main_process:
-            adapters.save_all(self, save_directory, selected_adapters)
+            adapters.save_all(self, save_directory, selected_adapters, embeddings=save_embedding_layers is True)
 
     def load_adapter(
         self, model_id, adapter_name="default", is_trainable=False, torch_device=None, autocast_adapter_dtype=True,
         ephemeral_gpu_offload=False, low_cpu_mem_usage=False, key_mapping=None, **kwargs,
     ):  # fmt: skip
         """Add an adapter from a directory; it becomes active only by `set_adapter`. It is put where the base is, and
-        never initialised first, whatever `torch_device` and `low_cpu_mem_usage` say; other requests are refused."""
+        never initialised first, whatever `torch_device` and `low_cpu_mem_usage` say; other requests are refused.
+        `embeddings=True` is fastpeft's own: the file may replace the model's embeddings."""
         from fastpeft import adapters
 
+        embeddings = kwargs.pop("embeddings", False)
         adapters.check_arguments(
             "load_adapter", ephemeral_gpu_offload=ephemeral_gpu_offload, key_mapping=key_mapping, **kwargs
         )
         return adapters.load_adapter(
             self, model_id, adapter_name=adapter_name, trainable=is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
+            autocast_adapter_dtype=autocast_adapter_dtype, embeddings=embeddings,
         )  # fmt: skip
 
     def add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=False, autocast_adapter_dtype=True) -> None:

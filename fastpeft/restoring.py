@@ -15,7 +15,7 @@ from fastpeft.errors import AdapterFileError, ConfigError, PatchError
 from fastpeft.filling import OWN, Place, check_names_and_shapes, fill, places_in_file
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import layers, state_of
-from fastpeft.state import only_adapter, own_tensors_of
+from fastpeft.state import keeps_embeddings, only_adapter, own_tensors_of
 from fastpeft.tuners.adalora import AdaLoraLayer, settings_of
 
 # The fields in which a directory's configuration may differ: where it comes from, and how its targets are written, of
@@ -53,7 +53,7 @@ def restore_adapter(model: nn.Module, directory: str | Path, *, adapter_name: st
         _check_same(state.configs[name], plan.config, name, directory)
         if side is not None and side.get("hf_quirks", False) is not (name in state.quirky):
             raise ConfigError(_differs("hf_quirks", side.get("hf_quirks"), name in state.quirky, name, directory))
-        places = places_in_file(model, plan)
+        places = places_in_file(model, plan, keeps_embeddings(model, plan.config))
         check_names_and_shapes(places, {key: each.shape for key, each in header.items()}, str(directory))
         _check_same_layers(own_tensors_of(model, name).keys(), places, name, directory)
         planned.append((plan, places))

@@ -1,6 +1,7 @@
 """The tensors of an adapter under HF peft's names, out of a patched model and into one."""
 
 import contextlib
+import os
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from fastpeft.distributed import gathered, plain_path
 from fastpeft.errors import PatchError
 from fastpeft.patching import is_bias, layers, state_of
 from fastpeft.patterns import matches_name
+from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.saved_modules import SavedModule, own_tensors
 
@@ -71,14 +73,15 @@ def file_key(config: PeftConfig, path: str, key: str) -> str:
 
 
 def base_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The tensors besides its own that belong into the adapter's file: trained biases, and the weights of targeted
-    `embed_tokens` and `lm_head`. Those of an adapted layer stand under its `base_layer`."""
+    """The tensors besides its own that belong into the adapter's file: trained biases, the weights of targeted
+    `embed_tokens` and `lm_head`, and those of all embeddings if the vocabulary is not the base model's. Those of an
+    adapted layer stand under its `base_layer`."""
     config = state_of(model).configs[adapter_name]
+    out = whole_embeddings(model, config) if keeps_embeddings(model, config) else {}
     if not isinstance(config, LoraConfig):
-        return {}
+        return out
     adapted = dict(layers(model))
     whole = tuple(f"{path}." for path, layer in adapted.items() if isinstance(layer, SavedModule))
-    out = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         trained = name in state_of(model).trained_biases and is_bias(name) and not name.startswith(whole)
@@ -119,6 +122,38 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
     """The input and output embeddings of a transformers model, as far as it has them."""
     getters = (getattr(model, f"get_{which}_embeddings", None) for which in ("input", "output"))
     return [found for get in getters if callable(get) and (found := get()) is not None]
+
+
+def keeps_embeddings(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether the embeddings belong into an adapter's file: those of a file have replaced the model's, or, as in HF
+    peft, the vocabulary has another size than that of the base model in the local directory it was loaded from."""
+    replaced = getattr(model.__dict__.get("_fastpeft"), "trained_biases", {})
+    ends = {f"{path}.{leaf}" for path, end in ends_of(model) for leaf in end._parameters if leaf != "bias"}
+    if ends & replaced.keys():
+        return True
+    base, size = config.base_model_name_or_path, getattr(getattr(model, "config", None), "vocab_size", None)
+    if not size or not base or not os.path.isfile(os.path.join(base, "config.json")):
+        return False
+    return type(model.config).from_pretrained(base).vocab_size != size
+
+
+def whole_embeddings(model: nn.Module, config: PeftConfig) -> dict[str, torch.Tensor]:
+    """The parameters of the input and output embeddings, by their names in HF peft's file, if none of them is a target
+    of the adapter: of those that are the file has the weights anyway."""
+    if isinstance(config, LoraConfig) and targeted_embeddings(model, config):
+        return {}
+    return {
+        file_key(config, path, leaf): _unmerged(end if isinstance(end, AdapterLayer) else None, leaf, parameter)
+        for path, end in ends_of(model)
+        for leaf, parameter in end._parameters.items()
+        if parameter is not None and not isinstance(end, SavedModule)
+    }
+
+
+def ends_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the input and output embeddings."""
+    ends = {id(end) for end in embeddings(model)}
+    return [(path, module) for path, module in model.named_modules() if id(module) in ends]
 
 
 def targeted_embeddings(model: nn.Module, config) -> list[str]:

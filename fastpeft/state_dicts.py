@@ -12,7 +12,7 @@ from fastpeft.filling import check_names_and_shapes, fill, places_in_file
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import layers, state_of
 from fastpeft.restoring import in_place
-from fastpeft.state import adapter_state_dict, file_key
+from fastpeft.state import adapter_state_dict, file_key, whole_embeddings
 
 
 class Filled(NamedTuple):
@@ -36,19 +36,23 @@ def get_peft_model_state_dict(
         state_dict: of the model, with the values to take in place of the model's own, as gathered from shards.
         adapter_name: whose.
         unwrap_compiled: whether the model is one that torch.compile has wrapped.
-        save_embedding_layers: "auto", which adds the base weights of targeted embeddings.
+        save_embedding_layers: "auto" adds the base weights of targeted embeddings, and those of all if the vocabulary
+            was resized; True adds those of all.
 
     Raises:
         PatchError: the model is not patched, there is no such adapter, `state_dict` lacks a tensor or the adapter has
         one that is computed from others (a prompt's network), or another choice of embeddings is asked for.
     """
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
-    if save_embedding_layers != "auto":
+    if save_embedding_layers not in ("auto", True):
         raise PatchError(
             f"get_peft_model_state_dict: save_embedding_layers={save_embedding_layers!r} cannot be honoured; the base "
             "weights of targeted embeddings are always there"
         )
     own = adapter_state_dict(model, adapter_name)
+    if save_embedding_layers is True:
+        embeddings = whole_embeddings(model, state_of(model).configs[adapter_name])
+        own = {**{key: tensor.detach() for key, tensor in embeddings.items()}, **own}
     if state_dict is None:
         return own
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -108,7 +112,7 @@ def set_peft_model_state_dict(
     config = type(state.configs[adapter_name])(**vars(state.configs[adapter_name]))
     config.inference_mode = True
     plan = tuner_of(config).plan(model, config)
-    places, tensors = places_in_file(model, plan), dict(peft_model_state_dict)
+    places, tensors = places_in_file(model, plan, embeddings=True), dict(peft_model_state_dict)
     where = "peft_model_state_dict"
     check_names_and_shapes(places, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, where)
     with in_place(model, adapter_name, plan.config):

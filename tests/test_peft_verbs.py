@@ -233,8 +233,8 @@ def test_a_state_dict_that_does_not_fit_changes_nothing():
     ):
         with pytest.raises(fastpeft.PatchError, match=said):
             fastpeft.set_peft_model_state_dict(ours, *arguments)
-    with pytest.raises(fastpeft.PatchError, match="save_embedding_layers=True cannot be honoured"):
-        fastpeft.get_peft_model_state_dict(ours, save_embedding_layers=True)
+    with pytest.raises(fastpeft.PatchError, match="save_embedding_layers=False cannot be honoured"):
+        fastpeft.get_peft_model_state_dict(ours, save_embedding_layers=False)
     assert all(torch.equal(parameter, before[name]) for name, parameter in ours.named_parameters())
     network = fastpeft.patch(
         tiny(), fastpeft.PrefixTuningConfig(num_virtual_tokens=2, prefix_projection=True, task_type="CAUSAL_LM")
