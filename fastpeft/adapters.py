@@ -23,8 +23,8 @@ from fastpeft.patching import (
     add_planned,
     adding,
     begin,
-    check_demand,
     check_names,
+    check_plan,
     check_together,
     layers,
     remove_adapter,
@@ -165,7 +165,7 @@ def load_adapter(
         plan = tuner_of(config).plan(model, config)
         places = places_in_file(model, plan, embeddings)
         check_names_and_shapes(places, {key: each.shape for key, each in header.items()}, str(directory))
-        check_demand(model, plan, state_of(model).backend if patched else None)
+        check_plan(model, plan, state_of(model).backend if patched else None)
         planned.append((plan, places))
 
     found = files.read_adapter(directory, validate)
@@ -208,7 +208,7 @@ def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_ad
     config = as_config(config)
     config.validate_new()
     plan = tuner_of(config).plan(model, config)
-    check_demand(model, plan, state.backend)
+    check_plan(model, plan, state.backend)
     with adding(model, state, adapter_name):
         add_planned(model, state, plan, adapter_name, init=True, autocast=autocast_adapter_dtype)
 

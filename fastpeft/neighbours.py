@@ -30,6 +30,13 @@ def check_neighbours(model: nn.Module) -> None:
                 )
 
 
+def check_peft_s_head(base: nn.Module) -> None:
+    """Raises PatchError if peft's adapters change the head of a model, and Liger's cross-entropy takes the head's
+    weight without calling it."""
+    if has_fused_head(base) and type(_head_of(base)).__module__.partition(".")[0] == "peft":
+        raise PatchError(f"patch: {_HEAD_SAID}")
+
+
 def check_head(model: nn.Module, plan) -> None:
     """Raises PatchError if a planned adapter changes the model's head, and Liger's cross-entropy takes the head's
     weight without calling it."""

@@ -22,6 +22,7 @@ from fastpeft.files import adapter_directory
 from fastpeft.forward import Part
 from fastpeft.mapping import task_class, tuner_of
 from fastpeft.model import PatchedModel
+from fastpeft.neighbours import check_head
 from fastpeft.preconditions import adapted_by_peft, check_model, check_not_wrapped
 from fastpeft.quantised import stand_in
 from fastpeft.selection import CarriedCheckpoint
@@ -118,7 +119,7 @@ def patch(
     config.validate_new()
     adapter_directory("", adapter_name)
     plan = tuner_of(config).plan(model, config)
-    check_demand(model, plan, backend)
+    check_plan(model, plan, backend)
     state = begin(model, backend, autocast_adapter_dtype, hf_quirks)
     with adding(model, state, adapter_name, undo_all=True):
         add_planned(model, state, plan, adapter_name, init=True)
@@ -144,8 +145,10 @@ def _patch_peft(model: nn.Module, config: Any, backend: str | None, name: str, a
     return patch_peft(model, backend)
 
 
-def check_demand(model: nn.Module, plan, backend: str | None) -> None:
-    """Raises BackendError if `patch(backend="triton")` asks for what the first call would refuse."""
+def check_plan(model: nn.Module, plan, backend: str | None) -> None:
+    """Raises PatchError if another library would pass the planned adapter by, BackendError if `patch(backend="triton")`
+    asks for what the first call would refuse."""
+    check_head(model, plan)
     if backend != "triton":
         return
     if isinstance(plan.config, LoraConfig):

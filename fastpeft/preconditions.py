@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from fastpeft.errors import PatchError
+from fastpeft.neighbours import check_neighbours
 
 
 def adapted_by_peft(model: Any) -> bool:
@@ -29,6 +30,7 @@ def check_model(model: Any) -> None:
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         raise PatchError("patch: the model has lazy modules without shapes; run a batch through it first")
     _check_owners(model)
+    check_neighbours(model)
 
 
 def check_not_wrapped(model: nn.Module) -> None:

@@ -408,3 +408,22 @@ def test_the_kernels_serve_it_where_triton_is_demanded():
     fastpeft.patch(model, backend="triton")
     assert {row.backend for row in fastpeft.report(model).layers} == {"triton"}
     assert_equal(gradients(model), expected)
+
+
+def test_functions_of_others_that_pass_an_adapter_by_are_refused():
+    from tests.test_neighbours import of, with_liger
+
+    model = made()
+    mlp = model.base_model.model.model.layers[1].mlp
+    mlp.forward = of("unsloth").__get__(mlp)
+    with pytest.raises(fastpeft.PatchError, match="layers.1.mlp.forward is unsloth's"):
+        fastpeft.patch(model)
+    head = {"target_modules": ["q_proj", "lm_head"]}
+    model = made(lora(**head))
+    with_liger(model.base_model.model)
+    with pytest.raises(fastpeft.PatchError, match="the adapter changes the model's head, and Liger"):
+        fastpeft.patch(model)
+    model = fastpeft.patch(made(lora(**head)))
+    with_liger(model.base_model.model)
+    with pytest.raises(fastpeft.PatchError, match="the adapter changes the model's head, and Liger"):
+        model(**batch())

@@ -96,7 +96,8 @@ class AdaptedAttention(AdapterLayer):
         """Whether what is computed at padding counts: the place of an answer is sought there too, and what HF peft
         computes there may be anybody's matter."""
         configs = self._fastpeft.model.configs
-        return self.as_in_peft() or any(configs[name].task_type == TaskType.QUESTION_ANS for name in self.active_adapters())
+        answers = any(configs[name].task_type == TaskType.QUESTION_ANS for name in self.active_adapters())
+        return answers or self.as_in_peft()
 
     def as_in_peft(self) -> bool:
         """Whether a call now is computed as HF peft does it where that is wrong."""

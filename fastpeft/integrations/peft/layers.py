@@ -29,7 +29,14 @@ class FusedLayer(Swapped, LinearArithmetic):
 
     op = "lora_linear"
 
+    def is_dense(self) -> bool:
+        """Whether the base has its weight as a floating-point parameter and nothing more."""
+        weight = self.base_layer._parameters.get("weight")
+        return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+
     def base_forward(self, *args, **kwargs) -> Tensor:
+        if self.is_dense():
+            return self.base_layer(*args, **kwargs)
         return quantised.call(self.base_layer, self.base_layer, *args, **kwargs)
 
     def base_bias(self) -> Tensor | None:
@@ -39,7 +46,7 @@ class FusedLayer(Swapped, LinearArithmetic):
         return self.extension.backend
 
     def matrix(self) -> Tensor:
-        if quantised.entry_of(self.base_layer) is not None:
+        if not self.is_dense():
             return quantised.dense_weight(self.base_layer)
         weight = self.base_layer.weight
         return weight.t() if full_name(type(self.base_layer)) == CONV1D else weight
@@ -48,9 +55,7 @@ class FusedLayer(Swapped, LinearArithmetic):
         """Whether the base product is x Wᵀ + bias with a dense weight, so that the op may compute it."""
         base = self.base_layer
         known = type(base).forward is nn.Linear.forward or full_name(type(base)) == CONV1D
-        weight = base._parameters.get("weight")
-        dense = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
-        return known and dense and is_bare(base)
+        return known and self.is_dense() and is_bare(base)
 
     def dropout_of(self, name: str) -> float:
         """The probability in force."""
@@ -58,14 +63,16 @@ class FusedLayer(Swapped, LinearArithmetic):
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        if quantised.entry_of(self.base_layer) is None:
+        if self.is_dense():
             return super().product(x, weight)
         return quantised.FrozenProduct.apply(x, None, self.matrix, lambda x: F.linear(x, weight.to(x.dtype)))
 
     def has_matrix(self) -> bool:
         """Whether the base's weight can be had without calling the base."""
+        if self.is_dense():
+            return self.plain_base()
         entry = quantised.entry_of(self.base_layer)
-        return self.plain_base() if entry is None else entry.dense is not None and is_bare(self.base_layer)
+        return entry is not None and entry.dense is not None and is_bare(self.base_layer)
 
     def why_not(self, name: str) -> str | None:
         """Why this adapter is left to peft's own forward here, or None."""

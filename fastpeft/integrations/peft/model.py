@@ -12,6 +12,7 @@ from fastpeft.integrations.peft.layers import FUSED, FusedLayer
 from fastpeft.integrations.peft.prompts import swap_prompts
 from fastpeft.integrations.peft.swapping import KEY, Extension, Swapped, full_name, swap, swap_back
 from fastpeft.integrations.peft.tuners import TUNERS, SwappingModel, swap_layers
+from fastpeft.neighbours import check_neighbours, check_peft_s_head
 from fastpeft.reporting import LEFT, LayerReport, Report, rows_of
 
 ADAPTION = "peft.tuners.adaption_prompt.model.AdaptionPromptModel"
@@ -31,14 +32,16 @@ def patch_peft(model: nn.Module, backend: str | None = None) -> nn.Module:
         backend: as in `fastpeft.patch`.
 
     Raises:
-        PatchError: it is patched already. BackendError: "triton" is demanded and cannot serve the model where it is.
-        The model is then as it was.
+        PatchError: it is patched already, or another library's functions would pass an adapter by. BackendError:
+        "triton" is demanded and cannot serve the model where it is. The model is then as it was.
     """
     if is_swapped(model):
         raise PatchError(f"patch: this {type(model).__name__} is patched already; fastpeft.unpatch(model) first")
     if backend == "triton":
         parameter = next(model.parameters())
         choose_backend(torch.empty(0, device=parameter.device), torch.float32, patched=backend)
+    check_neighbours(model)
+    check_peft_s_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
     extension = Extension(backend)
     try:
         _swap_all(model, extension)

@@ -12,7 +12,9 @@ from fastpeft.errors import FastpeftError
 from fastpeft.forward import Part
 from fastpeft.integrations.peft.base import begin_base, end_base, forget_adapter, using
 from fastpeft.integrations.peft.swapping import Extension, Swapped, swap
+from fastpeft.integrations.trainer_trl import put_behind
 from fastpeft.mapping import task_class, tuner_of
+from fastpeft.neighbours import put_behind
 from fastpeft.tuners import prefix_injection, prompt_encoder, prompt_injection
 from fastpeft.tuners.prefix_encoder import PrefixEncoder
 from fastpeft.tuners.prompt_call import argument_names, named_arguments
@@ -25,6 +27,7 @@ class FusedPromptModel(Swapped):
         name, state = self.active_adapter, self.extension.hooked
         if name not in state.configs:
             return super().forward(*args, **kwargs)
+        put_behind(self.base_model)  # Liger's forward, which may have come after the patch
         given = named_arguments(type(self).__bases__[1], args, kwargs)
         given.pop("task_ids", None)
         if state.configs[name].task_type != TaskType.SEQ_CLS and given.get("token_type_ids") is not None:

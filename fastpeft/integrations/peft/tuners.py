@@ -3,10 +3,12 @@ ours too."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastpeft.integrations.peft.layers import FUSED
 from fastpeft.integrations.peft.swapping import Extension, Swapped, full_name, swap
+from fastpeft.neighbours import check_peft_s_head
 from fastpeft.tuners.orthogonality import mean_distance
 
 
@@ -20,6 +22,11 @@ def swap_layers(model: nn.Module, extension: Extension) -> None:
 
 class SwappingTuner(Swapped):
     """In front of a tuner of layers (LoraModel, MixedModel): whatever adds an adapter calls `inject_adapter`."""
+
+    def forward(self, *args, **kwargs) -> Any:
+        if not torch.compiler.is_compiling():
+            check_peft_s_head(self.model)  # Liger's kernels may have come after the patch
+        return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, *args, **kwargs) -> None:
         super().inject_adapter(model, *args, **kwargs)
