@@ -7,7 +7,7 @@ their children, which have to be sharded with a layer and not by themselves.
 """
 
 import contextlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastpeft.errors import AdapterFileError, PatchError
 
 PLAIN = (nn.Parameter, Tensor)  # the types of most parameters, which are looked at no further
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 ORDER = (
     "an adapter goes into whole parameters: load the model, then fastpeft.patch or load_adapter, then distribute it, "
@@ -165,12 +166,15 @@ def gathered(model: nn.Module, tensors: Iterable[Tensor], full: dict[str, Tensor
                 if id(parameter) not in made:
                     made[id(parameter)] = _whole_parameter(name, parameter, reason, full)
                     mesh = parameter.device_mesh if full is None else None
-                replaced.append((module, leaf, parameter))
+                replaced.append((module, leaf, parameter, {name: module.__dict__[name] for name in HOOKS}))
                 module._parameters[leaf] = made[id(parameter)]
+                # An engine's hooks would look for the part that it knows.
+                module.__dict__.update({name: OrderedDict() for name in HOOKS})
         yield mesh
     finally:
-        for module, leaf, parameter in replaced:
+        for module, leaf, parameter, hooks in reversed(replaced):
             module._parameters[leaf] = parameter
+            module.__dict__.update(hooks)
 
 
 def _whole_parameter(name: str, parameter: Tensor, reason: str, full: dict[str, Tensor] | None) -> nn.Parameter:

@@ -132,7 +132,8 @@ class RankAllocator:
             ]
             raise PatchError(
                 f"update_and_allocate: {len(missing)} of {len(parameters)} parameters have no gradient, the first is "
-                f"{missing[0]}; call it after loss.backward() and optimizer.step(), and before zero_grad()"
+                f"{missing[0]}; call it after loss.backward() and optimizer.step(), and before zero_grad(). DeepSpeed, "
+                "which keeps gradients to itself, cannot train AdaLoRA"
             )
         averages = [local(tensor) for layer in self.layers for tensor in self._started(layer).importance]
         deviations = [local(tensor) for layer in self.layers for tensor in self.ranks(layer).uncertainty]
