@@ -54,6 +54,7 @@ from fastpeft.errors import (
     PatchError,
     TargetError,
 )
+from fastpeft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from fastpeft.kbit_training import prepare_model_for_kbit_training
 from fastpeft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from fastpeft.patching import patch, unpatch
@@ -111,6 +112,7 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
     "load_adapter",
@@ -118,6 +120,7 @@ __all__ = [
     "merge_and_unload",
     "ops",
     "patch",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "print_trainable_parameters",
     "prompt_embeddings_from_past_key_values",

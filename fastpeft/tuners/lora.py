@@ -21,16 +21,19 @@ from fastpeft.tuners import dora, lora_init
 from fastpeft.tuners.layer import AdapterLayer, offloaded_to
 from fastpeft.tuners.mixed import mixed_linear, mixed_one_by_one
 
+SCALING = "scaling"  # the buffer of lora_B that has it, where it is no number of `Settings`
+
 
 @dataclass(frozen=True)
 class Settings:
-    """One adapter's numbers in one layer."""
+    """One adapter's numbers in one layer. own_r: its rank, where its tensors are padded with zeros to r; else None."""
 
     r: int
     scaling: float
     dropout: float
     use_dora: bool
     bias: bool
+    own_r: int | None = None
 
 
 def settings_of(config: LoraConfig, r: int, alpha: float) -> Settings:
@@ -51,8 +54,13 @@ class LoraLayer(AdapterLayer):
         return self.weight
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A [r, K], B [N, r])"""
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        """(A [r, K], B [N, r]); the latter times the scaling, where that is a tensor."""
+        return self.lora_A[name].weight, self.scaled(name, self.lora_B[name].weight)
+
+    def scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` times the scaling that may change between compiled calls, if there is one (`fastpeft.hotswap`)."""
+        buffers = self.lora_B[name]._buffers
+        return tensor * buffers[SCALING] if SCALING in buffers else tensor
 
     def is_offloaded(self, name: str) -> bool:
         return self.factors(name)[0].is_meta
@@ -103,7 +111,8 @@ class LoraLayer(AdapterLayer):
         return self.lora_A, self.lora_B
 
     def _bias_of(self, name: str) -> torch.Tensor | None:
-        return self.lora_B[name].bias
+        bias = self.lora_B[name].bias
+        return None if bias is None else self.scaled(name, bias)
 
     def _decompose(self, name: str, settings: Settings, init: str) -> None:
         """PiSSA or OLoRA: the adapter takes over a part of the base weight, which is changed to the rest."""
@@ -156,6 +165,13 @@ class LoraLayer(AdapterLayer):
                 out[container] = held[name]
             else:
                 out.update({f"{container}.{key}": value for key, value in held[name].named_parameters()})
+        return out
+
+    def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Without the zeros that fill an adapter up to a greater rank."""
+        out, rank = self.parameters_of(name), self._fastpeft.adapters[name].own_r
+        if rank is not None:
+            out["lora_A.weight"], out["lora_B.weight"] = out["lora_A.weight"][:rank], out["lora_B.weight"][:, :rank]
         return out
 
     # Merging. What was there is kept, so that unmerging is exact and not an estimate.

@@ -126,7 +126,7 @@ class LoraConv(LoraLayer):
         p = settings.dropout if self.training else 0.0
         z = input.to(self.lora_A[name].weight.dtype)
         z = F.dropout(z, p) if p else z
-        update = self.lora_B[name](self.lora_A[name](z)) * settings.scaling
+        update = self.scaled(name, self.lora_B[name](self.lora_A[name](z)) * settings.scaling)
         return self._with_magnitude(name, z, result, update, bool(p)) if settings.use_dora else result + update
 
     def _with_magnitude(self, name, z, result, update, dropped: bool) -> torch.Tensor:
