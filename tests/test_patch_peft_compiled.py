@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fastpeft
-from tests.models import batch
+from tests.models import batch, tiny
 from tests.test_patch_peft_life import lora, made
 from tests.test_patch_peft_prompts import CONFIGS
 from tests.test_patch_peft_prompts import made as with_prompts
@@ -71,3 +71,21 @@ def test_a_disabled_adapter_is_another_graph_and_not_a_break():
         assert not torch.allclose(plain, adapted)
         assert torch.equal(compiled(**batch()).logits, adapted)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_hot_swap_of_peft_s_needs_no_other_graph(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    made(lora(r=2, lora_alpha=5), seed=3).save_pretrained(tmp_path)
+    swapped = peft.PeftModel.from_pretrained(tiny(), tmp_path)
+    model = fastpeft.patch(made()).eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=6, config=model.peft_config)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        first = compiled(**batch()).logits
+        torch.testing.assert_close(first, made().eval()(**batch()).logits, rtol=1e-5, atol=1e-5)
+        hotswap_adapter(model, tmp_path, adapter_name="default")
+        second, expected = compiled(**batch()).logits, swapped(**batch()).logits
+    torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(first, second)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

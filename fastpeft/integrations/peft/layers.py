@@ -100,14 +100,19 @@ class FusedLora(FusedLayer):
     """LoRA, rank-stabilised LoRA and DoRA."""
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        scaling = self.scaling[name]  # a tensor on the device, once peft has prepared the model for hot swaps
+        b = self.lora_B[name].weight
+        return self.lora_A[name].weight, b * scaling.to(b.dtype) if isinstance(scaling, Tensor) else b
 
     def settings(self, name: str) -> Settings:
+        scaling = self.scaling[name]
+        scaling = 1.0 if isinstance(scaling, Tensor) else scaling
         use_dora, bias = name in self.lora_variant, self.lora_B[name].bias is not None
-        return Settings(self.r[name], self.scaling[name], self.dropout_of(name), use_dora, bias)
+        return Settings(self.r[name], scaling, self.dropout_of(name), use_dora, bias)
 
     def _bias_of(self, name: str) -> Tensor | None:
-        return self.lora_B[name].bias
+        scaling, bias = self.scaling[name], self.lora_B[name].bias
+        return bias * scaling if isinstance(scaling, Tensor) else bias
 
     def magnitude(self, name: str) -> Tensor:
         return self.lora_magnitude_vector[name].weight
