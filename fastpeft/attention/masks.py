@@ -65,22 +65,19 @@ def mask_function(**arguments):
         return make(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     q_offset, kv_offset = offsets
     padding, keys = arguments.get("attention_mask"), arguments["kv_length"]
-    start = None if padding is None else _beginnings(padding)
+    start, behind = None, False
     if padding is not None:
+        start = padding.to(torch.int32).argmax(1)
         padding = torch.nn.functional.pad(padding, (0, max(0, keys + kv_offset - padding.shape[-1])))
         padding = padding[:, kv_offset : kv_offset + keys]
-    behind = False
-    if padding is not None and not torch.compiler.is_compiling():
-        padding = None if padding.all() else padding
-        behind = padding is not None and pattern.causal and bool((padding[:, 1:] <= padding[:, :-1]).all())
+        # The values are read once a forward, which waits for a GPU; never for one query a sample, in decoding.
+        if not torch.compiler.is_compiling() and arguments.get("q_length") != 1:
+            facts = padding.all(), (padding[:, 1:] <= padding[:, :-1]).all(), start.any()
+            none, behind, in_front = torch.stack(facts).tolist()
+            padding, start = None if none else padding, start if in_front else None
+            behind = behind and pattern.causal and not none
     parts = (pattern.causal, pattern.window, q_offset, kv_offset, padding, pattern.segments)
     return Mask(*parts, arguments, behind, start)
-
-
-def _beginnings(padding: Tensor) -> Tensor | None:
-    """(B,): how much padding stands in front of each sample; None if it is none."""
-    start = padding.to(torch.int32).argmax(1)
-    return start if torch.compiler.is_compiling() or start.any() else None
 
 
 def pattern_of(function: Callable) -> _Pattern | None:
