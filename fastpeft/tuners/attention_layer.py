@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastpeft.configs import TaskType
 from fastpeft.errors import PatchError
-from fastpeft.tuners.layer import AdapterLayer
+from fastpeft.tuners.layer import AdapterLayer, fetched, runs_on
 from fastpeft.tuners.prefix_encoder import PrefixEncoder
 
 IMPLEMENTATION = "fastpeft"  # the name under which transformers finds the attention function that looks here
@@ -114,19 +114,26 @@ class AdaptedAttention(AdapterLayer):
         for name in self.active_adapters():
             entry = self._fastpeft.adapters[name]
             if entry is None:
-                found.append((self.adaption_prompt[name], self.adaption_gate[name]))
+                found.append(self._prompt(name))
             elif isinstance(entry, PromptOf):
                 found.append((entry.holder.adaption_prompt, entry.holder.adaption_gate))
         return found
+
+    def _prompt(self, name: str) -> tuple[Tensor, Tensor]:
+        if not self.adaption_prompt[name].is_meta:
+            return self.adaption_prompt[name], self.adaption_gate[name]
+        with fetched((self.adaption_prompt, self.adaption_gate)):
+            return self.adaption_prompt[name], self.adaption_gate[name]
 
     def add_prompt(self, name: str, length: int, hidden: int, init: bool) -> None:
         """A gated prompt, drawn as HF peft's is: in the dtype of the base, which it keeps."""
         weight = next(parameter for parameter in self.parameters() if parameter.ndim == 2)
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         super().add_containers()
-        prompt = torch.empty(1, length, hidden, device=weight.device, dtype=dtype)
+        place = {"device": runs_on(self), "dtype": dtype}
+        prompt = torch.empty(1, length, hidden, **place)
         self.adaption_prompt[name] = nn.Parameter(prompt.normal_() if init else prompt)
-        self.adaption_gate[name] = nn.Parameter(torch.zeros(1, device=weight.device, dtype=dtype))
+        self.adaption_gate[name] = nn.Parameter(torch.zeros(1, **place))
         self._fastpeft.adapters[name] = None
 
     def add_containers(self) -> None:

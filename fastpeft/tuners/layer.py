@@ -4,7 +4,9 @@ A targeted module object is kept and its class is swapped, on the instance, for 
 the tuner's forward. The path of every base parameter is unchanged, and taking the class back restores the module.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -125,6 +127,29 @@ def offloaded_to(module: nn.Module) -> torch.device | None:
         if getattr(each, "offload", False) and each.execution_device is not None:
             return torch.device(each.execution_device)
     return None
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """Where the first of a module's parts that has parameters computes."""
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                return offloaded_to(part) or parameter.device
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def fetched(holders: Iterable[nn.Module]):
+    """accelerate's offloading fetches parameters when the module that holds them is called. Those that hold an
+    adapter's are not called, so their hooks are run around the use of the parameters."""
+    hooked = [holder for holder in holders if "_hf_hook" in holder.__dict__]
+    for holder in hooked:
+        holder._hf_hook.pre_forward(holder)
+    try:
+        yield
+    finally:
+        for holder in hooked:
+            holder._hf_hook.post_forward(holder, None)
 
 
 def take_forward(module: nn.Module, original: type) -> Any:

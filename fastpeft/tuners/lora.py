@@ -3,7 +3,6 @@
 Parameter names, shapes, scaling and the order of random draws are HF peft's; the arithmetic is `lora_linear`'s.
 """
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from fastpeft.errors import PatchError
 from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.selection import row_names
 from fastpeft.tuners import dora, lora_init
-from fastpeft.tuners.layer import AdapterLayer, offloaded_to
+from fastpeft.tuners.layer import AdapterLayer, fetched, offloaded_to
 from fastpeft.tuners.mixed import mixed_linear, mixed_one_by_one
 
 SCALING = "scaling"  # the buffer of lora_B that has it, where it is no number of `Settings`
@@ -265,7 +264,7 @@ class LoraLayer(AdapterLayer):
         forward = self.adapted_forward if rows is None else functools.partial(self.mixed_forward, rows=rows)
         if not self.is_offloaded(names[0]):
             return forward(names, *args, **kwargs)
-        with self._fetched(names):
+        with fetched(self._holders(names)):
             return forward(names, *args, **kwargs)
 
     def adapted_forward(self, names: list[str], input: torch.Tensor) -> torch.Tensor:
@@ -280,21 +279,11 @@ class LoraLayer(AdapterLayer):
         """`adapted_forward` of a batch for whose samples `rows` names adapters, of which there are `names` here."""
         return mixed_one_by_one(self, names, rows, input, self.base_forward(input), self._add)
 
-    @contextlib.contextmanager
-    def _fetched(self, names: list[str]):
-        """accelerate's offloading fetches parameters when the module that holds them is called. Those that hold an
-        adapter's are not called here, so their hooks are run around the use of the parameters."""
+    def _holders(self, names: list[str]) -> list[nn.Module]:
+        """The modules that have the parameters of these adapters."""
         held = [getattr(self, container) for container in self.containers]
         holders = [each for each in held if isinstance(each, nn.ParameterDict)]
-        holders += [each[name] for each in held if isinstance(each, nn.ModuleDict) for name in names if name in each]
-        hooked = [holder for holder in holders if "_hf_hook" in holder.__dict__]
-        for holder in hooked:
-            holder._hf_hook.pre_forward(holder)
-        try:
-            yield
-        finally:
-            for holder in hooked:
-                holder._hf_hook.post_forward(holder, None)
+        return holders + [each[n] for each in held if isinstance(each, nn.ModuleDict) for n in names if n in each]
 
 
 def linear_shapes(outputs: int, inputs: int, settings: Settings) -> dict[str, tuple[int, ...]]:

@@ -69,10 +69,14 @@ class PrefixEncoder(nn.Module):
     def columns(self, start: int, stop: int) -> Tensor:
         """These columns of the table."""
         rows = self.embedding.weight
+        if "_hf_hook" in self.embedding.__dict__:  # accelerate, which may keep it elsewhere, brings it for a call
+            rows = self.embedding(torch.arange(self.length))
         check_gathered(rows, "a prefix")
         if not self.projects:
             return rows[:, start:stop]
         inner, activation, outer = self.transform
+        if "_hf_hook" in outer.__dict__:
+            return outer(activation(inner(rows)))[:, start:stop]
         check_gathered(outer.weight, "the network of a prefix")
         return F.linear(activation(inner(rows)), outer.weight[start:stop], outer.bias[start:stop])
 

@@ -13,7 +13,7 @@ from fastpeft.errors import ConfigError, TargetError
 from fastpeft.prefix_geometry import fill_prompt_dims
 from fastpeft.targets import saved_modules
 from fastpeft.tuners.attention_layer import Slice
-from fastpeft.tuners.layer import AdapterLayer, attach
+from fastpeft.tuners.layer import AdapterLayer, attach, runs_on
 from fastpeft.tuners.prefix_encoder import TABLE, PrefixEncoder, PromptEncoders
 from fastpeft.tuners.saved_modules import SavedModule, check_apart, check_saved, own_tensors
 
@@ -132,7 +132,7 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     encoders[0].parts.update({part.name: each for part, each in zip(plan.parts[1:], encoders[1:], strict=True)})
     if init and config.init_weights == "zero":
         encoders[0].zero()
-    device = next((p.device for p in plan.parts[0].sites.attention[0][1].parameters()), torch.device("cpu"))
+    device = runs_on(plan.parts[0].sites.attention[0][1])
     holder = plan.model._modules.get(PromptEncoders.NAME)
     if holder is None:
         holder = PromptEncoders(plan.model, state)

@@ -10,7 +10,9 @@ from fastpeft.distributed import check_gathered, sharded_by_itself
 def _learned(table: nn.Embedding) -> Tensor:
     """All rows. Who keeps them elsewhere (accelerate, or FSDP2 where the table is sharded by itself) brings them when
     the module is called."""
-    if "_hf_hook" in table.__dict__ or sharded_by_itself(table):
+    if "_hf_hook" in table.__dict__:
+        return table(torch.arange(table.num_embeddings))
+    if sharded_by_itself(table):
         return table(torch.arange(table.num_embeddings, device=table.weight.device))
     check_gathered(table.weight, "a prompt")
     return table.weight
