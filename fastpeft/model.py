@@ -62,9 +62,9 @@ class PatchedModel(AdaptedModel):
         is_main_process=True, path_initial_model_for_weight_conversion=None, **kwargs,
     ) -> None:  # fmt: skip
         """Write the adapters, and only them, in HF peft's layout: "default" into the directory, any other into a folder
-        of its name, also if it is the only one. Nothing where `is_main_process` is False. Other arguments of
-        transformers' method of this name (a state dict, shard sizes, …) have nothing to act on; what peft would do and
-        fastpeft does not is refused."""
+        of its name, also if it is the only one. Nothing where `is_main_process` is False. `state_dict`, the model's
+        whole one, has the values of parameters that are sharded. Other arguments of transformers' method of this name
+        (shard sizes, …) have nothing to act on; what peft would do and fastpeft does not is refused."""
         from fastpeft import adapters
 
         adapters.check_arguments(
@@ -73,7 +73,9 @@ class PatchedModel(AdaptedModel):
             push_to_hub=kwargs.get("push_to_hub", False),
         )  # fmt: skip
         if is_main_process:
-            adapters.save_all(self, save_directory, selected_adapters, embeddings=save_embedding_layers is True)
+            adapters.save_all(
+                self, save_directory, selected_adapters, kwargs.get("state_dict"), save_embedding_layers is True
+            )
 
     def load_adapter(
         self, model_id, adapter_name="default", is_trainable=False, torch_device=None, autocast_adapter_dtype=True,

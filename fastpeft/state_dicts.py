@@ -12,7 +12,7 @@ from fastpeft.filling import check_names_and_shapes, fill, places_in_file
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import layers, state_of
 from fastpeft.restoring import in_place
-from fastpeft.state import adapter_state_dict, file_key, whole_embeddings
+from fastpeft.state import adapter_state_dict, file_key, only_adapter, whole_embeddings, whole_tensors
 
 
 class Filled(NamedTuple):
@@ -49,15 +49,20 @@ def get_peft_model_state_dict(
             f"get_peft_model_state_dict: save_embedding_layers={save_embedding_layers!r} cannot be honoured; the base "
             "weights of targeted embeddings are always there"
         )
-    own = adapter_state_dict(model, adapter_name)
-    if save_embedding_layers is True:
-        embeddings = whole_embeddings(model, state_of(model).configs[adapter_name])
-        own = {**{key: tensor.detach() for key, tensor in embeddings.items()}, **own}
-    if state_dict is None:
-        return own
-    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-    config, out = state_of(model).configs[adapter_name], dict(own)
-    found: dict[str, torch.Tensor] = {}
+    only_adapter(state_of(model), adapter_name)
+    full = None if state_dict is None else dict(state_dict)
+    with whole_tensors(model, adapter_name, full):
+        own = adapter_state_dict(model, adapter_name)
+        if save_embedding_layers is True:
+            embeddings = whole_embeddings(model, state_of(model).configs[adapter_name])
+            own = {**{key: tensor.detach() for key, tensor in embeddings.items()}, **own}
+        return own if full is None else _taken_from(full, model, adapter_name, own)
+
+
+def _taken_from(full: dict, model: nn.Module, adapter_name: str, own: dict) -> dict[str, torch.Tensor]:
+    """`own`, the tensors of an adapter's file, with the values of a state dict of the model. Raises PatchError."""
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    config, found, out = state_of(model).configs[adapter_name], {}, {}
     for path, layer in layers(model):
         if adapter_name in layer._fastpeft.adapters:
             for key, tensor in layer.file_tensors(adapter_name).items():
@@ -66,9 +71,9 @@ def get_peft_model_state_dict(
         name = names.get(id(found.get(key)))
         if name is None and key in found:
             raise PatchError(f"get_peft_model_state_dict: {key} is computed; leave state_dict out")
-        if name is not None and name not in state_dict:
+        if name is not None and name not in full:
             raise PatchError(f"get_peft_model_state_dict: state_dict has no {name}; give the whole model's")
-        out[key] = tensor if name is None else state_dict[name]
+        out[key] = tensor if name is None else full[name]
     return out
 
 

@@ -5,11 +5,14 @@ import dataclasses
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastpeft
 from fastpeft import weighted
+from tests import distributed_work as work
 from tests.models import batch, tiny
-from tests.peft_pair import close, quietly, result
+from tests.peft_pair import WEIGHTS, close, quietly, result
+from tests.test_distributed import partition
 
 TARGETS = ["q_proj", "v_proj", "embed_tokens"]
 
@@ -356,3 +359,19 @@ def test_input_gradients_and_checkpointing_go_together():
         model(**batch()).loss.backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients) and gradients
+
+
+@pytest.mark.parametrize("method", ["lora-head", "p-tuning-lstm"])
+def test_a_partitioned_model_gives_the_values_of_its_state_dict(method, tmp_path):
+    """As transformers' Trainer saves, and as scripts do, under an engine that divides parameters."""
+    model = work.patched(method)
+    expected = {key: tensor.clone() for key, tensor in fastpeft.adapter_state_dict(model).items()}
+    whole = partition(model)
+    with pytest.raises(fastpeft.PatchError, match="is partitioned by DeepSpeed ZeRO-3"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, state_dict=whole)
+    saved = load_file(tmp_path / WEIGHTS)
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[key], expected[key]) for key in saved)
+    if method == "lora-head":
+        found = fastpeft.get_peft_model_state_dict(model, whole)
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
