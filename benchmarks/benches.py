@@ -1,9 +1,16 @@
 """What there is to measure, by the names of the command line."""
 
-from . import bench_gated_prompt_attention, bench_lora_linear, bench_prefix_attention, bench_prompt_embedding
+from . import (
+    bench_gated_prompt_attention,
+    bench_lora_linear,
+    bench_mixed_lora_linear,
+    bench_prefix_attention,
+    bench_prompt_embedding,
+)
 
 BENCHES = {
     "lora": bench_lora_linear.BENCH,
+    "mixed": bench_mixed_lora_linear.BENCH,
     "prefix": bench_prefix_attention.BENCH,
     "adapter": bench_gated_prompt_attention.BENCH,
     "prompt": bench_prompt_embedding.BENCH,

@@ -81,6 +81,26 @@ def lora_linear(passed: str, *, M: int, K: int, N: int, r: int, itemsize: int, d
     return of_pass(passed, forward, backward)
 
 
+def mixed_lora_linear(
+    passed: str, *, B: int, S: int, K: int, N: int, served: tuple[tuple[int, int], ...], itemsize: int
+) -> Work:
+    """The LoRA linear on B samples of S rows, of which each adapter of `served`, (samples, rank), has some of its own;
+    without any the frozen layer.
+
+    As `lora_linear`, but for what only an adapter's samples need: S, T and their products, and x once more in backward.
+    """
+    _checked(1, B=B, S=S, K=K, N=N, itemsize=itemsize)
+    _checked(0, **{f"served[{i}]": min(pair) for i, pair in enumerate(served)})
+    if (samples := sum(count for count, _ in served)) > B:
+        raise OpError(f"served={served}: {samples} samples of {B}")
+    base, product = B * S * (K + N) + N * K, 2 * B * S * N * K
+    shrunk, rank = sum(count * S * r for count, r in served), sum(r for _, r in served)
+    adapters, low_rank = rank * (K + N), 2 * shrunk * (K + N)
+    forward = Work(product + low_rank, (base + adapters + shrunk) * itemsize)
+    backward = Work(product + 2 * low_rank, (base + samples * S * K + shrunk + 2 * adapters) * itemsize)
+    return of_pass(passed, forward, backward)
+
+
 def prefix_attention(
     passed: str, *, B: int, H: int, Hkv: int, S: int, P: int, D: int, itemsize: int, causal: bool = True
 ) -> Work:

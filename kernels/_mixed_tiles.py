@@ -4,12 +4,19 @@ not seen these kernels in it."""
 
 import torch
 
-from fastpeft.kernels._tiles import HALF, Row, Tiles, _serves, family_of, tiles_for
+from fastpeft.kernels._tiles import HALF, SPLIT, Row, Tiles, _serves, family_of, tiles_for
 
-OTHER_CUDA = (Row("shrink", HALF, 32, Tiles(64, depth=64, warps=4), above=16),)
+OTHER_CUDA = (
+    Row("shrink", HALF, 32, Tiles(64, depth=64, warps=4), above=16),
+    Row("expand", SPLIT, 64, Tiles(128, 64), dropout=False),
+)
 OWN = {
     "sm_90": (),
-    "sm_100": (Row("grad_columns", HALF, 64, Tiles(32, 64), above=32),),
+    "sm_100": (
+        Row("grad_columns", HALF, 64, Tiles(32, 64), above=32),
+        Row("grad_columns", SPLIT, 64, Tiles(32, 64), above=16),
+        Row("grad_columns", SPLIT, 128, Tiles(64, 64), above=64),
+    ),
     "hip": (),
     "interpreter": (),
 }

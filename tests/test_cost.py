@@ -23,6 +23,12 @@ SMALL_CASES = [
     (cost.lora_linear, "fwd", {"M": 2, "K": 3, "N": 5, "r": 2, "itemsize": 4, "dropout": 0.1}, Work(124, 51 * 4 + 8)),
     (cost.lora_linear, "fwd", {"M": 2, "K": 3, "N": 5, "r": 0, "itemsize": 2, "dropout": 0.1}, Work(60, 31 * 2)),
     (cost.lora_linear, "fwd+bwd", {"M": 2, "K": 3, "N": 5, "r": 0, "itemsize": 2}, Work(120, 62 * 2)),
+    # Three samples of 2 rows, one of them with rank 2 and one with rank 1: x 18, y 30, W 15, A, B 24, S 6 elements, of
+    # which backward reads 12 of x's once more and has A, B twice; products 2·6·15, low-rank ones 2·6·8.
+    (cost.mixed_lora_linear, "fwd", {"B": 3, "S": 2, "K": 3, "N": 5, "served": ((1, 2), (1, 1)), "itemsize": 2},
+     Work(180 + 96, (63 + 24 + 6) * 2)),
+    (cost.mixed_lora_linear, "bwd", {"B": 3, "S": 2, "K": 3, "N": 5, "served": ((1, 2), (1, 1)), "itemsize": 2},
+     Work(180 + 192, (63 + 12 + 6 + 48) * 2)),
     # Half of 4·4 pairs and 4·3 of the prefix, times 2 products of 2·2 operations, for 2 heads; q, out 16, k, v 8, 2·6.
     (cost.prefix_attention, "fwd", {"B": 1, "H": 2, "Hkv": 1, "S": 4, "P": 3, "D": 2, "itemsize": 2},
      Work(2 * 2 * 4 * 20, (32 + 16 + 12) * 2 + 8 * 4)),

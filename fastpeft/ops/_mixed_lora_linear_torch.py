@@ -6,7 +6,8 @@ and T are kept one behind the other, as the kernels keep them.
 
 import torch
 
-from fastpeft.ops._lora_linear_torch import Dropout, add_product, drop, dropped, row_blocks, shrink, transposed_product
+from fastpeft.ops import _lora_linear_torch as alone
+from fastpeft.ops._lora_linear_torch import Dropout, add_product, drop, dropped, row_blocks, transposed_product
 
 
 def draw_seeds(x: torch.Tensor, adapters: int) -> torch.Tensor:
@@ -59,6 +60,13 @@ def keep_mask(
                 drop(own[block], dropout.next(*own[block].shape))
         mask[torch.arange(len(mask), device=device)[rows.slice] if rows.places is None else rows.places] = own
     return mask
+
+
+def shrink(x: torch.Tensor, a: torch.Tensor, scale: float, dropout: Dropout | None = None) -> torch.Tensor:
+    """scale·drop(x) aᵀ [M, R] in a's dtype, rounded once: x [M, K], a [R, K]."""
+    if dropout is None and x.dtype == a.dtype:
+        return torch.addmm(x.new_zeros(1), x, a.t(), beta=0, alpha=scale)
+    return alone.shrink(x, a, scale, dropout)
 
 
 def _segments(t: torch.Tensor, samples, tokens: int, ranks) -> list[torch.Tensor]:
