@@ -44,6 +44,11 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
+def sharded_names(model: nn.Module) -> list[str]:
+    """The classes that `fully_shard` has given."""
+    return [kind for module in model.modules() if (kind := type(module).__name__).startswith("FSDP")]
+
+
 def everything(rank: int, folder: str) -> dict[str, dict]:
     """Each method under DDP, and sharded layer by layer; the adapters that both have in the end as peft saves them."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -61,6 +66,9 @@ def everything(rank: int, folder: str) -> dict[str, dict]:
             fully_shard(layer)
         fully_shard(model)
         out[f"fsdp {method}"] = train(model, method, None, rank, world)
+        sharded = sharded_names(model)
+        fastpeft.unpatch(model)
+        assert sharded_names(model) == sharded and len(sharded) == len(layers_of(model)) + 1
         full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if rank == 0 and "prompt_encoder" not in model._modules:
             model.save_pretrained(f"{folder}/{method}", state_dict=full)

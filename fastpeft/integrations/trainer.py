@@ -7,7 +7,8 @@
 `Trainer`, `Seq2SeqTrainer`: transformers', which save the adapter alone by themselves, and know how to go on only with
 peft's own classes. These do with a patched model: see `fastpeft.integrations.trainer_checkpoints`.
 `SFTTrainer`, `DPOTrainer`, `GRPOTrainer`: TRL's, with the same: see `fastpeft.integrations.trainer_trl`.
-`AdaLoraCallback`: AdaLoRA's step, of which no trainer knows, between the optimizer's and `zero_grad`:
+`AdaLoraCallback`: AdaLoRA's step, of which no trainer knows, between the optimizer's and `zero_grad`; of a PeftModel
+too:
 
     Trainer(model, args, train_dataset=data, callbacks=[AdaLoraCallback()]).train()
 
@@ -17,6 +18,8 @@ handled as transformers' or TRL's own class does it.
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -62,40 +65,51 @@ def _callback_class() -> type:
     from transformers import TrainerCallback
 
     class AdaLoraCallback(TrainerCallback):
-        """Calls `update_and_allocate` after each optimizer step, once for all the batches accumulated in it, while the
-        gradients (clipped, if they are) are still there. The schedule's steps are the Trainer's `global_step`, from 1.
+        """Calls `update_and_allocate` (of a PeftModel, peft's own) after each optimizer step, once for all the batches
+        accumulated in it, while the gradients (clipped, if they are) are still there. The schedule's steps are the
+        Trainer's `global_step`, from 1.
 
         Raises PatchError at the start of training if no AdaLoRA adapter is active; warns if its total_step is not the
         number of steps that the Trainer will make.
         """
 
         def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-            config = _config_of(inside(model))
+            config, _ = _schedule_of(inside(model))
             if config.total_step != state.max_steps:
-                settled = f"the ranks are settled at step {config.final_step} (total_step - tfinal)"
+                final_step = config.total_step - config.tfinal
+                settled = f"the ranks are settled at step {final_step} (total_step - tfinal)"
                 warnings.warn(
                     f"AdaLoraConfig.total_step={config.total_step}, but this training has {state.max_steps} steps; "
-                    + (settled if config.final_step <= state.max_steps else f"{settled}, which it does not reach"),
+                    + (settled if final_step <= state.max_steps else f"{settled}, which it does not reach"),
                     stacklevel=2,
                 )
 
         def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-            model, step = inside(model), state.global_step + 1
+            (config, allocate), step = _schedule_of(inside(model)), state.global_step + 1
             skipped = getattr(optimizer, "step_was_skipped", False)  # by accelerate, for gradients beyond fp16's range
-            if not skipped or step >= _config_of(model).final_step:  # where gradients are not looked at
-                update_and_allocate(model, step)
+            if not skipped or step >= config.total_step - config.tfinal:  # where gradients are not looked at
+                allocate(step)
 
     AdaLoraCallback.__module__, AdaLoraCallback.__qualname__ = __name__, "AdaLoraCallback"
     return AdaLoraCallback
 
 
-def _config_of(model: nn.Module) -> AdaLoraConfig:
-    """Of the active AdaLoRA adapter. Raises PatchError if there is none."""
-    state = state_of(model)
-    for name in state.active:
-        if isinstance(state.configs[name], AdaLoraConfig):
-            return state.configs[name]
-    raise PatchError(
-        f"AdaLoraCallback: no AdaLoRA adapter is active in this model; active are "
-        f"{', '.join(map(repr, state.active)) or 'none'}. Leave the callback out, or call set_adapter first"
-    )
+def _schedule_of(model: nn.Module) -> tuple[Any, Callable[[int], None]]:
+    """The configuration of the active AdaLoRA adapter, and what makes its step. Raises PatchError if there is none."""
+    if "_fastpeft" not in model.__dict__ and hasattr(model, "peft_config"):
+        configs, active = model.peft_config, model.active_adapters
+        active = active() if callable(active) else active
+        tuner = getattr(model, "base_model", None)
+        mine = [name for name in active if name == getattr(tuner, "trainable_adapter_name", None)]
+        allocate = getattr(tuner, "update_and_allocate", None)
+    else:
+        state = state_of(model)
+        configs, active = state.configs, state.active
+        mine = [name for name in active if isinstance(configs[name], AdaLoraConfig)]
+        allocate = functools.partial(update_and_allocate, model)
+    if not mine:
+        raise PatchError(
+            f"AdaLoraCallback: no AdaLoRA adapter is active in this model; active are "
+            f"{', '.join(map(repr, active)) or 'none'}. Leave the callback out, or call set_adapter first"
+        )
+    return configs[mine[0]], allocate

@@ -41,7 +41,7 @@ class SFT(AdapterCheckpoints):
         native = _adapt(given)
         super().__init__(**given)
         if native:
-            _put_behind(self.model)
+            put_trl_behind(self.model)
 
 
 class DPO(AdapterCheckpoints):
@@ -63,7 +63,7 @@ class DPO(AdapterCheckpoints):
         if isinstance(given.get("ref_model"), Reference):
             given["ref_model"].prepare()
         elif native:
-            _put_behind(self.model)
+            put_trl_behind(self.model)
 
 
 class GRPO(AdapterCheckpoints):
@@ -90,7 +90,7 @@ class GRPO(AdapterCheckpoints):
                 settings.beta = beta
             self.beta, self.ref_model = beta, reference
         if native:
-            _put_behind(self.model)
+            put_trl_behind(self.model)
 
 
 def _arguments(trainer, model, args: tuple, kwargs: dict) -> dict:
@@ -129,8 +129,9 @@ def _is_base(model: nn.Module) -> bool:
     return not is_patched(model) and not any(cls.__module__.startswith("peft.") for cls in type(model).__mro__)
 
 
-def _put_behind(model: nn.Module) -> None:
-    """Let the adapters' part of a call come before TRL's function, which stands on the model."""
+def put_trl_behind(model: nn.Module) -> None:
+    """Let the adapters' part of a call come before TRL's function, which stands on the model; `model._fastpeft` is its
+    PatchState."""
     state, fused = state_of(model), model.__dict__.pop("forward", None)
     if fused is None:  # a TRL that calls models as they are
         return
@@ -186,9 +187,9 @@ class Reference(nn.Module):
             return self.model(*args, **kwargs)
 
     def prepare(self) -> None:
-        """Before the first call, which may be while the trainer is made: see `_put_behind`."""
+        """Before the first call, which may be while the trainer is made: see `put_trl_behind`."""
         if not self.prepared:
-            _put_behind(self.model)
+            put_trl_behind(self.model)
         self.prepared = True
 
 

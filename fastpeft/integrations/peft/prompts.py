@@ -12,7 +12,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.forward import Part
 from fastpeft.integrations.peft.base import begin_base, end_base, forget_adapter, using
 from fastpeft.integrations.peft.swapping import Extension, Swapped, swap
-from fastpeft.integrations.trainer_trl import put_behind
+from fastpeft.integrations.trainer_trl import put_trl_behind
 from fastpeft.mapping import task_class, tuner_of
 from fastpeft.neighbours import put_behind
 from fastpeft.tuners import prefix_injection, prompt_encoder, prompt_injection
@@ -28,12 +28,14 @@ class FusedPromptModel(Swapped):
         if name not in state.configs:
             return super().forward(*args, **kwargs)
         put_behind(self.base_model)  # Liger's forward, which may have come after the patch
-        given = named_arguments(type(self).__bases__[1], args, kwargs)
+        given = named_arguments(self.swapped_from, args, kwargs)
         given.pop("task_ids", None)
         if state.configs[name].task_type != TaskType.SEQ_CLS and given.get("token_type_ids") is not None:
             warnings.warn("peft hands no token_type_ids on to a model of this task; they are ignored", stacklevel=2)
             del given["token_type_ids"]
         given = {key: value for key, value in given.items() if value is not None}
+        if given.get("fused_lm_head") and "forward" in self.base_model.__dict__:  # TRL's, put there after the patch
+            put_trl_behind(self.base_model)
         return using(state, name, self.base_model, **given)
 
     def generate(self, *args, **kwargs) -> Any:

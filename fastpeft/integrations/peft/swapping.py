@@ -28,9 +28,11 @@ class Extension:
 class Swapped:
     """Mixin in front of a class of peft's; `self.__dict__[KEY]` is the Extension."""
 
+    swapped_by: type  # the mixin itself
+    swapped_from: type  # the class that it stands in front of
+
     def __reduce_ex__(self, protocol):
-        mixin, original = type(self).__bases__
-        return _rebuild, (mixin, original), self.__dict__
+        return _rebuild, (self.swapped_by, self.swapped_from), self.__dict__
 
     @property
     def extension(self) -> Extension:
@@ -42,6 +44,7 @@ def swapped_class(mixin: type, original: type) -> type:
     """The subclass of `original` that `mixin` stands in front of, under the name of the original: peft and others read
     it."""
     namespace = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
+    namespace |= {"swapped_by": mixin, "swapped_from": original}
     return type(original.__name__, (mixin, original), namespace)
 
 
@@ -65,7 +68,7 @@ def swap(module: nn.Module, mixin: type, extension: Extension) -> bool:
 
 def swap_back(module: nn.Module) -> None:
     """Undo `swap`."""
-    give_back_forward(module, type(module).__bases__[1], None)
+    give_back_forward(module, module.swapped_from, None)
     del module.__dict__[KEY]
 
 
