@@ -76,7 +76,7 @@ def _process(function, rank: int, world: int, folder: str, environment: dict[str
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
-    limit = datetime.timedelta(seconds=30)
+    limit = datetime.timedelta(seconds=45)  # of one collective
     try:
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=limit)
         result = function(rank, *args)

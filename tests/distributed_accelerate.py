@@ -18,13 +18,15 @@ import fastpeft
 from tests import distributed_work as work
 
 
-def accelerator(engine: str, **options) -> Accelerator:
-    """One of the engines: "ddp", "fsdp2". The second it has on GPUs and their like alone, so it is told to be there."""
+def accelerator(engine: str) -> Accelerator:
+    """One of the engines: "ddp", "fsdp2", or "fsdp2-efficient", where the values are those of the first process. FSDP2
+    it has on GPUs and their like alone, so it is told to be there."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, **options)
-    if engine == "fsdp2":
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    if engine != "ddp":
         settings = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "FULL_STATE_DICT"}
+        settings["cpu_ram_efficient_loading"] = engine == "fsdp2-efficient"
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
         for state in (AcceleratorState, PartialState):
@@ -38,6 +40,7 @@ def rows(task: str) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+STATES = (("lora-head", "ddp"), ("lora-head", "fsdp2"), ("prefix-projection", "fsdp2"))
 FLAT = ("lora", "embedding", "adalora", "prefix", "p-tuning", "adapter", "lora-head")
 
 
@@ -45,6 +48,7 @@ def everything(rank: int, folder: str, cases: list[tuple[str, str]]) -> dict:
     """One pair of processes does it all. Each case is a method and an engine of accelerate's."""
     return {
         "accelerated": [one(rank, Path(folder, engine, method), method, engine) for method, engine in cases],
+        "states": {each: goes_on_from_a_state(rank, Path(folder, "states", *each), *each) for each in STATES},
         "flat": {method: flat(rank, method, folder) for method in FLAT},
         "tensor parallel": tensor_parallel(rank, Path(folder, "base")),
     }
@@ -52,8 +56,10 @@ def everything(rank: int, folder: str, cases: list[tuple[str, str]]) -> dict:
 
 def one(rank: int, folder: Path, method: str, engine: str) -> dict:
     """Each batch is accumulated in two parts."""
-    engine = accelerator(engine)
+    efficient, engine = engine == "fsdp2-efficient", accelerator(engine)
     model = work.patched(method)
+    for parameter in model.parameters() if efficient and rank else ():
+        parameter.data.zero_()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     loader = DataLoader(rows(work.METHODS[method][0]), batch_size=work.ROWS // engine.num_processes // 2)
     wrapped, optimizer, loader = engine.prepare(model, optimizer, loader)
@@ -75,6 +81,31 @@ def one(rank: int, folder: Path, method: str, engine: str) -> dict:
         work.quietly(fastpeft.save_adapter, inner, folder, state_dict=full)
     engine.wait_for_everyone()
     return result
+
+
+def goes_on_from_a_state(rank: int, folder: Path, method: str, engine: str) -> bool:
+    """Whether two steps after accelerate's `load_state` have the losses of those after its `save_state`."""
+    engine = accelerator(engine)
+    model = work.patched(method)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    wrapped, optimizer = engine.prepare(model, optimizer)
+    inputs = {key: value[rank::2] for key, value in work.batches(work.METHODS[method][0])[0].items()}
+
+    def steps(count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            loss = wrapped(**inputs).loss
+            engine.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        return losses
+
+    steps(1)
+    engine.save_state(folder)
+    expected = steps(2)
+    engine.load_state(folder)
+    return steps(2) == expected and expected[0] != expected[1]
 
 
 def flat(rank: int, method: str, folder: str) -> list:

@@ -10,16 +10,18 @@ from tests import distributed_work as work
 from tests.distributed import run
 from tests.peft_pair import WEIGHTS, close
 
-CLASSES = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaFor"}
+CLASSES = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaFor", "fsdp2-efficient": "FSDPLlamaFor"}
 
 
 def test_two_processes(tmp_path):
-    cases = [(method, engine) for method in work.METHODS for engine in CLASSES]
+    cases = [(method, engine) for method in work.METHODS for engine in ("ddp", "fsdp2")]
+    cases += [(method, "fsdp2-efficient") for method in ("adalora", "p-tuning-lstm", "lora-head")]
     ranks = run(libraries.everything, 2, tmp_path, str(tmp_path), cases, timeout=120)
     for (method, engine), found in zip(cases, zip(*(each["accelerated"] for each in ranks), strict=True), strict=True):
         assert all(each["class"].startswith(CLASSES[engine]) for each in found)
         work.assert_as_alone(method, found, engine)
         assert_saved(method, tmp_path / engine / method)
+    assert all(each["states"] == dict.fromkeys(libraries.STATES, True) for each in ranks)
     for method in libraries.FLAT:
         assert_flat(method, [each["flat"][method] for each in ranks])
     for said in sum((each["tensor parallel"] for each in ranks), []):

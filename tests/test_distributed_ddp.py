@@ -16,7 +16,7 @@ VARIANTS = (
 def test_two_processes_train_what_one_does(tmp_path):
     cases = [(method, variant) for method in work.METHODS for variant in VARIANTS]
     refused = [(method, {"checkpointing": "reentrant"}) for method in ("prefix", "prefix-projection", "adalora")]
-    found = [*zip(*run(work.ddp, 2, tmp_path, cases + refused), strict=True)]
+    found = [*zip(*run(work.ddp, 2, tmp_path, cases + refused, timeout=120), strict=True)]
     for (method, variant), ranks in zip(cases, found, strict=False):
         work.assert_as_alone(method, ranks, variant)
     # The gradient of the first layer alone would be averaged, without a word.
