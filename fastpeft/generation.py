@@ -21,7 +21,6 @@ class PromptedGeneration:
 
         count, foremost = prompt_length(self)
         served = getattr(config.get_text_config(), "_attn_implementation", None) == IMPLEMENTATION
-        begins = not goes_on(kwargs)
         if served and inputs_embeds.shape[1] > 1:
             return attention_mask
         if served:
@@ -33,7 +32,7 @@ class PromptedGeneration:
             made = make(attention_mask=attention_mask)
             if isinstance(made, Tensor) and made.ndim == 2:
                 return made
-        if count and begins:
+        if count and not goes_on(kwargs):
             return attention_mask
         if count and attention_mask is not None:
             attention_mask = longer_mask(attention_mask, count, foremost)

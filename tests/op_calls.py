@@ -1,0 +1,70 @@
+"""One call of every op in each of its forms, as a function of tensors that want gradients."""
+
+import torch
+
+from fastpeft.dispatch import Plan
+from fastpeft.ops import (
+    gated_prompt_attention,
+    lora_linear,
+    mixed_lora_linear,
+    prefix_attention,
+    prepend_prompt,
+    prompt_embedding,
+)
+
+
+def leaf(*shape) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def of_lora(x, weight, bias, a, b, **more):
+    return lora_linear(x, weight, bias, a, b, 2.0, training=True, **more)
+
+
+def of_mixed(x, weight, bias, *matrices, **more):
+    return mixed_lora_linear(
+        x, weight, bias, matrices[:2], matrices[2:], [1.0, 2.0], rows=[0, -1, 1], training=True, **more
+    )
+
+
+def of_prefix(q, k, v, pk, pv, padding, **more):
+    return prefix_attention(q, k, v, pk, pv, padding_mask=padding, training=True, **more)
+
+
+def of_gated(q, k, v, pk, pv, gate, padding, **more):
+    return gated_prompt_attention(q, k, v, pk, pv, gate, padding_mask=padding, training=True, **more)
+
+
+def _linear(*matrices):
+    return lambda: (leaf(3, 5, 16), leaf(24, 16), leaf(24), *(leaf(*shape) for shape in matrices))
+
+
+def _attention(*gate, queries: int = 7):
+    padding = torch.ones(2, 7, dtype=torch.bool)
+    padding[0, 5:] = False
+    shapes = ((2, 4, queries, 16), (2, 2, 7, 16), (2, 2, 7, 16), (2, 3, 16), (2, 3, 16), *gate)
+    return lambda: (*(leaf(*shape) for shape in shapes), padding)
+
+
+LORA, MIXED = _linear((4, 16), (24, 4)), _linear((2, 16), (4, 16), (24, 2), (24, 4))
+OPS = {  # name -> (the op, its tensors, its options, the plan that is forced)
+    **{
+        f"lora-{name}": (of_lora, LORA, {}, Plan(name, name, "test"))
+        for name in ("fused", "prewrite", "addmm", "augment")
+    },
+    "lora-dropout": (of_lora, LORA, {"dropout": 0.5}, None),
+    "mixed": (of_mixed, MIXED, {}, None),
+    "mixed-dropout": (of_mixed, MIXED, {"dropouts": [0.5, 0.0]}, None),
+    "prefix": (of_prefix, _attention(), {}, None),
+    "prefix-window": (of_prefix, _attention(), {"sliding_window": 3}, None),
+    "prefix-decode": (of_prefix, _attention(queries=1), {}, None),
+    "prefix-dropout": (of_prefix, _attention(), {"dropout": 0.5}, None),
+    "gated": (of_gated, _attention((1,)), {}, None),
+    "prompt": (prompt_embedding, lambda: (torch.tensor([[1, 2, 3], [0, 4, 0]]), leaf(9, 16), leaf(3, 16)), {}, None),
+    "prompt-start": (
+        lambda rows, prompt, start: prepend_prompt(rows, prompt, start=start),
+        lambda: (leaf(2, 5, 16), leaf(3, 16), torch.tensor([0, 2])),
+        {},
+        None,
+    ),
+}
