@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from fastpeft.adapted_model import AdaptedModel
 from fastpeft.calls import Room, widened
+from fastpeft.distributed import is_sharded
 
 
 class PatchedModel(AdaptedModel):
@@ -62,9 +63,10 @@ class PatchedModel(AdaptedModel):
         is_main_process=True, path_initial_model_for_weight_conversion=None, **kwargs,
     ) -> None:  # fmt: skip
         """Write the adapters, and only them, in HF peft's layout: "default" into the directory, any other into a folder
-        of its name, also if it is the only one. Nothing where `is_main_process` is False. `state_dict`, the model's
-        whole one, has the values of parameters that are sharded. Other arguments of transformers' method of this name
-        (shard sizes, …) have nothing to act on; what peft would do and fastpeft does not is refused."""
+        of its name, also if it is the only one. Nothing where `is_main_process` is False, unless parameters are sharded
+        and no `state_dict`, the model's whole one, has their values: all processes gather them then. Other arguments of
+        transformers' method of this name (shard sizes, …) have nothing to act on; what peft would do and fastpeft does
+        not is refused."""
         from fastpeft import adapters
 
         adapters.check_arguments(
@@ -72,10 +74,9 @@ class PatchedModel(AdaptedModel):
             path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
             push_to_hub=kwargs.get("push_to_hub", False),
         )  # fmt: skip
-        if is_main_process:
-            adapters.save_all(
-                self, save_directory, selected_adapters, kwargs.get("state_dict"), save_embedding_layers is True
-            )
+        full = kwargs.get("state_dict")
+        if is_main_process or full is None and any(map(is_sharded, self.parameters())):
+            adapters.save_all(self, save_directory, selected_adapters, full, save_embedding_layers is True)
 
     def load_adapter(
         self, model_id, adapter_name="default", is_trainable=False, torch_device=None, autocast_adapter_dtype=True,

@@ -78,7 +78,7 @@ def saves(rank: int, method: str, folder: Path) -> dict[str, torch.Tensor]:
     """Every process calls, one writes; or it is written by the first alone, from a whole state dict."""
     model = shard(work.patched(method))
     train(model, rank, steps=HALF)
-    fastpeft.save_adapter(model, folder / "gathered" / method)
+    model.save_pretrained(folder / "gathered" / method, is_main_process=rank == 0)
     assert (folder / "gathered" / method / "adapter_config.json").exists()  # in every process
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
