@@ -15,9 +15,11 @@ import trl
 from safetensors.torch import load_file
 
 import fastpeft
+from fastpeft.integrations.peft.adalora_checkpoints import FILE
 from fastpeft.integrations.trainer import AdaLoraCallback
 from tests import test_trl
-from tests.models import tiny
+from tests.models import batch, tiny
+from tests.peft_pair import close
 from tests.test_integrations_trainer_checkpoints import MODES, arguments, contents, quiet, rows_of
 from tests.test_trl import PAIRS, TEXTS, reward, settings_for
 
@@ -132,14 +134,6 @@ def test_training_goes_on_in_every_mode(mode, method, tmp_path):
     assert_goes_on(lambda place: trainer(adapted(method, dropout=0.1), place, **MODES[mode]), tmp_path)
 
 
-def compiled(backend="aot_eager") -> dict:
-    return {"torch_compile": True, "torch_compile_backend": backend}
-
-
-def test_compiled_training_goes_on(tmp_path):
-    assert_goes_on(lambda place: trainer(adapted("lora", dropout=0.1), place, **compiled()), tmp_path)
-
-
 def history(trainer) -> list[dict]:
     """What was logged, and so what any service that is reported to gets, but for times."""
     logged = trainer.state.log_history
@@ -174,7 +168,6 @@ PARITY = {
     "bf16-prefix": ("prefix", MODES["bf16"]),
     "accumulated-adalora": ("adalora", MODES["accumulated"]),
     "smoothed-neftune": ("lora", {"label_smoothing_factor": 0.2, "neftune_noise_alpha": 5.0}),
-    "compiled-lora": ("lora", compiled()),
 }
 
 
@@ -188,6 +181,21 @@ def test_losses_logs_and_weights_are_those_of_peft(case, tmp_path):
 
     half = "bf16" in mode
     assert_same_training(make, bound=2e-2 if half else 1e-5, adapter=not half)
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
+def test_compiled_training_goes_on(tmp_path):
+    assert_goes_on(lambda place: trainer(adapted("lora", dropout=0.1), place, **COMPILED), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_compiled_losses_are_those_of_peft_as_it_is(method, tmp_path):
+    def make(patched):
+        return trainer(adapted(method, patched), tmp_path / str(patched), **(COMPILED if patched else {}))
+
+    assert_same_training(make)
 
 
 def test_the_best_model_comes_back(tmp_path):
@@ -205,22 +213,68 @@ def test_the_best_model_comes_back(tmp_path):
         assert math.isclose(best.evaluate()["eval_loss"], best.state.best_metric, rel_tol=1e-6)
 
 
-def test_adalora_resumes_where_peft_s_does(tmp_path):
-    """Before a triplet is masked. What is masked is left out of peft's files, which then fit no model to be trained."""
-    resumed = {**ADALORA, "tinit": 3, "total_step": 6}
-    found = []
-    for patched in (False, True):
-        place = tmp_path / str(patched)
-        quiet(trainer(adapted("adalora", patched, **resumed), place, max_steps=6).train)
-        second = trainer(adapted("adalora", patched, **resumed), place, max_steps=6)
-        quiet(second.train, resume_from_checkpoint=str(place / "checkpoint-2"))
-        found.append((history(second), second.model.peft_config["default"].rank_pattern))
-        third = trainer(adapted("adalora", patched, **resumed), place, max_steps=6)
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            quiet(third.train, resume_from_checkpoint=str(place / "checkpoint-4"))
-    assert found[0][1] == found[1][1] is not None
-    for mine, other in zip(found[1][0], found[0][0], strict=True):
-        assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
+ALLOCATED = {"total_step": 8, "tinit": 1, "tfinal": 2}
+
+
+@pytest.mark.parametrize("step", [2, 6], ids=["masking", "settled"])
+def test_adalora_goes_on_bit_for_bit(step, tmp_path):
+    """peft's own file has no more than the triplets that are in use."""
+
+    def make(place):
+        return trainer(adapted("adalora", dropout=0.1, **ALLOCATED), place, max_steps=8)
+
+    whole = make(tmp_path / "whole")
+    quiet(whole.train)
+    second = make(tmp_path / "halves")
+    before = {name: id(parameter) for name, parameter in second.model.named_parameters()}
+    quiet(second.train, resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
+    assert {name: id(parameter) for name, parameter in second.model.named_parameters()} == before
+    expected = dict(whole.model.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in second.model.named_parameters())
+    assert held(tmp_path / "halves/checkpoint-8") == held(tmp_path / "whole/checkpoint-8")
+    names = set(contents(tmp_path / "whole/checkpoint-8")) - {"losses"}
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", FILE}
+    assert names == adapter | {"optimizer.pt", "rng_state.pth", "scheduler.pt"}
+    rows = load_file(tmp_path / f"whole/checkpoint-{step}/adapter_model.safetensors")
+    assert any(each.shape[0] < 6 for name, each in rows.items() if "lora_A" in name)
+    served = peft.PeftModel.from_pretrained(tiny(), tmp_path / "halves/checkpoint-8")
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        close(served(ids).logits, second.model.eval()(ids).logits, 1e-5)
+
+
+def test_the_best_of_adalora_comes_back_with_its_ranks(tmp_path):
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    best = trainer(adapted("adalora", **ALLOCATED), tmp_path, max_steps=8, **EVALUATED, **settings)
+    quiet(best.train)
+    assert best.state.best_global_step == 2 and not best.model.training
+    saved = load_file(tmp_path / "checkpoint-2" / FILE)
+    trained = {name: p for name, p in best.model.named_parameters() if p.requires_grad}
+    assert trained and all(torch.equal(p, saved[f"parameter.{name}"]) for name, p in trained.items())
+    kept = best.model.peft_config["default"].rank_pattern
+    assert {f"rank_pattern.{name}" for name in kept} == {name for name in saved if name.startswith("rank_pattern.")}
+    assert math.isclose(best.evaluate()["eval_loss"], best.state.best_metric, rel_tol=1e-6)
+
+
+def test_an_adalora_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    quiet(trainer(adapted("adalora"), tmp_path).train)
+    for more, said in (
+        ({"init_r": 5}, r"lora_A.default is \(6, 48\), and \(5, 48\) in the model"),
+        ({"target_modules": ["q_proj"]}, "is .*, and not there in the model"),
+    ):
+        model = adapted("adalora", **more)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        with pytest.raises(fastpeft.AdapterFileError, match=said):
+            model.load_adapter(tmp_path / "checkpoint-4", "default", is_trainable=True)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model = adapted("adalora")
+    file = tmp_path / "checkpoint-4" / FILE
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(fastpeft.AdapterFileError, match=FILE):
+        model.load_adapter(str(tmp_path / "checkpoint-4"), "default", is_trainable=True)
+    file.unlink()
+    with pytest.raises(RuntimeError, match="size mismatch"):  # as peft has it
+        model.load_adapter(str(tmp_path / "checkpoint-4"), "default", is_trainable=True)
 
 
 def test_the_adalora_callback_makes_peft_s_own_steps(tmp_path):

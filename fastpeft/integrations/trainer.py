@@ -17,6 +17,7 @@ handled as transformers' or TRL's own class does it.
 """
 
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from torch import nn
 
 from fastpeft.configs import AdaLoraConfig
 from fastpeft.errors import PatchError
+from fastpeft.integrations.peft.adalora_checkpoints import save_training
 from fastpeft.integrations.trainer_checkpoints import AdapterCheckpoints, inside
 from fastpeft.patching import state_of
 from fastpeft.rank_allocator import update_and_allocate
@@ -67,7 +69,8 @@ def _callback_class() -> type:
     class AdaLoraCallback(TrainerCallback):
         """Calls `update_and_allocate` (of a PeftModel, peft's own) after each optimizer step, once for all the batches
         accumulated in it, while the gradients (clipped, if they are) are still there. The schedule's steps are the
-        Trainer's `global_step`, from 1.
+        Trainer's `global_step`, from 1. Into every checkpoint of a PeftModel goes `fastpeft_adalora.safetensors`, with
+        which a patched one goes on bit for bit; peft's files alone are not enough to train on.
 
         Raises PatchError at the start of training if no AdaLoRA adapter is active; warns if its total_step is not the
         number of steps that the Trainer will make.
@@ -89,6 +92,14 @@ def _callback_class() -> type:
             skipped = getattr(optimizer, "step_was_skipped", False)  # by accelerate, for gradients beyond fp16's range
             if not skipped or step >= config.total_step - config.tfinal:  # where gradients are not looked at
                 allocate(step)
+
+        def on_save(self, args, state, control, model=None, **kwargs) -> None:
+            from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+            model = inside(model)
+            folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            if "_fastpeft" not in model.__dict__ and os.path.isdir(folder):
+                save_training(model, folder, args.should_save)
 
     AdaLoraCallback.__module__, AdaLoraCallback.__qualname__ = __name__, "AdaLoraCallback"
     return AdaLoraCallback

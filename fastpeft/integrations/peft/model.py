@@ -7,11 +7,12 @@ from torch import nn
 
 from fastpeft.dispatch import choose_backend
 from fastpeft.errors import BackendError, PatchError
+from fastpeft.integrations.peft.adalora_checkpoints import ResumingAdaLora
 from fastpeft.integrations.peft.gated import swap_adaption
 from fastpeft.integrations.peft.layers import FUSED, FusedLayer
 from fastpeft.integrations.peft.prompts import swap_prompts
 from fastpeft.integrations.peft.swapping import KEY, Extension, Swapped, full_name, swap, swap_back
-from fastpeft.integrations.peft.tuners import TUNERS, SwappingModel, swap_layers
+from fastpeft.integrations.peft.tuners import TUNERS, SwappingAdaLora, SwappingModel, swap_layers
 from fastpeft.neighbours import check_neighbours, check_peft_s_head
 from fastpeft.reporting import LEFT, LayerReport, Report, rows_of
 
@@ -63,6 +64,8 @@ def _swap_all(model: nn.Module, extension: Extension) -> None:
         swap_prompts(model, extension)
     elif getattr(model, "_hf_peft_config_loaded", False):
         swap(model, SwappingModel, extension)
+    elif isinstance(model._modules.get("base_model"), SwappingAdaLora):
+        swap(model, ResumingAdaLora, extension)
 
 
 def unpatch_peft(model: nn.Module) -> nn.Module:
