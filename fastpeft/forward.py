@@ -94,18 +94,19 @@ def prompt_length(model: nn.Module) -> tuple[int, bool]:
 
 
 def _prompted(model: nn.Module, parts: list[Part], given: dict[str, Any]) -> Any:
-    state, prompt = model._fastpeft, prompt_of([part.encoder for part in parts])
+    state = model._fastpeft
     base = _base(model, state)
     task, quirky = parts[0].task, any(part.quirky for part in parts)
     encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     cached = given.get("encoder_outputs") is not None if encoder_decoder else goes_on(given)
     if cached:
-        behind_virtual_tokens(given, len(prompt), foremost=quirky)
+        behind_virtual_tokens(given, sum(part.encoder.used for part in parts), foremost=quirky)
         if quirky:
             given.pop("position_ids", None)
         return base(**given)
     if given.get("input_ids") is None and given.get("inputs_embeds") is None:
         return base(**given)  # which says what is missing
+    prompt = prompt_of([part.encoder for part in parts])
     if quirky:
         call, given = _as_in_peft(model, task, prompt, given)
         return _called(state, parts, call, base, given)

@@ -167,3 +167,25 @@ def test_a_block_inside_what_is_compiled_breaks_the_graph_and_is_heard():
     close(one, expected[("b",)], 1e-6)
     close(two, expected[("a",)], 1e-6)
     torch._dynamo.reset()
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def test_a_model_that_was_compiled_in_place_before_the_patch_is_compiled_again(counter):
+    torch.manual_seed(3)
+    model = Layers()
+    model.compile(backend=counter, fullgraph=True)
+    plain = model(X)
+    fastpeft.patch(model, fastpeft.LoraConfig(r=2, target_modules=["first", "second"]))
+    randomise(model)
+    found = model(X)
+    assert counter.frame_count == 2 and not torch.allclose(found, plain)
+    model._compiled_call_impl = None
+    close(found, model(X), 1e-6)
