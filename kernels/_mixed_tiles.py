@@ -14,8 +14,8 @@ OWN = {
     "sm_90": (),
     "sm_100": (
         Row("grad_columns", HALF, 64, Tiles(32, 64), above=32),
-        Row("grad_columns", SPLIT, 64, Tiles(32, 64), above=16),
-        Row("grad_columns", SPLIT, 128, Tiles(64, 64), above=64),
+        Row("grad_columns", SPLIT, 64, Tiles(32, 64), above=32),
+        Row("grad_columns", SPLIT, 128, Tiles(64, 64), above=16),
     ),
     "hip": (),
     "interpreter": (),

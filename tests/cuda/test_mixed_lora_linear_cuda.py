@@ -21,6 +21,8 @@ SIZES = {"shape": (331, 1031), "outputs": 997, "ranks": (13, 64, 8), "rows": ROW
 ALIGNED = {"shape": (512, 2048), "outputs": 1024, "ranks": (16, 64, 8), "rows": ROWS}
 # fp32 gradients of fp32 adapters on fp16 data come from tf32 products of two parts: 21 of eager's 24 bits.
 TF32X3 = Bounds(rms=16, peak=16, row=32)
+# One draw of fp32 sums of a few hundred numbers in another order: the worst row's error is that of a few roundings.
+SINGLE = Bounds(rms=1.25, peak=3.0, row=3.0)
 
 
 def drawn(dtypes="bf16-fp32", sizes=SIZES, **options):
@@ -43,8 +45,8 @@ def test_as_right_as_eager(dtypes, sizes, dropout, base):
     adapters = [name for name in problem.leaves() if name[0] in "AB"]
     others = [name for name in problem.leaves() if name not in adapters]
     with backend("triton"):
-        assert_right([problem], wanted=others)
-        bounds = TF32X3 if dtypes == "fp16-fp32" else Bounds()
+        assert_right([problem], SINGLE if dtypes == "fp32" else Bounds(), others)
+        bounds = TF32X3 if dtypes == "fp16-fp32" else SINGLE
         assert [fault for fault in faults_of([problem], bounds, adapters) if not fault.startswith("y:")] == []
 
 
@@ -52,7 +54,7 @@ def test_as_right_as_eager(dtypes, sizes, dropout, base):
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_decoding(tokens, ranks):
     with backend("triton"):
-        assert_right([drawn("bf16", shape=(tokens, 1031), ranks=ranks, seed=seed) for seed in range(4)])
+        assert_right([drawn("bf16", shape=(tokens, 1031), ranks=ranks, seed=seed) for seed in range(4)], SINGLE)
 
 
 def test_on_the_gpu_triton_is_what_auto_means():
@@ -65,7 +67,7 @@ def test_on_the_gpu_triton_is_what_auto_means():
 
 def test_the_torch_backend_is_right_too():
     with backend("torch"):
-        assert_right([drawn(dropout=True)])
+        assert_right([drawn(dropout=True)], SINGLE)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
