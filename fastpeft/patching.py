@@ -17,6 +17,7 @@ from fastpeft.attention.interface import switch_back
 from fastpeft.configs import LoraConfig, PeftConfig, as_config
 from fastpeft.dispatch import backend as forced_backend
 from fastpeft.dispatch import checked_backend, choose_backend
+from fastpeft.distributed import give_class
 from fastpeft.errors import ConfigError, PatchError
 from fastpeft.files import adapter_directory
 from fastpeft.forward import Part
@@ -61,6 +62,9 @@ def state_of(model: nn.Module) -> PatchState:
     """The model's PatchState. Raises PatchError if it is not a patched model."""
     state = model.__dict__.get("_fastpeft") if isinstance(model, nn.Module) else None
     if not isinstance(state, PatchState):
+        inside = isinstance(model, nn.Module) and model._modules.get("module", model._modules.get("_orig_mod"))
+        if "_fastpeft" in getattr(inside, "__dict__", {}):
+            raise PatchError(f"the patched model is inside this {type(model).__name__}; give that, as in model.module")
         raise PatchError(f"this {type(model).__name__} is not patched; call fastpeft.patch(model, config) first")
     return state
 
@@ -373,7 +377,7 @@ def activate(model: nn.Module, state: PatchState, names: tuple[str, ...], traina
     check_together(state, names, "set_adapter")
     state.active, state.trainable = tuple(names), trainable
     task = next((each for name in names if (each := task_class(state.configs[name])) is not PatchedModel), PatchedModel)
-    model.__class__ = patched_model_class(state.original_class, task)
+    give_class(model, patched_model_class(state.original_class, task))
     _set_trainable(model, state)
 
 

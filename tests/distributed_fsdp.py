@@ -204,6 +204,8 @@ def verbs(rank: int) -> None:
             assert torch.equal(model(**inputs).logits, base)
         assert torch.equal(model(**inputs).logits, adapted)
         assert fastpeft.report(model).layers and model.get_nb_trainable_parameters()[0]
+        model.set_adapter("default")
+        assert type(model) is kind and torch.equal(model(**inputs).logits, adapted)
         # One layer and its parts are sharded by themselves too: a layer's forward makes the factors below it whole.
         finer = work.patched("lora")
         for module in finer.modules():

@@ -22,10 +22,9 @@ def peft_s_config(config: PeftConfig) -> Any:
 
     kind = getattr(peft, type(config).__name__)
     known = {each.name for each in fields(kind)}
-    values = config.to_dict()
+    values, usual = config.to_dict(), {each.name: each.default for each in fields(config)}
     for name, value in values.items():
-        if name not in known:
+        if name not in known and value and value != usual[name]:
             why = "peft has no such option; call fastpeft.patch(model, config) with it, in place of get_peft_model"
             refuse(name, value, why)
-    del values["peft_type"]
-    return kind(**values)
+    return kind(**{name: value for name, value in values.items() if name in known and name != "peft_type"})
