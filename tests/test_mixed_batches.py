@@ -2,6 +2,7 @@
 it at inference alone, and in training beside a call for each sample."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -308,6 +309,20 @@ def test_disabled_adapters_stay_disabled_and_used_ones_give_way():
             assert torch.equal(result(model, inputs), other)
         close(result(model, {**inputs, "adapter_names": ["__base__"] * len(NAMES)}), base, 1e-6)
         assert torch.equal(result(model, {**inputs, "adapter_names": None}), result(model, inputs))
+
+
+def test_threads_name_adapters_of_their_own():
+    model, inputs = two(), inputs_of("llama")
+    choices = [NAMES, NAMES[::-1], None, ["b"] * len(NAMES)] * 3
+
+    def logits(names):
+        with torch.no_grad():
+            return result(model, {**inputs, "adapter_names": names})
+
+    expected = [logits(names) for names in choices]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(logits, choices))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_the_choice_ends_with_the_call_also_where_that_fails():
