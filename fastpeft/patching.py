@@ -30,6 +30,7 @@ from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer, detach, give_back_forward, offloaded_to, take_forward
 from fastpeft.tuners.prefix_encoder import PromptEncoders
+from fastpeft.tuners.prompt_call import argument_names
 
 
 @dataclass
@@ -319,6 +320,7 @@ def _note_part(model: nn.Module, state: PatchState, name: str, after) -> None:
     part = Part(task_class(config), name in state.quirky, encoder, shows, after)
     if part.acts:
         state.parts[name] = part
+        argument_names(state.original_class)  # which are found here, before torch.compile asks for them
 
 
 def added_names(model: nn.Module) -> tuple[str, ...]:

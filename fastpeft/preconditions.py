@@ -51,5 +51,10 @@ def _check_owners(model: nn.Module) -> None:
             raise PatchError(
                 f"patch: {name} is a {owner} layer; a model patched by another library is not patched again"
             )
+        if "_orig_mod" in module._modules:
+            raise PatchError(
+                f"patch: {name} was compiled before the patch, and its parameters' paths have '_orig_mod'; patch the "
+                "model first, then compile its parts"
+            )
         if "_fastpeft" in module.__dict__:
             raise PatchError(f"patch: {name or kind} is patched as part of another model; unpatch that one first")

@@ -159,6 +159,12 @@ def on_meta() -> nn.Module:
     return tiny().to("meta")
 
 
+def partly_compiled():
+    model = tiny()
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    return model
+
+
 def peft_model():
     import peft
 
@@ -179,6 +185,11 @@ MODELS = [
         lambda: torch.compile(tiny(), backend="eager"),
         fastpeft.PatchError,
         ("OptimizedModule", "'_orig_mod'", "then compile"),
+    ),
+    (
+        lambda: partly_compiled(),
+        fastpeft.PatchError,
+        ("model.layers.1", "compiled before the patch", "patch the model first"),
     ),
     (lambda: nn.DataParallel(tiny()), fastpeft.PatchError, ("DataParallel", "'module'", "then")),
 ]

@@ -17,7 +17,6 @@ from fastpeft.tuners.lora_injection import Plan as LoraPlan
 from fastpeft.tuners.lora_injection import checked_targets
 from fastpeft.tuners.lora_kinds import settle_fan_in_fan_out
 from fastpeft.tuners.orthogonality import mean_distance
-from fastpeft.tuners.prompt_call import argument_names
 from fastpeft.tuners.saved_modules import SavedModule, check_saved
 
 _TARGETING = (
@@ -83,7 +82,6 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
         if not isinstance(module, AdapterLayer):
             attach(module, SavedModule, state)
         module.add_adapter(name)
-    argument_names(state.original_class)  # which are found here, before torch.compile asks for them
 
 
 def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, AdaLoraLayer]]:
