@@ -124,8 +124,11 @@ def _surround(module: nn.Module) -> Callable[[], contextlib.AbstractContextManag
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+        from liger_kernel.utils import infer_device
     except ImportError as error:
         raise Missing(f"liger_kernel cannot be imported: {error}") from error
+    if infer_device() == "cpu":
+        raise Missing("liger_kernel finds no GPU for its kernels")
     kind = module.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise Missing(f"liger_kernel has nothing for {kind}")

@@ -390,6 +390,7 @@ def liger(monkeypatch):
 
     modules = {"liger_kernel": {}, "liger_kernel.transformers": {"_apply_liger_kernel_to_instance": apply}}
     modules["liger_kernel.transformers.monkey_patch"] = {"MODEL_TYPE_TO_APPLY_LIGER_FN": {"llama": None}}
+    modules["liger_kernel.utils"] = {"infer_device": lambda: "cuda"}
     for name, attributes in modules.items():
         module = types.ModuleType(name)
         vars(module).update(attributes, __path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
