@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 
 import datasets
 import peft
@@ -36,6 +37,7 @@ METHODS = {
     "adalora": ("CAUSAL_LM", "AdaLoraConfig", ADALORA),
     "prefix": ("CAUSAL_LM", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
     "prompt": ("CAUSAL_LM", "PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "p-tuning": ("CAUSAL_LM", "PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 16}),
     "llama-adapter": ("CAUSAL_LM", "AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 2}),
     "seq2seq": ("SEQ_2_SEQ_LM", "LoraConfig", {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]}),
 }
@@ -106,13 +108,25 @@ def assert_goes_on(make, directory) -> None:
     assert len(last["losses"]) == 4 and all(math.isfinite(loss) for loss in last["losses"])
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "adalora"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("adalora", "p-tuning")])
 def test_training_goes_on_bit_for_bit(method, tmp_path):
     kind = transformers.Seq2SeqTrainer if method == "seq2seq" else transformers.Trainer
     assert_goes_on(lambda place: trainer(adapted(method, dropout=0.1), place, kind), tmp_path)
     names = set(contents(tmp_path / "whole/checkpoint-4")) - {"losses"}
     adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert names == adapter | {"optimizer.pt", "rng_state.pth", "scheduler.pt"}
+
+
+def test_a_network_that_peft_does_not_save_is_said(tmp_path):
+    """peft resumes with a new one, and says nothing."""
+    quiet(trainer(adapted("p-tuning"), tmp_path).train)
+    second = trainer(adapted("p-tuning"), tmp_path)
+    with pytest.warns(UserWarning, match="the virtual tokens of 'default', and not the network that they come out of"):
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        served = fastpeft.patch(peft.PeftModel.from_pretrained(tiny(), tmp_path / "checkpoint-2"))
+        served.load_adapter(tmp_path / "checkpoint-4", "default")
 
 
 def test_dropout_counts_in_what_goes_on(tmp_path):

@@ -50,6 +50,18 @@ class FusedPromptModel(Swapped):
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         attach_adapter(self, adapter_name)
 
+    def load_adapter(self, model_id: Any, adapter_name: str, *args, **kwargs) -> Any:
+        encoder = self.prompt_encoder._modules.get(adapter_name)
+        if encoder is not None and len(encoder._modules) > 1:
+            warnings.warn(
+                f"peft's files have the virtual tokens of {adapter_name!r}, and not the network that they come out of: "
+                "what this model computes and learns from here on is not what was saved. Load them for use, with "
+                "PeftModel.from_pretrained; to resume training, use fastpeft.patch(model, config) and "
+                "fastpeft.integrations.trainer.Trainer, whose checkpoints have the network",
+                stacklevel=2,
+            )
+        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         forget_adapter(self.base_model, self.extension, adapter_name)
