@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test lint demo bench aot matrix tables
+.PHONY: help test lint demo bench aot matrix tables docs
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
@@ -15,6 +15,7 @@ help:
 	@echo "make aot     compile every shipped kernel configuration for every target"
 	@echo "make matrix  every method on every task of every family, beside HF peft; writes docs/support.md"
 	@echo "make tables  README's performance tables from benchmarks/results"
+	@echo "make docs    docs/api.md from the docstrings"
 	@echo "PYTHON=python3.12 makes .venv with another interpreter; remove .venv to change it later."
 
 # pip is the last thing that venv installs, so a .venv without it was interrupted and is made again.
@@ -49,3 +50,7 @@ matrix: $(INSTALLED)
 
 tables: $(INSTALLED)
 	$(BIN)/python -m benchmarks.tables
+
+# It reads the sources and imports nothing of them.
+docs:
+	$(PYTHON) docs/generate.py

@@ -276,7 +276,8 @@ def use_adapter(model: nn.Module, name: str | list[str]):
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module):
-    """Inside, this thread's calls compute the base model. A merged adapter is taken out and put back in the end."""
+    """Inside, this thread's calls compute the base model. A merged adapter is taken out and put back in the end. Raises
+    PatchError if the model is not patched."""
     state = state_of(model)
     if any(trains_biases(state.configs[name]) for name in state.active):
         warnings.warn("the adapter trains biases of the base model, which stay as trained inside", stacklevel=3)
@@ -293,7 +294,9 @@ def disable_adapter(model: nn.Module):
 
 def merge(model: nn.Module, adapter_names: str | list[str] | None = None) -> None:
     """Add the active adapters (or `adapter_names`) to the base weights; what was there is kept for `unmerge`. Merging
-    twice changes nothing. Raises PatchError, with the weights untouched, if the result would not be finite."""
+    twice changes nothing. Raises PatchError, with the weights untouched, if the model is not patched, a name is not an
+    adapter's, the result would not be finite, or a layer's weight cannot be changed (its library has no way back into
+    its format, or it is sharded)."""
     state = state_of(model)
     names = state.active if adapter_names is None else names_of(adapter_names, "merge")
     check_names(state, names, "merge")
@@ -319,7 +322,7 @@ def merge(model: nn.Module, adapter_names: str | list[str] | None = None) -> Non
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore the base weights that `merge` changed, bit for bit."""
+    """Restore the base weights that `merge` changed, bit for bit. Raises PatchError if the model is not patched."""
     state = state_of(model)
     for _, layer in layers(model):
         layer.unmerge()
@@ -328,7 +331,8 @@ def unmerge(model: nn.Module) -> None:
 
 def merge_and_unload(model: nn.Module, adapter_names: str | list[str] | None = None) -> nn.Module:
     """The plain model with the active adapters (or `adapter_names`) in its weights, and with the trained copies in
-    place of the modules that they were made of. The parameters stay frozen, as in peft. Returns the same object."""
+    place of the modules that they were made of. The parameters stay frozen, as in peft. Returns the same object. Raises
+    PatchError as `merge`; the model is then still patched."""
     state = state_of(model)
     wanted = state.merged or state.active if adapter_names is None else names_of(adapter_names, "merge_and_unload")
     check_names(state, wanted, "merge_and_unload")
@@ -385,7 +389,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """peft's line, character for character; of a model without parameters it says 0 of 0."""
+    """peft's line, character for character; of a model without parameters it says 0 of 0. Raises PatchError for what is
+    no model."""
     trainable, total = count_parameters(model)
     share = 100 * trainable / total if total else 0
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

@@ -67,7 +67,14 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type] = {}
 
 @dataclass
 class PeftConfig:
-    """What every method's configuration has. Raises ConfigError for a value that cannot be honoured."""
+    """What every method's configuration has. Raises ConfigError for a value that cannot be honoured.
+
+    task_type: a TaskType, which says what head is trained and what virtual tokens do to targets; None is the model as
+    it is.
+    peft_type: the method; each class has its own by itself.
+    inference_mode: whether the adapter is frozen.
+    base_model_name_or_path, revision, auto_mapping, peft_version: where the adapter is from; kept and written back.
+    """
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None

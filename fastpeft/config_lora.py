@@ -37,9 +37,21 @@ class LoraRuntimeConfig:
 class LoraConfig(PeftConfig):
     """LoRA (Hu et al., arXiv 2106.09685), with peft's fields.
 
+    r, lora_alpha: the rank, and what the update is scaled by, as lora_alpha / r.
     target_modules: a list of names (each the whole path of a module or its end after a dot), a string (a regular
-    expression for the whole path) or "all-linear"; None takes the model family's default. rank_pattern and
-    alpha_pattern map regular expressions for the end of a path to other values of r and lora_alpha.
+    expression for the whole path) or "all-linear"; None takes the model family's default.
+    exclude_modules: likewise, what is left out of these.
+    layers_to_transform, layers_pattern: the numbers of the layers that get it, and what the list of layers is called.
+    rank_pattern, alpha_pattern: other values of r and lora_alpha, by regular expressions for the end of a path.
+    lora_dropout: the probability that an element of the update's input is left out in training.
+    bias: which biases of the base model are trained: "none", "all", or "lora_only", those of the targets.
+    lora_bias: whether B has a bias.
+    modules_to_save: modules trained whole and saved besides; the head of the task is one of them by itself.
+    use_rslora: lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv 2312.03732).
+    use_dora: the norms of the weight's rows are trained too (arXiv 2402.09353).
+    init_lora_weights: True or False (B is zero or random), "gaussian", "pissa" and "pissa_niter_N" (arXiv 2404.02948),
+    "olora" (arXiv 2406.01775).
+    fan_in_fan_out: whether weights are stored as (K, N); what the layer's class says counts, with a warning.
     """
 
     r: int = 8

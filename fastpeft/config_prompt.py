@@ -62,6 +62,7 @@ class PromptLearningConfig(PeftConfig):
 class PrefixTuningConfig(PromptLearningConfig):
     """Prefix tuning (Li & Liang, arXiv 2101.00190), with peft's fields and four of our own.
 
+    num_virtual_tokens: how many keys and values each layer gets in front of the real ones.
     prefix_projection: the prefix comes out of a small network of width encoder_hidden_size, not out of a table.
     init_weights: None is random, "zero" makes the prefix zeros (which still draw attention).
     prefix_window: in layers with a sliding window the prefix slides out as peft's does ("slide"), or stays ("pin").
@@ -118,6 +119,7 @@ class PromptEncoderReparameterizationType(str, Enum):
 class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning (Lester et al., arXiv 2104.08691), with peft's fields and one of our own.
 
+    num_virtual_tokens: how many rows stand in front of the input's embeddings.
     prompt_tuning_init: RANDOM, SAMPLE_VOCAB, or TEXT, which needs prompt_tuning_init_text and tokenizer_name_or_path;
     tokenizer_kwargs are for loading that tokenizer, whose own code is never run.
     virtual_logits: the model's result keeps the places of the virtual tokens, as peft's does.
@@ -161,6 +163,7 @@ class PromptTuningConfig(PromptLearningConfig):
 class PromptEncoderConfig(PromptLearningConfig):
     """P-tuning (Liu et al., arXiv 2103.10385), with peft's fields and one of our own.
 
+    num_virtual_tokens: how many rows stand in front of the input's embeddings.
     encoder_reparameterization_type: "MLP", three linear layers of width encoder_hidden_size, or "LSTM", bidirectional,
     of encoder_num_layers layers with encoder_dropout between them, and two linear ones.
     virtual_logits: the model's result keeps the places of the virtual tokens, as peft's does.

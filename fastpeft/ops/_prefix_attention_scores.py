@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpeft.errors import OpError
+
 # Letters of the shape suffixes in this file: B batch, H query heads, G key/value heads, S queries, T keys, P virtual
 # keys, D head dimension.
 
@@ -106,26 +108,26 @@ def prefix_visible_block(scores: Scores, rows: slice, prefix: int, device) -> Te
 
 
 def check_tensors(op: str, tensors: Tensors) -> None:
-    """Raises ValueError, naming `op`, unless shapes, dtypes and devices fit each other."""
+    """Raises OpError, naming `op`, unless shapes, dtypes and devices fit each other."""
     q, k, v, pk, pv, bias, pbias, sinks = tensors
     if q.ndim != 4:
-        raise ValueError(f"{op}: query has shape {tuple(q.shape)}; (B, H, S, D) is needed")
+        raise OpError(f"{op}: query has shape {tuple(q.shape)}; (B, H, S, D) is needed")
     batch, heads, queries, depth = q.shape
     if not q.is_floating_point():
-        raise ValueError(f"{op}: query is {q.dtype}; floating point is needed")
+        raise OpError(f"{op}: query is {q.dtype}; floating point is needed")
     if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != depth or k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(
+        raise OpError(
             f"{op}: key has shape {tuple(k.shape)}; (B, Hkv, T, D) = ({batch}, a divisor of {heads}, T, {depth}) is "
             f"needed for query of shape {tuple(q.shape)}"
         )
     _need_shape(op, "value", v, tuple(k.shape))
     if pk.ndim != 4 or pk.shape[0] not in (1, batch) or pk.shape[1] != k.shape[1] or pk.shape[3] != depth:
-        raise ValueError(
+        raise OpError(
             f"{op}: the virtual keys have shape {tuple(pk.shape)}; ({k.shape[1]}, P, {depth}) or ({batch}, "
             f"{k.shape[1]}, P, {depth}) is needed for key of shape {tuple(k.shape)}"
         )
     if pk.shape[2] == 0:
-        raise ValueError(f"{op}: the prefix has P = 0 virtual tokens; at least 1 is needed")
+        raise OpError(f"{op}: the prefix has P = 0 virtual tokens; at least 1 is needed")
     _need_shape(op, "the virtual values", pv, tuple(pk.shape))
     for name, extra, columns in (("bias", bias, k.shape[2]), ("prefix_bias", pbias, pk.shape[2])):
         if extra is not None:
@@ -133,7 +135,7 @@ def check_tensors(op: str, tensors: Tensors) -> None:
                 have in (1, want) for have, want in zip(extra.shape, (batch, heads), strict=False)
             )
             if not fits or tuple(extra.shape[2:]) != (queries, columns):
-                raise ValueError(
+                raise OpError(
                     f"{op}: {name} has shape {tuple(extra.shape)}; ({batch} or 1, {heads} or 1, {queries}, {columns}) "
                     "is needed"
                 )
@@ -141,31 +143,31 @@ def check_tensors(op: str, tensors: Tensors) -> None:
         _need_shape(op, "sinks", sinks, (heads,))
     for name, each in zip(("query", "key", "value", "virtual keys", "virtual values"), tensors[:5], strict=True):
         if each.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} is {each.dtype}, query {q.dtype}; cast one of them")
+            raise OpError(f"{op}: {name} is {each.dtype}, query {q.dtype}; cast one of them")
     for name, each in zip(("key", "value", "virtual keys", "virtual values", "bias", "prefix_bias", "sinks"),
                           tensors[1:], strict=True):  # fmt: skip
         if each is not None and each.device != q.device:
-            raise ValueError(f"{op}: {name} is on {each.device}, query on {q.device}; move one of them")
+            raise OpError(f"{op}: {name} is on {each.device}, query on {q.device}; move one of them")
 
 
 def make_scores(
     op, tensors: Tensors, causal, scale, padding_mask, segment_ids, query_start, alibi_slopes, key_positions,
     sliding_window, softcap,
 ) -> Scores:  # fmt: skip
-    """The `Scores` of a call from the arguments of its public function, checked. Raises ValueError."""
+    """The `Scores` of a call from the arguments of its public function, checked. Raises OpError."""
     q, k = tensors.q_BHSD, tensors.k_BGTD
     (batch, heads, queries, depth), keys = q.shape, k.shape[2]
     start = keys - queries if query_start is None else query_start
     if segment_ids is not None and not 0 <= start <= keys - queries:
-        raise ValueError(f"{op}: query_start is {start}; with segment_ids 0 to T - S = {keys - queries} is needed")
+        raise OpError(f"{op}: query_start is {start}; with segment_ids 0 to T - S = {keys - queries} is needed")
     if scale is None:
         scale = depth**-0.5
     elif not -math.inf < scale < math.inf:  # no isfinite, which torch.compile does not know of numbers that may change
-        raise ValueError(f"{op}: scale is {scale}; a finite number is needed")
+        raise OpError(f"{op}: scale is {scale}; a finite number is needed")
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap is {softcap}; a positive number or None is needed")
+        raise OpError(f"{op}: softcap is {softcap}; a positive number or None is needed")
     if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"{op}: sliding_window is {sliding_window}; at least 1, or None is needed")
+        raise OpError(f"{op}: sliding_window is {sliding_window}; at least 1, or None is needed")
     for name, each, shape in (
         ("padding_mask", padding_mask, (batch, keys)),
         ("segment_ids", segment_ids, (batch, keys)),
@@ -175,18 +177,16 @@ def make_scores(
         if each is not None:
             _need_shape(op, name, each, shape)
             if each.device != q.device:
-                raise ValueError(f"{op}: {name} is on {each.device}, query on {q.device}; move one of them")
+                raise OpError(f"{op}: {name} is on {each.device}, query on {q.device}; move one of them")
     if padding_mask is not None and padding_mask.dtype != torch.bool:
-        raise ValueError(f"{op}: padding_mask is {padding_mask.dtype}; torch.bool is needed, True where to attend")
+        raise OpError(f"{op}: padding_mask is {padding_mask.dtype}; torch.bool is needed, True where to attend")
     segments = None if segment_ids is None else segment_ids.to(torch.int32)
     local = None
     if segments is not None and (sliding_window is not None or alibi_slopes is not None):
         local = positions_within(segments)
     elif sliding_window is not None and key_positions is not None:
         if not 0 <= start <= keys - queries:
-            raise ValueError(
-                f"{op}: query_start is {start}; with key_positions 0 to T - S = {keys - queries} is needed"
-            )
+            raise OpError(f"{op}: query_start is {start}; with key_positions 0 to T - S = {keys - queries} is needed")
         local = key_positions.to(torch.int32)
     if alibi_slopes is not None and key_positions is None:
         key_positions = default_positions(batch, keys, padding_mask, local, q.device)
@@ -223,4 +223,4 @@ def default_positions(batch, keys, padding_BT, local_BT, device) -> Tensor:
 
 def _need_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        raise OpError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")

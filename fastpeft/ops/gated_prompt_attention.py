@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastpeft.dispatch import prefix_attention_plan
+from fastpeft.errors import OpError
 from fastpeft.ops import _gated_prompt_attention_torch as torch_path
+from fastpeft.ops._first_order import first_order
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, check_tensors, make_scores, of_prompt, of_sequence
 from fastpeft.ops.prefix_attention import Call, in_common_dtype, prefix_attention_reference
 
@@ -53,7 +55,7 @@ class GatedPromptAttentionFunction(torch.autograd.Function):
         return out_BHSD
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dout_BHSD):
         gate, *tensors, own_BHSD, lse_BHS, seed = ctx.saved_tensors
         _, need_gate, *needs = ctx.needs_input_grad
@@ -100,7 +102,7 @@ def gated_prompt_attention(
         (B, H, S, D) in query's dtype, stored so that `.transpose(1, 2)` is contiguous.
 
     Raises:
-        ValueError: a shape, device, dtype or number does not fit.
+        OpError (a ValueError): a shape, device, dtype or number does not fit.
         BackendError: the triton backend was demanded and cannot serve the call.
     """
     prompt_key, prompt_value = (t[None] if t.ndim == 3 else t for t in (prompt_key, prompt_value))
@@ -108,18 +110,18 @@ def gated_prompt_attention(
     check_tensors("gated_prompt_attention", tensors)
     heads = query.shape[1]
     if tuple(gate.shape) not in ((), (1,), (heads,)) or not gate.is_floating_point():
-        raise ValueError(
+        raise OpError(
             f"gated_prompt_attention: gate is {gate.dtype} of shape {tuple(gate.shape)}; floating point of shape (), "
             f"(1,) or ({heads},) is needed"
         )
     if gate.device != query.device:
-        raise ValueError(f"gated_prompt_attention: gate is on {gate.device}, query on {query.device}; move one of them")
+        raise OpError(f"gated_prompt_attention: gate is on {gate.device}, query on {query.device}; move one of them")
     scores = make_scores(
         "gated_prompt_attention", tensors, causal, scale, padding_mask, segment_ids, query_start, alibi_slopes,
         key_positions, sliding_window, softcap,
     )  # fmt: skip
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"gated_prompt_attention: dropout is {dropout}; a probability in [0, 1) is needed")
+        raise OpError(f"gated_prompt_attention: dropout is {dropout}; a probability in [0, 1) is needed")
     dropout = dropout if training else 0.0
     if torch.compiler.is_compiling():
         from fastpeft.ops._prefix_attention_compiled import compiled_attention

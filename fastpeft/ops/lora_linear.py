@@ -18,6 +18,7 @@ import torch
 from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
 from fastpeft.errors import OpError
 from fastpeft.ops import _lora_linear_torch as torch_path
+from fastpeft.ops._first_order import first_order
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -48,7 +49,13 @@ def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, p
 
 
 def dropout_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device, backend: str) -> torch.Tensor:
-    """[rows, columns] booleans, True where `lora_linear` keeps x under this seed on this backend."""
+    """(rows, columns) booleans on `device`, True where `lora_linear` keeps an element of x (M, K) = (rows, columns).
+
+    Args:
+        seed: (1,) int64, as a call has drawn it from torch's generator.
+        p: the probability that an element is left out.
+        backend: "torch" or "triton", whose masks differ.
+    """
     return _path(backend == "triton").keep_mask(seed, p, rows, columns, torch.device(device))
 
 
@@ -84,7 +91,7 @@ class LoraLinearFunction(torch.autograd.Function):
         return y_MN
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dy_MN):
         need_x, need_w, need_bias, need_residual, need_a, need_b, _ = ctx.needs_input_grad
         needs = (need_x, need_w, need_bias, need_a, need_b)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from fastpeft.dispatch import Plan, prefix_attention_plan
+from fastpeft.errors import OpError
 from fastpeft.ops import _prefix_attention_torch as torch_path
+from fastpeft.ops._first_order import first_order
 from fastpeft.ops._prefix_attention_scores import (
     Scores,
     Tensors,
@@ -104,7 +106,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
         return out_BHSD
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dout_BHSD):
         *tensors, out_BHSD, lse_BHS, seed = ctx.saved_tensors
         needs = Tensors(*ctx.needs_input_grad[1:])
@@ -168,20 +170,20 @@ def prefix_attention(
         (B, H, S, D) in query's dtype, stored so that `.transpose(1, 2)` is contiguous. A row that sees nothing is 0.
 
     Raises:
-        ValueError: a shape, device, dtype or number does not fit.
+        OpError (a ValueError): a shape, device, dtype or number does not fit.
         BackendError: the triton backend was demanded and cannot serve the call.
     """
     prefix_key, prefix_value = (t[None] if t.ndim == 3 else t for t in (prefix_key, prefix_value))
     tensors = in_common_dtype(Tensors(query, key, value, prefix_key, prefix_value, bias, prefix_bias, sinks))
     check_tensors("prefix_attention", tensors)
     if prefix_window not in ("slide", "pin"):
-        raise ValueError(f"prefix_attention: prefix_window is {prefix_window!r}; 'slide' or 'pin' is needed")
+        raise OpError(f"prefix_attention: prefix_window is {prefix_window!r}; 'slide' or 'pin' is needed")
     scores = make_scores(
         "prefix_attention", tensors, causal, scale, padding_mask, segment_ids, query_start, alibi_slopes,
         key_positions, sliding_window, softcap,
     )._replace(pin=prefix_window == "pin")  # fmt: skip
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"prefix_attention: dropout is {dropout}; a probability in [0, 1) is needed")
+        raise OpError(f"prefix_attention: dropout is {dropout}; a probability in [0, 1) is needed")
     return apply_prefix_attention(tensors, scores, dropout if training else 0.0, patched_backend)
 
 

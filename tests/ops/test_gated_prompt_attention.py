@@ -9,7 +9,7 @@ import torch
 
 from fastpeft.attention_oracle import MODIFIERS, attention_outcomes
 from fastpeft.dispatch import backend
-from fastpeft.errors import BackendError
+from fastpeft.errors import BackendError, OpError
 from fastpeft.ops import gated_prompt_attention, prefix_attention
 from fastpeft.oracle import Bounds
 from tests.memory import saved_for_backward
@@ -179,7 +179,7 @@ def test_errors_name_the_argument_and_what_was_expected(changes, message):
     problem = problem_of()
     names = ("query", "key", "value", "prompt_key", "prompt_value", "gate")
     given = {name: getattr(problem, name.replace("prompt", "prefix")) for name in names}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OpError, match=message):
         gated_prompt_attention(**(given | changes))
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastpeft.attention_oracle import GRADIENTS, attention_outcomes
+from fastpeft.errors import OpError
 from fastpeft.ops import gated_prompt_attention, prefix_attention
 from tests.ops.attention_cases import FIVE, draws, path
 
@@ -108,7 +109,7 @@ def test_autocast_takes_a_prefix_of_another_dtype(op):
 
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run(mixed), run(given))
-    with pytest.raises(ValueError, match="virtual keys is torch.float32, query torch.bfloat16"):
+    with pytest.raises(OpError, match="virtual keys is torch.float32, query torch.bfloat16"):
         run(mixed)
 
 
@@ -224,7 +225,7 @@ def call(**changes):
     ],
 )  # fmt: skip
 def test_errors_name_the_argument_and_what_was_expected(changes, message):
-    with pytest.raises(ValueError, match=f"prefix_attention: .*{message}"):
+    with pytest.raises(OpError, match=f"prefix_attention: .*{message}"):
         call(**changes)
 
 
