@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.calls import Call, Room, calling
+from fastpeft.errors import PatchError
 from fastpeft.mixed_batches import call_with_rows
 from fastpeft.selection import active_names
 from fastpeft.tuners.prompt_call import (
@@ -148,6 +149,11 @@ def _as_in_peft(model: nn.Module, task: type, prompt: Tensor, given: dict[str, A
     embedding = text_embedding(model)
     rows = given.get("inputs_embeds")
     room = Room(len(prompt), (ids if rows is None else rows).shape[1])
+    if not hasattr(embedding, "in_front"):
+        raise PatchError(
+            f"the model's input embedding, a {type(embedding).__name__}, took its place after the patch, and knows "
+            "nothing of virtual tokens; fastpeft.unpatch(model) and patch it again"
+        )
     hooks = embedding._forward_hooks or embedding._forward_pre_hooks or "_hf_hook" in embedding.__dict__
     if rows is None and hooks:
         rows = embedding(ids)

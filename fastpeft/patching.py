@@ -176,15 +176,22 @@ def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            for module in model.modules():
-                if "_gradient_checkpointing_func" in module.__dict__:
-                    module._gradient_checkpointing_func = CarriedCheckpoint(module._gradient_checkpointing_func, state)
-            enable_input_grads(model, state)
+        bind_checkpoints(model, state)
     except BaseException:
         unpatch(model)
         raise
     return state
+
+
+def bind_checkpoints(model: nn.Module, state: PatchState) -> None:
+    """Where checkpointing is on: let it carry the choice of adapters along, and the embeddings' outputs want a
+    gradient."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return
+    for module in model.modules():
+        if "_gradient_checkpointing_func" in module.__dict__:
+            module._gradient_checkpointing_func = CarriedCheckpoint(module._gradient_checkpointing_func, state)
+    enable_input_grads(model, state)
 
 
 def enable_input_grads(model: nn.Module, state: PatchState) -> None:

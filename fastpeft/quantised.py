@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastpeft.errors import PatchError
+from fastpeft.ops._first_order import first_order
 
 # Where quantised layers keep their numbers; the first that is there says where the layer is.
 STORAGES = ("weight", "qweight", "W_q", "codes")
@@ -140,7 +141,7 @@ class FrozenProduct(torch.autograd.Function):
         return product(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dy):
         need_x, need_bias, _, _ = ctx.needs_input_grad
         dx = dbias = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastpeft.dispatch import prefix_attention_plan
 from fastpeft.errors import OpError
 from fastpeft.ops import _gated_prompt_attention_torch as torch_path
+from fastpeft.ops._first_order import first_order
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, check_tensors, make_scores, of_prompt, of_sequence
 from fastpeft.ops.prefix_attention import Call, in_common_dtype, prefix_attention_reference
 
@@ -54,7 +55,7 @@ class GatedPromptAttentionFunction(torch.autograd.Function):
         return out_BHSD
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dout_BHSD):
         gate, *tensors, own_BHSD, lse_BHS, seed = ctx.saved_tensors
         _, need_gate, *needs = ctx.needs_input_grad

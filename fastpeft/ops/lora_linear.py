@@ -18,6 +18,7 @@ import torch
 from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
 from fastpeft.errors import OpError
 from fastpeft.ops import _lora_linear_torch as torch_path
+from fastpeft.ops._first_order import first_order
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -90,7 +91,7 @@ class LoraLinearFunction(torch.autograd.Function):
         return y_MN
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dy_MN):
         need_x, need_w, need_bias, need_residual, need_a, need_b, _ = ctx.needs_input_grad
         needs = (need_x, need_w, need_bias, need_a, need_b)

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.ops import _mixed_lora_linear_torch as torch_path
+from fastpeft.ops._first_order import first_order
 from fastpeft.ops.lora_linear import _check as check_lora
 
 # Letters of the shape suffixes: B samples, M rows (B times all dimensions between), K inputs, N outputs, R rank.
@@ -115,7 +116,7 @@ class MixedLoraLinearFunction(torch.autograd.Function):
         return y_MN
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dy_MN):
         need_x, need_w, need_bias, need_residual, *_ = ctx.needs_input_grad
         x, weight, s, seeds, *matrices = ctx.saved_tensors

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastpeft.dispatch import Plan, prefix_attention_plan
 from fastpeft.errors import OpError
 from fastpeft.ops import _prefix_attention_torch as torch_path
+from fastpeft.ops._first_order import first_order
 from fastpeft.ops._prefix_attention_scores import (
     Scores,
     Tensors,
@@ -105,7 +106,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
         return out_BHSD
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dout_BHSD):
         *tensors, out_BHSD, lse_BHS, seed = ctx.saved_tensors
         needs = Tensors(*ctx.needs_input_grad[1:])

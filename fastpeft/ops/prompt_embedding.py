@@ -18,6 +18,7 @@ from torch import Tensor
 from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.ops import _prompt_embedding_torch as torch_path
+from fastpeft.ops._first_order import first_order
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
@@ -68,7 +69,7 @@ class PromptEmbeddingFunction(torch.autograd.Function):
         return out_BTH
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dout_BTH):
         need_prompt, need_rows, *_ = ctx.needs_input_grad
         ids_BS, start_B = ctx.saved_tensors

@@ -325,6 +325,10 @@ class LinearArithmetic:
     `backend()` that is asked for.
     """
 
+    def dropout_of(self, name: str) -> float:
+        """The probability in force."""
+        return self.settings(name).dropout if self.training else 0.0
+
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x Wᵀ with the weight that `matrix()` has given."""
         return F.linear(x, weight)
@@ -349,7 +353,7 @@ class LinearArithmetic:
         a, b = self.factors(name)
         check_gathered(a, "a factor of LoRA")
         check_gathered(b, "a factor of LoRA")
-        p = settings.dropout if self.training else 0.0
+        p = self.dropout_of(name)
         backend = self.backend()
         if settings.use_dora:
             return self._add_dora(name, x, result, p, backend)

@@ -37,7 +37,7 @@ def mixed_linear(layer, names: Sequence[str], rows: Sequence[str], input: Tensor
         check_gathered(a, "a factor of LoRA")
         check_gathered(b, "a factor of LoRA")
         settings = layer.settings(name)
-        adapters.append(Adapter(a, b, settings.scaling, settings.dropout if layer.training else 0.0))
+        adapters.append(Adapter(a, b, settings.scaling, layer.dropout_of(name)))
     places = [names.index(row) if row in names else -1 for row in rows]
     base = (layer.matrix(), layer.base_bias()) if fused else (None, None)
     result = apply_mixed_lora(input, *base, result, adapters, places, layer.backend())

@@ -8,23 +8,27 @@ import torch
 from torch import nn
 
 from fastpeft.adapted_model import AdaptedModel, patched_model_class
+from fastpeft.errors import PatchError
 from fastpeft.integrations.peft.swapping import Extension
-from fastpeft.patching import PatchState, enable_input_grads, restore
-from fastpeft.selection import CarriedCheckpoint, override
+from fastpeft.patching import PatchState, bind_checkpoints, restore
+from fastpeft.selection import override
 from fastpeft.tuners.layer import AdapterLayer, take_forward
 
 
 def begin_base(base: nn.Module, extension: Extension) -> PatchState:
-    """Let calls of the base model go through `fastpeft.forward`; without a name in force they are its own."""
+    """Let calls of the base model go through `fastpeft.forward`; without a name in force they are its own. Raises
+    PatchError if something in it is patched already, as it can be for one model alone."""
+    for path, module in base.named_modules():
+        if "_fastpeft" in module.__dict__:
+            raise PatchError(
+                f"patch: {path or type(base).__name__} is patched as part of another model, which has this base too; "
+                "unpatch that one first"
+            )
     state = PatchState(type(base), extension.backend, hf_quirks=True, autocast=True, requires_grad={}, training={})
     base.__class__ = patched_model_class(type(base), AdaptedModel)
     state.original_forward = take_forward(base, state.original_class)
     base.__dict__["_fastpeft"] = state
-    checkpointing = [m for m in base.modules() if "_gradient_checkpointing_func" in m.__dict__]
-    for module in checkpointing:
-        module._gradient_checkpointing_func = CarriedCheckpoint(module._gradient_checkpointing_func, state)
-    if any(getattr(module, "gradient_checkpointing", False) for module in checkpointing):
-        enable_input_grads(base, state)
+    bind_checkpoints(base, state)
     extension.hooked = state
     return state
 
@@ -41,8 +45,9 @@ def using(state: PatchState, name: str, function: Callable, /, *args, **kwargs) 
 
 
 def end_base(base: nn.Module, extension: Extension) -> None:
-    """Undo `begin_base` and what adapters have put into the model since."""
-    restore(base, extension.hooked, keep_weights=False)
+    """Undo `begin_base`, if it was done, and what adapters have put into the model since."""
+    if extension.hooked is not None:
+        restore(base, extension.hooked, keep_weights=False)
     extension.hooked = None
 
 

@@ -58,7 +58,7 @@ class FusedLayer(Swapped, LinearArithmetic):
         return known and self.is_dense() and is_bare(base)
 
     def dropout_of(self, name: str) -> float:
-        """The probability in force."""
+        """The probability in force, which is the dropout module's matter alone."""
         dropout = self.lora_dropout[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
@@ -130,9 +130,11 @@ class FusedLora(FusedLayer):
             return "hooks on the adapter's modules, which only their own calls run"
         if type(parts[0]) is not nn.Linear or type(parts[1]) is not nn.Linear:
             return f"its factors are {type(parts[0]).__name__} and {type(parts[1]).__name__}"
-        if type(parts[2]) not in PLAIN_DROPOUTS:
-            return f"its dropout is {type(parts[2]).__name__}"
-        return None
+        return _why_not_dropout(parts[2])
+
+    def dropout_of(self, name: str) -> float:
+        """DoRA's goes by the layer's own mode too, as in peft."""
+        return super().dropout_of(name) if self.training or name not in self.lora_variant else 0.0
 
 
 class FusedAdaLora(FusedLayer):
@@ -151,9 +153,15 @@ class FusedAdaLora(FusedLayer):
     def why_not(self, name: str) -> str | None:
         if not self.lora_A[name].shape[0]:
             return "no triplets are left"
-        if not is_bare(self.lora_dropout[name]) or type(self.lora_dropout[name]) not in PLAIN_DROPOUTS:
-            return "hooks on its dropout"
-        return None
+        if not is_bare(self.lora_dropout[name]):
+            return "hooks on its dropout, which only its own calls run"
+        return _why_not_dropout(self.lora_dropout[name])
+
+
+def _why_not_dropout(dropout: nn.Module) -> str | None:
+    if type(dropout) not in PLAIN_DROPOUTS:
+        return f"its dropout is {type(dropout).__name__}"
+    return "its dropout leaves nothing" if getattr(dropout, "p", 0.0) >= 1 else None
 
 
 _LORA = "peft.tuners.lora"

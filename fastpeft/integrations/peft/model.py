@@ -21,7 +21,7 @@ ADAPTION = "peft.tuners.adaption_prompt.model.AdaptionPromptModel"
 
 def is_swapped(model: nn.Module) -> bool:
     """Whether `patch_peft` has been here."""
-    return any(isinstance(module, Swapped) for module in model.modules())
+    return any(KEY in module.__dict__ for module in model.modules())
 
 
 def patch_peft(model: nn.Module, backend: str | None = None) -> nn.Module:
@@ -59,13 +59,15 @@ def _swap_all(model: nn.Module, extension: Extension) -> None:
         if kind in TUNERS:
             swap(module, TUNERS[kind], extension)
         elif kind == ADAPTION:
-            swap_adaption(module, extension)
-    if "prompt_encoder" in model._modules and getattr(model, "_is_prompt_learning", False):
-        swap_prompts(model, extension)
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        swap(model, SwappingModel, extension)
-    elif isinstance(model._modules.get("base_model"), SwappingAdaLora):
+            swap_adaption(module, Extension(extension.backend))
+        elif "prompt_encoder" in module._modules and getattr(module, "_is_prompt_learning", False):
+            own = module.__dict__[KEY] = Extension(extension.backend)
+            swap_prompts(module, own)
+        elif getattr(module, "_hf_peft_config_loaded", False) and not isinstance(module, Swapped):
+            swap(module, SwappingModel, extension)
+    if isinstance(model._modules.get("base_model"), SwappingAdaLora):
         swap(model, ResumingAdaLora, extension)
+    model.__dict__.setdefault(KEY, extension)
 
 
 def unpatch_peft(model: nn.Module) -> nn.Module:
@@ -73,6 +75,8 @@ def unpatch_peft(model: nn.Module) -> nn.Module:
     stay. Returns the same object. Raises PatchError if it is not patched."""
     if not is_swapped(model):
         raise PatchError(f"unpatch: this {type(model).__name__} is peft's own as it is; fastpeft.patch(model) first")
+    if any(isinstance(module, Swapped) and getattr(module, "_adapters_disabled", False) for module in model.modules()):
+        raise PatchError("unpatch: an adapter is disabled by a block that goes on; leave the block first")
     return _swap_all_back(model)
 
 
@@ -82,6 +86,7 @@ def _swap_all_back(model: nn.Module) -> nn.Module:
             if hasattr(module, "swapped_back"):
                 module.swapped_back()
             swap_back(module)
+        module.__dict__.pop(KEY, None)
     return model
 
 
@@ -92,7 +97,8 @@ def report_peft(model: nn.Module) -> Report:
         raise PatchError(f"report: this {type(model).__name__} is not patched; call fastpeft.patch(model) first")
     rows = tuple(_rows(model))
     active = getattr(model, "active_adapters", ())
-    active = active() if callable(active) else active
+    if callable(active):  # of a transformers model
+        active = active() if getattr(model, "peft_config", None) else ()
     return Report(rows, tuple(active), tuple(dict.fromkeys(_merged(model))))
 
 
@@ -102,18 +108,24 @@ def _merged(model: nn.Module) -> Iterator[str]:
 
 
 def _rows(model: nn.Module) -> Iterator[LayerReport]:
+    seen = set()
     for path, module in model.named_modules():
         kind = full_name(type(module))
         if isinstance(module, FusedLayer):
             yield from _layer_rows(path, module)
-        elif hasattr(module, "base_layer") and kind.startswith("peft."):
+        elif hasattr(module, "base_layer") and _is_of_peft(type(module)):
             why = _why_left(module, kind)
             yield LayerReport(path, type(module).__name__, tuple(module._get_available_adapters()), LEFT, "torch", why)
-    extension = next((m.__dict__[KEY] for m in model.modules() if isinstance(m, Swapped)), None)
-    if extension is not None and extension.hooked is not None:
-        yield from rows_of(model)
-        for name, why in extension.left.items():
-            yield LayerReport("", type(model).__name__, (name,), LEFT, "torch", why)
+        extension = module.__dict__.get(KEY)
+        if extension is not None and id(extension) not in seen:
+            seen.add(id(extension))
+            for name, why in extension.left.items():
+                yield LayerReport(path, type(module).__name__, (name,), LEFT, "torch", why)
+    yield from rows_of(model)
+
+
+def _is_of_peft(kind: type) -> bool:
+    return any(each.__module__.startswith("peft.") for each in kind.__mro__)
 
 
 def _why_left(module: nn.Module, kind: str) -> str:

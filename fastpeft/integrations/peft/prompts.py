@@ -11,7 +11,7 @@ from fastpeft.configs import PrefixTuningConfig, PromptLearningConfig, TaskType,
 from fastpeft.errors import FastpeftError
 from fastpeft.forward import Part
 from fastpeft.integrations.peft.base import begin_base, end_base, forget_adapter, using
-from fastpeft.integrations.peft.swapping import Extension, Swapped, swap
+from fastpeft.integrations.peft.swapping import Extension, Swapped, full_name, swap
 from fastpeft.integrations.trainer_trl import put_trl_behind
 from fastpeft.mapping import task_class, tuner_of
 from fastpeft.neighbours import put_behind
@@ -30,7 +30,8 @@ class FusedPromptModel(Swapped):
         put_behind(self.base_model)  # Liger's forward, which may have come after the patch
         given = named_arguments(self.swapped_from, args, kwargs)
         given.pop("task_ids", None)
-        if state.configs[name].task_type != TaskType.SEQ_CLS and given.get("token_type_ids") is not None:
+        drops = state.configs[name].task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+        if drops and given.get("token_type_ids") is not None:
             warnings.warn("peft hands no token_type_ids on to a model of this task; they are ignored", stacklevel=2)
             del given["token_type_ids"]
         given = {key: value for key, value in given.items() if value is not None}
@@ -74,10 +75,16 @@ class FusedPromptModel(Swapped):
 def swap_prompts(model: nn.Module, extension: Extension) -> None:
     """Make a PeftModel with virtual tokens ours, and its base model ready for them."""
     argument_names(type(model))  # which are found here, before torch.compile asks for them
-    if swap(model, FusedPromptModel, extension):
+    if any(full_name(kind).startswith("peft.") for kind in type(model.base_model).__mro__):
+        why = "its base model is a PeftModel itself"
+    elif swap(model, FusedPromptModel, extension):
         begin_base(model.base_model, extension)
         for name in model.peft_config:
             attach_adapter(model, name)
+        return
+    else:
+        why = "the model's forward was replaced by somebody (accelerator.prepare?); patch before that"
+    extension.left.update(dict.fromkeys(model.peft_config, why))
 
 
 def attach_adapter(model: nn.Module, name: str) -> None:

@@ -45,6 +45,13 @@ def swapped_class(mixin: type, original: type) -> type:
     it."""
     namespace = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
     namespace |= {"swapped_by": mixin, "swapped_from": original}
+    if "forward" in vars(mixin):
+
+        @functools.wraps(original.forward)  # whose arguments' names are asked for
+        def forward(self, *args, **kwargs):
+            return mixin.forward(self, *args, **kwargs)
+
+        namespace["forward"] = forward
     return type(original.__name__, (mixin, original), namespace)
 
 
@@ -54,9 +61,11 @@ def _rebuild(mixin: type, original: type):
 
 
 def swap(module: nn.Module, mixin: type, extension: Extension) -> bool:
-    """Put `mixin` in front of the module's class. A forward that somebody has put on the instance stays, and then what
-    it does is not ours to change: False, unless it is accelerate's, which calls ours."""
+    """Put `mixin` in front of the module's class; True. Where somebody has put another forward on the instance, the
+    module stays as it is, and False is returned; accelerate's hooks, whose forward calls the class's, are no such."""
     original = type(module)
+    if getattr(module.__dict__.get("forward"), "__func__", None) is original.forward:
+        del module.__dict__["forward"]  # its own, which peft leaves there when a block has disabled a prompt
     module.__class__ = swapped_class(mixin, original)
     forward = take_forward(module, original)
     if forward is not None:

@@ -21,11 +21,11 @@ def swap_layers(model: nn.Module, extension: Extension) -> None:
 
 
 class SwappingTuner(Swapped):
-    """In front of a tuner of layers (LoraModel, MixedModel): whatever adds an adapter calls `inject_adapter`."""
+    """In front of a tuner of layers (LoraModel, MixedModel; AdaLoraModel below): whatever adds an adapter calls its
+    `inject_adapter`."""
 
     def forward(self, *args, **kwargs) -> Any:
-        if not torch.compiler.is_compiling():
-            check_peft_s_head(self.model)  # Liger's kernels may have come after the patch
+        _check_head(self.model)
         return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, *args, **kwargs) -> None:
@@ -37,6 +37,7 @@ class SwappingAdaLora(SwappingTuner):
     """In front of AdaLoraModel: the orthogonal term of the loss, in as many kernels as there are shapes, not layers."""
 
     def forward(self, *args, **kwargs) -> Any:
+        _check_head(self.model)
         outputs = self.model.forward(*args, **kwargs)
         loss = getattr(outputs, "loss", None)
         if isinstance(loss, Tensor):
@@ -44,18 +45,24 @@ class SwappingAdaLora(SwappingTuner):
             weight = self.peft_config[name].orth_reg_weight
             if weight < 0:
                 raise ValueError(f"orth_reg_weight={weight!r}; 0 or more is needed")
-            layers = [module for module in self.model.modules() if _has_triplets(module, name)]
-            rows, columns = ([getattr(layer, key)[name] for layer in layers] for key in ("lora_A", "lora_B"))
+            named = [(path, each) for path, each in self.model.named_parameters() if name in path]  # peft's own rule
+            rows, columns = ([each for path, each in named if key in path] for key in ("lora_A", "lora_B"))
             outputs.loss = loss + weight * mean_distance(rows, columns, loss.device).to(loss.dtype)
         return outputs
 
 
-def _has_triplets(module: nn.Module, name: str) -> bool:
-    return hasattr(module, "lora_E") and name in module.lora_A
+def _check_head(base: nn.Module) -> None:
+    """Liger's kernels may have come after the patch."""
+    if not torch.compiler.is_compiling():
+        check_peft_s_head(base)
 
 
 class SwappingModel(Swapped):
     """In front of a transformers model that holds peft's layers itself (`model.add_adapter(config)`)."""
+
+    def __call__(self, *args, **kwargs) -> Any:
+        _check_head(self)
+        return super().__call__(*args, **kwargs)
 
     def add_adapter(self, *args, **kwargs) -> None:
         super().add_adapter(*args, **kwargs)

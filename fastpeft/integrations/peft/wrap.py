@@ -6,12 +6,20 @@ from typing import Any
 from torch import nn
 
 from fastpeft.configs import PeftConfig, as_config, refuse
+from fastpeft.errors import PatchError
+from fastpeft.integrations.peft.model import is_swapped
 
 
 def wrapped_by_peft(model: nn.Module, config: Any, adapter_name: str, **options) -> nn.Module:
-    """A `peft.PeftModel` of this model, not yet patched. Raises ConfigError for an option that peft does not have."""
+    """A `peft.PeftModel` of this model, not yet patched. Raises ConfigError for an option that peft does not have,
+    PatchError for a model that is patched."""
     import peft
 
+    if "_fastpeft" in model.__dict__ or is_swapped(model):
+        raise PatchError(
+            f"get_peft_model: this {type(model).__name__} is patched already; add another adapter with "
+            "model.add_adapter(name, config), or fastpeft.unpatch(model) first"
+        )
     given = config if isinstance(config, peft.PeftConfig) else peft_s_config(as_config(config))
     return peft.get_peft_model(model, given, adapter_name, **options)
 

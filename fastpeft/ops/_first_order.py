@@ -1,0 +1,59 @@
+"""What the ops' backward passes share: they have no derivatives of their own, and say so."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from fastpeft.errors import OpError
+
+
+class _End(torch.autograd.Function):
+    """The gradients of a backward pass, connected with all that they were computed from, so that whoever
+    differentiates them comes to `backward`."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors):
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise OpError(
+            "fastpeft's ops have first derivatives only, and this asks for one of a gradient (create_graph=True); "
+            "fastpeft.unpatch(model), or a model of HF peft's, has second ones"
+        )
+
+
+class _Read:
+    """A context whose saved tensors have been read, which a checkpointed segment allows once."""
+
+    def __init__(self, ctx):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str):
+        return getattr(self.ctx, name)
+
+
+def first_order(backward: Callable) -> Callable:
+    """For a Function's `backward(ctx, *dys)`: its operations are not recorded, and a derivative of its results raises
+    OpError. torch's own once_differentiable cuts the results off, so that torch.autograd.grad passes them by in
+    silence."""
+
+    @functools.wraps(backward)
+    def unrecorded(ctx, *dys):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *dys)
+        ctx = _Read(ctx)
+        with torch.no_grad():
+            grads = backward(ctx, *dys)
+        alone = isinstance(grads, torch.Tensor)
+        grads = (grads,) if alone else grads
+        present = [grad for grad in grads if grad is not None]
+        sources = [source for source in (*dys, *ctx.saved_tensors) if source is not None and source.requires_grad]
+        if not sources:
+            return grads[0] if alone else grads
+        connected = iter(_End.apply(len(present), *present, *sources))
+        grads = tuple(None if grad is None else next(connected) for grad in grads)
+        return grads[0] if alone else grads
+
+    return unrecorded
