@@ -194,6 +194,20 @@ def test_hqq_is_merged_and_unmerged():
     assert layer.W_q is held[0] and layer.meta is held[1] and torch.equal(model(rows()), before)
 
 
+def test_hqq_begins_with_olora():
+    """Whose weight is no attribute of this name."""
+    model, twin = foreign("hqq"), plain_twin(foreign("hqq"))
+    held, before = (model.layer.W_q, model.layer.meta), model(rows())
+    for each in (model, twin):
+        torch.manual_seed(1)
+        fastpeft.patch(each, lora(init_lora_weights="olora"))
+    assert model.layer.W_q is not held[0]
+    assert torch.equal(model.layer.lora_A["default"].weight, twin.layer.lora_A["default"].weight)
+    assert 0 < error(model(rows()), twin(rows())) < 0.1
+    fastpeft.unpatch(model)
+    assert model.layer.W_q is held[0] and model.layer.meta is held[1] and torch.equal(model(rows()), before)
+
+
 class Halves(nn.Linear):
     """A user's own: a weight in halves of its numbers, whose product has no gradient."""
 

@@ -87,7 +87,8 @@ def _check_called(name: str, parent: nn.Module) -> None:
 def _check_untied(model: nn.Module, resolution) -> None:
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for target in resolution.targets:
-        if owners[id(target.module.weight)] > 1:
+        weight = getattr(target.module, "weight", None)  # some quantised layers call theirs by another name
+        if weight is not None and owners[id(weight)] > 1:
             raise ConfigError(
                 f"init_lora_weights={resolution.config.init_lora_weights!r} changes the weight of {target.name}, which "
                 "another module shares (tied embeddings) and which would change with it; exclude it from the targets"
