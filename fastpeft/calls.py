@@ -72,9 +72,10 @@ def calling(state, call: Call, function, /, *args, **kwargs):
     """`function(*args, **kwargs)`, inside which `current_call` is `call`."""
     if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
         state.traced_call = call
-        out = function(*args, **kwargs)
-        state.traced_call = None
-        return out
+        try:
+            return function(*args, **kwargs)
+        finally:
+            state.traced_call = None
     with _handing(state, call):
         return function(*args, **kwargs)
 

@@ -37,9 +37,10 @@ def using(state: PatchState, name: str, function: Callable, /, *args, **kwargs) 
     """`function(*args, **kwargs)`, inside which the base model uses this adapter."""
     if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
         before, state.active = state.active, (name,)
-        out = function(*args, **kwargs)
-        state.active = before
-        return out
+        try:
+            return function(*args, **kwargs)
+        finally:
+            state.active = before
     with override(state, (name,)):
         return function(*args, **kwargs)
 
