@@ -88,18 +88,27 @@ def test_an_offloaded_model_can_be_patched_and_trained(method, tmp_path):
         close(result(loaded, inputs), result(reference, inputs), 1e-6)
 
 
-def test_a_device_map_of_from_pretrained(tmp_path):
+MAPS = {"a map": lambda: {"device_map": device_map(tiny())}, "auto": lambda: {"device_map": "auto", "max_memory": ROOM}}
+ROOM = {"cpu": 60_000}  # bytes: for the embeddings, the rest goes to disk
+
+
+@pytest.mark.parametrize("which", MAPS)
+def test_a_device_map_of_from_pretrained(which, tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     for method in ("lora", "prefix", "adapter"):
         task, kind, settings = work.METHODS[method]
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", device_map=device_map(tiny()), offload_folder=tmp_path / method
-        )
-        assert base.model.layers[1].self_attn.q_proj.weight.is_meta
-        torch.manual_seed(3)
-        model = fastpeft.patch(base, kind(task_type=task, **settings))
-        randomise(model)
+
+        def base(method=method):
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / "base", offload_folder=tmp_path / method, **MAPS[which]()
+            )
+
         expected = result(work.patched(method).eval(), inputs_of(task, labels=False))
+        model = base()
+        assert model.model.layers[1].self_attn.q_proj.weight.is_meta
+        torch.manual_seed(3)
+        fastpeft.patch(model, kind(task_type=task, **settings))
+        randomise(model)
         close(result(model, inputs_of(task, labels=False)), expected, 1e-6)
         fastpeft.unpatch(model)
         close(result(model, inputs_of(task, labels=False)), result(tiny(), inputs_of(task, labels=False)), 1e-6)
