@@ -35,6 +35,8 @@ ELSEWHERE = {
         (name, "fastpeft.integrations.peft", name)
         for name in ("patch_peft", "unpatch_peft", "report_peft", "wrapped_by_peft")
     ],
+    "fastpeft.reporting": [(name, "fastpeft.reporting", name) for name in ("Report", "LayerReport")],
+    "fastpeft.status": [(name, "fastpeft.status", name) for name in ("TunerLayerStatus", "TunerModelStatus")],
     "fastpeft.quantised": [
         (name, "fastpeft.quantised", name) for name in ("register", "Entry", "entry_of", "is_quantised")
     ],
@@ -260,7 +262,8 @@ def documented(node: ast.AST) -> str:
 
 
 def fenced(text: str) -> list[str]:
-    return ["```python", text, "```", ""]
+    """Without a language, as a signature is no Python that a formatter may lay out anew."""
+    return ["```", text.replace("'", '"'), "```", ""]
 
 
 def about(module: str) -> list[str]:

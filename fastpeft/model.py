@@ -8,7 +8,8 @@ from fastpeft.distributed import is_sharded
 
 
 class PatchedModel(AdaptedModel):
-    """Methods that scripts written for peft call, with peft's names and meaning. Each is one function of fastpeft.
+    """Methods that scripts written for peft call, with peft's names and meaning. Each is one function of fastpeft, and
+    raises what that raises.
 
     A task's class (`fastpeft.tasks`) says besides: heads, what the task trains whole, by the end of a module's path;
     peft_drops, the arguments that HF peft's class of the task does not hand on.
