@@ -34,7 +34,7 @@ def run(arguments, cwd, **environment):
 
 def copy_of_tree(destination):
     """What a build reads, without leftovers of earlier ones: an old list of sources would hide a missing file."""
-    for name in ("kernels", "fastpeft", "benchmarks", "examples", "tests", ".ci"):
+    for name in ("kernels", "fastpeft", "benchmarks", "docs", "examples", "tests", ".ci"):
         shutil.copytree(ROOT / name, destination / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for path in ROOT.iterdir():
         if path.is_file():
@@ -99,7 +99,7 @@ def test_the_sdist_is_a_checkout(built):
     unpacked = {path.relative_to(built["unpacked"]).as_posix() for path in built["unpacked"].rglob("*.py")}
     checkout = {path.relative_to(built["checkout"]).as_posix() for path in built["checkout"].rglob("*.py")}
     assert checkout <= unpacked
-    assert {"Makefile", "constraints.txt", "LICENSE", ".ci/run"} <= {
+    assert {"Makefile", "constraints.txt", "LICENSE", ".ci/run", "docs/api.md"} <= {
         path.relative_to(built["unpacked"]).as_posix() for path in built["unpacked"].rglob("*") if path.is_file()
     }
 
