@@ -10,10 +10,10 @@ from . import (
 
 BENCHES = {
     "lora": bench_lora_linear.BENCH,
-    "mixed": bench_mixed_lora_linear.BENCH,
     "prefix": bench_prefix_attention.BENCH,
     "adapter": bench_gated_prompt_attention.BENCH,
     "prompt": bench_prompt_embedding.BENCH,
+    "mixed": bench_mixed_lora_linear.BENCH,
 }
 BY_OP = {bench.op: bench for bench in BENCHES.values()}
 STEP = "step"  # whole training steps, which are no op: see bench_step

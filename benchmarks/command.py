@@ -89,9 +89,13 @@ def _predict(arguments: argparse.Namespace, ops: Sequence[str]) -> int:
     chosen, _, refused = _chosen([op for op in ops if op != STEP], request_of(arguments, tiny=False))
     for op, reason in refused.items():
         print(f"{predict.MARK} none for {op}: {reason}")
-    found = []
+    found, asked = [], list(dict.fromkeys(bench for bench, _ in chosen))
+    known = [bench for bench in asked if bench.op in predict.DESIGNS] or asked
+    for bench in asked:
+        if bench not in known:
+            print(f"{predict.MARK} none for {bench.op}: no ledger says what it launches")
     for passed in arguments.passes or ("fwd+bwd",):
-        for bench in dict.fromkeys(bench for bench, _ in chosen):
+        for bench in known:
             some = predict.predictions(bench, [cell for owner, cell in chosen if owner is bench], passed)
             print(predict.text(some), end="")
             found += some

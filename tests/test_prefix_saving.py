@@ -128,7 +128,7 @@ def test_old_checkpoints_of_bloom(tmp_path):
     old = blocks[:, [0, 2, 1, 3]].flatten(1).contiguous()
     settings = {**model.peft_config["default"].to_file_dict(), "legacy_bloom_layout": True}
     write_adapter(tmp_path, {"prompt_embeddings": old}, settings)
-    loaded = fastpeft.load_adapter(tiny("bloom"), tmp_path)
+    loaded = fastpeft.load_adapter(tiny("bloom"), tmp_path, hf_quirks=False)  # in which padding is nobody's matter
     assert torch.equal(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "today")
     assert torch.equal(read_adapter(tmp_path / "today").tensors["prompt_embeddings"], table)

@@ -198,9 +198,10 @@ def test_the_plan_begins_with_what_matters_most():
     of = {op: [cell for bench, cell in cells if bench.op == op] for op in BY_OP}
     of_lora, of_prefix, of_prompt = of["lora_linear"], of["prefix_attention"], of["gated_prompt_attention"]
     assert {op: len({cell.id for cell in found}) for op, found in of.items()} == {
-        "lora_linear": 38, "prefix_attention": 17, "gated_prompt_attention": 6, "prompt_embedding": 3
+        "lora_linear": 38, "prefix_attention": 17, "gated_prompt_attention": 6, "prompt_embedding": 3,
+        "mixed_lora_linear": 4,
     }  # fmt: skip
-    assert len(cells) == 64
+    assert len(cells) == 68
     assert [(c.name, c.r, c.dropout) for c in of_lora[:4]] == [
         ("llama3-8b q/o", 16, 0.0),
         ("llama3-8b q/o", 16, 0.05),
