@@ -51,9 +51,8 @@ def test_one_graph_with_the_eager_numbers(name):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["lora", "prefix"])
-def test_the_third_length_and_all_others_find_a_graph(name):
-    model = fastpeft.patch(MODELS[name]()).eval()
+def test_the_third_length_and_all_others_find_a_graph():
+    model = fastpeft.patch(made()).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for length in (9, 8, 7, 6, 5):
         step(compiled, length)
