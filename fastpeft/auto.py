@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from fastpeft.adapters import load_adapter
 from fastpeft.configs import PeftConfig, TaskType
-from fastpeft.errors import ConfigError
+from fastpeft.errors import AdapterFileError, ConfigError
 
 
 class AutoPeftModel:
@@ -48,9 +48,8 @@ class AutoPeftModel:
                 f"{directory} names no base model (base_model_name_or_path); load it, and "
                 "fastpeft.load_adapter(model, directory)"
             )
-        model = cls._base_class(config, directory).from_pretrained(
-            config.base_model_name_or_path, revision=config.revision, **kwargs
-        )
+        kwargs.setdefault("revision", config.revision)
+        model = cls._base_class(config, directory).from_pretrained(config.base_model_name_or_path, **kwargs)
         _make_room(model, directory)
         return load_adapter(
             model, directory, adapter_name=adapter_name, trainable=is_trainable,
@@ -84,7 +83,13 @@ def _make_room(model, directory) -> None:
         return
     from transformers import AutoTokenizer
 
-    count = len(AutoTokenizer.from_pretrained(directory))
+    try:  # a tokenizer's own code is never run for its size's sake
+        count = len(AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{directory}: the tokenizer beside the adapter, which says how many tokens there are, cannot be read "
+            f"({error}); load the model, resize its embeddings, and fastpeft.load_adapter(model, directory)"
+        ) from error
     if count > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(count)
 

@@ -20,6 +20,7 @@ from fastpeft.names import listed
 from fastpeft.patching import layers, state_of
 from fastpeft.state import PREFIX, only_adapter, own_tensors_of
 from fastpeft.tuners.lora import SCALING, LoraLayer
+from fastpeft.tuners.lora_init import decomposes
 from fastpeft.tuners.lora_kinds import MAX_RANK, LoraEmbedding
 
 # What compiled code has read of a configuration, besides what is a number of each layer.
@@ -50,6 +51,7 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
         raise ConfigError(f"target_rank is {target_rank!r}; a whole number from 1 to {MAX_RANK}, or None is needed")
     held = [(path, layer, name) for path, layer in _lora_layers(model) for name in layer._fastpeft.adapters]
     for path, layer, name in held:
+        _check_here(f"prepare_model_for_compiled_hotswap: {path}", layer.parameters_of(name).values())
         if isinstance(layer, LoraEmbedding):
             raise PatchError(f"{path} is an embedding, whose adapter {name!r} cannot be made ready; exclude it")
         rank = layer._fastpeft.adapters[name].r
@@ -168,6 +170,11 @@ def _live(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     }
 
 
+def _check_here(what: str, tensors) -> None:
+    if any(tensor.is_meta for tensor in tensors):
+        raise PatchError(f"{what} is offloaded by accelerate; swap, or prepare, before offloading")
+
+
 def _check_lora(where: str, what: str, config) -> None:
     if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
         raise ConfigError(f"{where}: {what} is {config.peft_type.value}; only LORA adapters are swapped in place")
@@ -182,6 +189,15 @@ def _check_alike(model: nn.Module, name: str, config: LoraConfig, quirky: bool) 
                 f"hotswap_adapter: {key} is {getattr(config, key)!r}, and {name!r} has {getattr(before, key)!r}; load "
                 "it as another adapter"
             )
+    for whose, each in ((repr(name), before), ("the new one", config)):
+        if decomposes(each.init_lora_weights):
+            raise ConfigError(
+                f"hotswap_adapter: {whose} has init_lora_weights={each.init_lora_weights!r}, for which the base "
+                "weights were changed; load the new one as another adapter"
+            )
+    if task_class(config) is not task_class(before):
+        raise ConfigError(f"hotswap_adapter: task_type is {config.task_type!r}, and {before.task_type!r} of {name!r}")
+    _check_here(f"hotswap_adapter: {name!r}", _live(model, name).values())
     if config.bias != "none":
         raise ConfigError(f"hotswap_adapter: bias={config.bias!r} trains the base model's biases, which stay; load it")
     if quirky != (name in state.quirky) and task_class(config).peft_drops:

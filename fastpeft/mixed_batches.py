@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpeft.configs import LoraConfig, PeftType
 from fastpeft.errors import PatchError
-from fastpeft.selection import BASE, by_rows, disabled, row_names
+from fastpeft.selection import BASE, by_rows, chosen_here, disabled, row_names
 from fastpeft.tuners.mixed import WrongRows
 
 ARGUMENT = "adapter_names"
@@ -30,6 +30,11 @@ def checked_rows(state, given: Any, batch: int | None) -> tuple[str, ...]:
         merged = ", ".join(state.merged)
         raise PatchError(
             f"{ARGUMENT}: {merged} is merged into the base weights, which all samples share; unmerge first"
+        )
+    if state.trained_biases:
+        raise PatchError(
+            f"{ARGUMENT}: an adapter trains biases of the base model in place (bias='all' or 'lora_only'), which all "
+            "samples share; call the model with one adapter at a time"
         )
     for name in dict.fromkeys(given):
         config = state.configs.get(name)
@@ -109,4 +114,30 @@ def generating(original: type) -> dict:
             return own(self, *args, **kwargs)
         return with_rows(self, given, _batch(args, kwargs), own, self, *args, **kwargs)
 
-    return {own.__name__: generate}
+    return {own.__name__: generate, **_continuous(original)}
+
+
+def _continuous(original: type) -> dict:
+    """transformers' continuous batching, which calls the model in a thread of its own and packs samples into one row:
+    what is said for this thread, or for samples, does not reach it, and is refused."""
+    own = getattr(original, "init_continuous_batching", None)
+    batch = getattr(original, "generate_batch", None)
+    if own is None or batch is None:
+        return {}
+
+    @functools.wraps(own)
+    def init_continuous_batching(self, *args, **kwargs):
+        if chosen_here(self._fastpeft):
+            raise PatchError(
+                "continuous batching calls the model in a thread of its own, which use_adapter and disable_adapter do "
+                "not reach; use set_adapter, or generate"
+            )
+        return own(self, *args, **kwargs)
+
+    @functools.wraps(batch)
+    def generate_batch(self, *args, **kwargs):
+        if kwargs.get(ARGUMENT) is not None:
+            raise PatchError(f"{ARGUMENT}: continuous batching packs samples into one row; use generate")
+        return batch(self, *args, **kwargs)
+
+    return {"init_continuous_batching": init_continuous_batching, "generate_batch": generate_batch}

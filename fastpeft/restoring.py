@@ -2,6 +2,7 @@
 optimizer knows, in their order, and what training needs besides them comes back too."""
 
 import contextlib
+import dataclasses
 from dataclasses import fields
 from pathlib import Path
 
@@ -141,6 +142,7 @@ def _triplets_in_place(model: nn.Module, name: str, config: PeftConfig):
     try:
         for path, layer in held:
             settings = settings_of(config, config.kept_of(path))
+            settings = dataclasses.replace(settings, dropout=layer._fastpeft.adapters[name].dropout)
             for key, shape in type(layer).__bases__[0].shapes(layer, settings).items():
                 parameter = layer.parameters_of(name)[key]
                 getattr(layer, key)[name] = nn.Parameter(parameter.new_empty(shape), parameter.requires_grad)

@@ -61,6 +61,11 @@ def row_names(state) -> tuple[str, ...] | None:
     return getattr(_here, _key(state, ROWS)) if _any_open else None
 
 
+def chosen_here(state) -> bool:
+    """Whether a block of this thread, or a call, has chosen adapters."""
+    return _any_open and getattr(_here, _key(state)) is not None
+
+
 def disabled(state) -> bool:
     """Whether calls now are to compute the base model, by a block that says so."""
     return _any_open and getattr(_here, _key(state)) == ()

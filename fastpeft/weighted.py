@@ -162,11 +162,18 @@ def _plan(model: nn.Module, names: tuple[str, ...], kind: str, svd_rank: int | N
     return plan, r
 
 
+def _own_factors(layer: LoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the adapter's own rank, without the zeros that a hot swap has filled it up with."""
+    (a, b), settings = layer.factors(name), layer._fastpeft.adapters[name]
+    rank = settings.own_r or settings.r
+    return a.detach()[:rank], b.detach()[:, :rank]
+
+
 @torch.no_grad()
 def _fill(path: str, layer: LoraLayer, name: str, held: list[tuple[str, float]], combine: Combination, clamp) -> None:
     a, b = layer.factors(name)
     scalings = [weight * layer._fastpeft.adapters[each].scaling for each, weight in held]
-    pairs = [tuple(factor.detach() for factor in layer.factors(each)) for each, _ in held]
+    pairs = [_own_factors(layer, each) for each, _ in held]
     if combine.kind == "cat":
         down = torch.cat([each * scaling for (each, _), scaling in zip(pairs, scalings, strict=True)])
         up = torch.cat([each for _, each in pairs], 1)

@@ -74,6 +74,9 @@ class AdapterCheckpoints:
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not is_patched(self.model):
             super()._load_best_model()
+        elif not os.path.isdir(self.state.best_model_checkpoint):
+            gone = f"the best checkpoint, {self.state.best_model_checkpoint}, is not there"
+            warnings.warn(f"{gone}; the model stays as the last step left it", stacklevel=2)
         else:
             restore_all(inside(self.model), self.state.best_model_checkpoint)
 

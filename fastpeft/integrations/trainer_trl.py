@@ -59,6 +59,8 @@ class DPO(AdapterCheckpoints):
         native = _adapt(given)
         if native and given.get("ref_model") is None:
             given["ref_model"] = _reference(given, new)
+        if native and getattr(given.get("args"), "disable_dropout", True):
+            _without_dropout(given["model"])
         super().__init__(**given)
         if isinstance(given.get("ref_model"), Reference):
             given["ref_model"].prepare()
@@ -79,10 +81,12 @@ class GRPO(AdapterCheckpoints):
         new, settings = given.get("peft_config") is not None, given.get("args")
         native = _adapt(given)
         beta = settings.beta if native and settings is not None else 0.0
+        reference = _reference(given, new) if beta else None
+        if native and getattr(settings, "disable_dropout", False):
+            _without_dropout(given["model"])
         if not beta:
             super().__init__(**given)
         else:
-            reference = _reference(given, new)
             settings.beta = 0.0  # with which TRL loads no second model
             try:
                 super().__init__(**given)
@@ -206,13 +210,11 @@ def _reference(given: dict, new: bool) -> Reference:
             "under FSDP and DeepSpeed TRL shards the reference by itself, and here it is the model; use "
             "fastpeft.get_peft_model instead of patch, whose model TRL knows"
         )
-    if getattr(settings, "disable_dropout", True):
-        _without_dropout(model)
     return Reference(model, None if new else _copy_active(model))
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """What TRL does to torch's modules for dropout, and LoRA has none of those."""
+    """What TRL does to torch's modules for dropout, and LoRA has none of those; of all adapters, a reference's too."""
     for _, layer in layers(model):
         for name, settings in layer._fastpeft.adapters.items():
             if getattr(settings, "dropout", 0.0):

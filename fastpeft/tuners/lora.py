@@ -170,6 +170,12 @@ class LoraLayer(AdapterLayer):
         """Without the zeros that fill an adapter up to a greater rank."""
         out, rank = self.parameters_of(name), self._fastpeft.adapters[name].own_r
         if rank is not None:
+            a, b = out["lora_A.weight"], out["lora_B.weight"]
+            if a[rank:].any() and b[:, rank:].any():
+                raise PatchError(
+                    f"{name!r} was swapped to rank {rank}, and an optimizer from before has trained it beyond; make a "
+                    "new optimizer after hotswap_adapter"
+                )
             out["lora_A.weight"], out["lora_B.weight"] = out["lora_A.weight"][:rank], out["lora_B.weight"][:, :rank]
         return out
 
