@@ -268,3 +268,14 @@ def test_peft_models_are_handled_as_trl_does(tmp_path, tokenizer):
             sft(ours.SFTTrainer, model_of(peft, "lora"), tmp_path / "ours", tokenizer),
         ]
     )
+
+
+def test_a_refusal_leaves_the_model_as_it_was(tmp_path, tokenizer):
+    head = fastpeft.LoraConfig(task_type="CAUSAL_LM", **{**LORA, "target_modules": ["lm_head"]})
+    plain = fastpeft.LoraConfig(task_type="CAUSAL_LM", **LORA)
+    model = tiny()
+    with pytest.raises(fastpeft.PatchError, match="a LoRA on the model's head"):
+        dpo(ours.DPOTrainer, model, tmp_path, tokenizer, head)
+    with pytest.raises(fastpeft.PatchError, match="sync_ref_model=True"):
+        dpo(ours.DPOTrainer, model, tmp_path, tokenizer, plain, sync_ref_model=True)
+    assert "_fastpeft" not in model.__dict__ and not any("lora_" in name for name, _ in model.named_parameters())

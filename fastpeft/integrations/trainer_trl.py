@@ -21,7 +21,7 @@ from fastpeft.encoders import has_network
 from fastpeft.errors import PatchError
 from fastpeft.integrations.trainer_checkpoints import AdapterCheckpoints, is_patched
 from fastpeft.mapping import tuner_of
-from fastpeft.patching import add_planned, adding, layers, patch, state_of
+from fastpeft.patching import add_planned, adding, layers, patch, state_of, unpatch
 from fastpeft.tuners.lora import LoraLayer
 from fastpeft.tuners.saved_modules import SavedModule
 
@@ -56,6 +56,8 @@ class DPO(AdapterCheckpoints):
     def __init__(self, model, *args, **kwargs):
         given = _arguments(self, model, args, kwargs)
         new = given.get("peft_config") is not None
+        if given.get("ref_model") is None:
+            _check_one_model(given)
         native = _adapt(given)
         if native and given.get("ref_model") is None:
             given["ref_model"] = _reference(given, new)
@@ -79,6 +81,8 @@ class GRPO(AdapterCheckpoints):
     def __init__(self, model, *args, **kwargs):
         given = _arguments(self, model, args, kwargs)
         new, settings = given.get("peft_config") is not None, given.get("args")
+        if getattr(settings, "beta", 0.0):
+            _check_one_model(given)
         native = _adapt(given)
         beta = settings.beta if native and settings is not None else 0.0
         reference = _reference(given, new) if beta else None
@@ -122,6 +126,8 @@ def _adapt(given: dict) -> bool:
         return False
     head = model.get_output_embeddings()
     if isinstance(head, LoraLayer):
+        if config is not None:
+            unpatch(model)
         raise PatchError(
             "a LoRA on the model's head is not trained under TRL, which multiplies by the head's weight itself; take "
             "the head out of target_modules, or name it in modules_to_save"
@@ -198,9 +204,18 @@ class Reference(nn.Module):
 
 
 def _reference(given: dict, new: bool) -> Reference:
-    """What the policy is compared with. `new`: its adapter was made just now, beside which the base is the reference.
-    Raises PatchError where TRL would need a second model."""
+    """What the policy is compared with. `new`: its adapter was made just now, beside which the base is the
+    reference."""
+    model = given["model"]
+    return Reference(model, None if new else _copy_active(model))
+
+
+def _check_one_model(given: dict) -> None:
+    """Raises PatchError where TRL would need a second model beside one that is patched, or is to be."""
     model, settings = given["model"], given.get("args")
+    to_be = given.get("peft_config") is not None and isinstance(model, nn.Module) and _is_base(model)
+    if not to_be and not is_patched(model):
+        return
     if getattr(settings, "sync_ref_model", False):
         raise PatchError("sync_ref_model=True needs a second model; give one as ref_model, or set it to False")
     engines = [getattr(settings, name, None) for name in ("fsdp", "deepspeed")]
@@ -210,7 +225,6 @@ def _reference(given: dict, new: bool) -> Reference:
             "under FSDP and DeepSpeed TRL shards the reference by itself, and here it is the model; use "
             "fastpeft.get_peft_model instead of patch, whose model TRL knows"
         )
-    return Reference(model, None if new else _copy_active(model))
 
 
 def _without_dropout(model: nn.Module) -> None:
