@@ -5,10 +5,11 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test lint demo bench aot matrix tables docs
+.PHONY: help test test-all lint demo bench aot matrix tables docs
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
+	@echo "make test-all    with those that are left out of make test for their time: compiling, trainers of PeftModels"
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make demo    train and compare adapters on a small model"
 	@echo "make bench   every op and whole steps on the CPU beside their peers, with a plot"
@@ -27,6 +28,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 
 # One thread in each of the two workers: more only compete, the models are tiny.
 test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --benchmark-disable -m "not long" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --benchmark-disable $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
