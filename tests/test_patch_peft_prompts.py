@@ -11,7 +11,7 @@ import torch
 import fastpeft
 from fastpeft.reporting import LEFT
 from tests.models import batch, tiny
-from tests.test_patch_peft_life import assert_equal, gradients, logits, run
+from tests.test_patch_peft_life import assert_equal, gradients, logits, run, trained
 
 peft = pytest.importorskip("peft", reason="HF peft is a test requirement")
 
@@ -149,19 +149,9 @@ def test_files_load_in_both_ways(which, tmp_path):
 
 @pytest.mark.parametrize("which", CONFIGS)
 def test_training_goes_on_with_the_same_optimizer(which):
-    results = []
-    for patched in (False, True):
-        model = made(which)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        for step in range(4):
-            if patched and step == 2:
-                fastpeft.patch(model)
-            optimizer.zero_grad()
-            model(**batch()).loss.backward()
-            optimizer.step()
-        results.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
-    for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    found = trained(made(which), patch_at=2)
+    for name, expected in trained(made(which)).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("which", CONFIGS)

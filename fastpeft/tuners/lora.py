@@ -42,7 +42,8 @@ def settings_of(config: LoraConfig, r: int, alpha: float) -> Settings:
 
 
 class LoraLayer(AdapterLayer):
-    """What the kinds share. Each says how its parameters are built, and its forward for one adapter."""
+    """What the kinds share. Each says how its parameters are built, and its forward for one adapter; by the static
+    method `shapes(base, settings)` the names and shapes of the tensors that HF's file holds for one adapter."""
 
     prefix = "Lora"
     has_op = False  # whether the fused op computes it
@@ -66,11 +67,6 @@ class LoraLayer(AdapterLayer):
 
     def magnitude(self, name: str) -> torch.Tensor:
         return self.lora_magnitude_vector[name].weight
-
-    @staticmethod
-    def shapes(base: nn.Module, settings: Settings) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of the tensors that HF's file holds for one adapter of this module."""
-        raise NotImplementedError
 
     def width(self) -> tuple[int, int]:
         """(N, K)"""

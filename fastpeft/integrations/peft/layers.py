@@ -75,8 +75,13 @@ class FusedLayer(Swapped, LinearArithmetic):
         return entry is not None and entry.dense is not None and is_bare(self.base_layer)
 
     def why_not(self, name: str) -> str | None:
-        """Why this adapter is left to peft's own forward here, or None."""
-        raise NotImplementedError
+        """Why this adapter is left to peft's own forward here, or None; of its dropout, to which the kinds add."""
+        dropout = self.lora_dropout[name]
+        if not is_bare(dropout):
+            return "hooks on its dropout, which only its own calls run"
+        if type(dropout) not in PLAIN_DROPOUTS:
+            return f"its dropout is {type(dropout).__name__}"
+        return "its dropout leaves nothing" if getattr(dropout, "p", 0.0) >= 1 else None
 
     def reasons(self) -> dict[str, str]:
         """Adapter -> why it is left to peft's own forward."""
@@ -123,14 +128,14 @@ class FusedLora(FusedLayer):
             return f"{type(variant).__name__} has a forward of its own"
         if variant is not None and not self.has_matrix():
             return "DoRA on a base whose weight is not at hand, or that has hooks"
-        parts = [self.lora_A[name], self.lora_B[name], self.lora_dropout[name]]
+        parts = [self.lora_A[name], self.lora_B[name]]
         if variant is not None:
             parts.append(self.lora_magnitude_vector[name])
         if not all(map(is_bare, parts)):
             return "hooks on the adapter's modules, which only their own calls run"
         if type(parts[0]) is not nn.Linear or type(parts[1]) is not nn.Linear:
             return f"its factors are {type(parts[0]).__name__} and {type(parts[1]).__name__}"
-        return _why_not_dropout(parts[2])
+        return super().why_not(name)
 
     def dropout_of(self, name: str) -> float:
         """DoRA's goes by the layer's own mode too, as in peft."""
@@ -153,15 +158,7 @@ class FusedAdaLora(FusedLayer):
     def why_not(self, name: str) -> str | None:
         if not self.lora_A[name].shape[0]:
             return "no triplets are left"
-        if not is_bare(self.lora_dropout[name]):
-            return "hooks on its dropout, which only its own calls run"
-        return _why_not_dropout(self.lora_dropout[name])
-
-
-def _why_not_dropout(dropout: nn.Module) -> str | None:
-    if type(dropout) not in PLAIN_DROPOUTS:
-        return f"its dropout is {type(dropout).__name__}"
-    return "its dropout leaves nothing" if getattr(dropout, "p", 0.0) >= 1 else None
+        return super().why_not(name)
 
 
 _LORA = "peft.tuners.lora"
