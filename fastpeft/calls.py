@@ -7,6 +7,7 @@ of a class, the decoder's shifted input) is made as for any other token. Only em
 
 import contextlib
 import contextvars
+import types
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +51,17 @@ class Call:
 # Per patched model, the call in progress: {id of its PatchState: Call}.
 _current: contextvars.ContextVar[dict[int, Call]] = contextvars.ContextVar("fastpeft_call")
 
+# The same as attributes of a module, None where there is none: torch.compile reads them as in `fastpeft.selection`,
+# where it compiles a part of a model whose root is not compiled.
+_here = types.ModuleType("fastpeft.calls.here")
+_here.__getattr__ = lambda key: _current.get({}).get(int(key.removeprefix("of_")))
+
 
 def current_call(state) -> Call | None:
-    """What the model's root has handed over, in this thread; or in compiled code, which may call what is not compiled.
-    There, another thread's is harmless: among ids without virtual tokens there is nothing to look up elsewhere."""
+    """What the model's root has handed over, in this thread."""
     if torch.compiler.is_compiling():
-        return state.traced_call
-    return _current.get({}).get(id(state), state.traced_call)
+        return getattr(_here, f"of_{id(state)}") if state.traced_call is None else state.traced_call
+    return _current.get({}).get(id(state))
 
 
 @contextlib.contextmanager
@@ -72,7 +77,7 @@ def calling(state, call: Call, function, /, *args, **kwargs):
     """`function(*args, **kwargs)`, inside which `current_call` is `call`."""
     if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
         state.traced_call = call
-        try:
+        try:  # and where the graph breaks within, this is run as it is instead
             return function(*args, **kwargs)
         finally:
             state.traced_call = None

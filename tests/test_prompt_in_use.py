@@ -3,6 +3,7 @@ offloaded, with an embedding of another width."""
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -136,6 +137,11 @@ def test_parts_that_are_not_compiled_know_of_the_prompt(part, how):
     for _ in range(2):
         close(result(compiled, inputs), expected, 1e-5)
     close(result(model, inputs), expected, 1e-5)
+    batches = [inputs, padded("right", "llama", "CAUSAL_LM"), batch(length=5)]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda given: result(compiled, given), batches))
+    for values, given in zip(found, batches, strict=True):
+        close(values, result(model, given), 1e-5)
     torch._dynamo.reset()
 
 
