@@ -18,7 +18,7 @@ class AdaptedModel(PromptedGeneration):
     def __call__(self, *args, **kwargs):
         """The model's own call. Raises PatchError if it asks for attention weights over virtual tokens, or if
         `fully_shard` was given parameters that it cannot train together."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             check_dtypes(self)
         if kwargs.get("output_attentions"):
             for module in self.modules():

@@ -52,14 +52,15 @@ class Call:
 _current: contextvars.ContextVar[dict[int, Call]] = contextvars.ContextVar("fastpeft_call")
 
 # The same as attributes of a module, None where there is none: torch.compile reads them as in `fastpeft.selection`,
-# where it compiles a part of a model whose root is not compiled.
+# where it compiles a part of a model whose root is not compiled. Whether it traces is asked by `is_dynamo_compiling`:
+# `is_compiling` is true in all threads while one compiles.
 _here = types.ModuleType("fastpeft.calls.here")
 _here.__getattr__ = lambda key: _current.get({}).get(int(key.removeprefix("of_")))
 
 
 def current_call(state) -> Call | None:
     """What the model's root has handed over, in this thread."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return getattr(_here, f"of_{id(state)}") if state.traced_call is None else state.traced_call
     return _current.get({}).get(id(state))
 
@@ -75,7 +76,7 @@ def _handing(state, call: Call):
 
 def calling(state, call: Call, function, /, *args, **kwargs):
     """`function(*args, **kwargs)`, inside which `current_call` is `call`."""
-    if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
+    if torch.compiler.is_dynamo_compiling():  # which traces one call at a time, and knows no context variables
         state.traced_call = call
         try:  # and where the graph breaks within, this is run as it is instead
             return function(*args, **kwargs)

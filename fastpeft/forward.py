@@ -134,7 +134,7 @@ def _may_spare(state) -> bool:
 
 
 def _called(state, parts: list[Part], call: Call, base: Callable, given: dict[str, Any]) -> Any:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return calling(state, call, base, **given)
     with explaining(parts[0].encoder, call.room.count, call.room.tokens):
         return calling(state, call, base, **given)

@@ -66,7 +66,7 @@ def with_rows(model: nn.Module, given: Any, batch: int | None, function: Callabl
     rows = checked_rows(state, given, batch)
     if disabled(state):
         return function(*args, **kwargs)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return by_rows(state, rows, function, *args, **kwargs)
     try:
         return by_rows(state, rows, function, *args, **kwargs)

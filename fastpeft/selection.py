@@ -86,7 +86,7 @@ def override(state, names: tuple[str, ...], rows: tuple[str, ...] | None = None)
 def by_rows(state, rows: tuple[str, ...], function, /, *args, **kwargs):
     """`function(*args, **kwargs)`, inside which each sample uses the adapter that `rows` names for it."""
     names = tuple(name for name in dict.fromkeys(rows) if name != BASE)
-    if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
+    if torch.compiler.is_dynamo_compiling():  # which traces one call at a time, and knows no context variables
         before, state.traced_rows = state.traced_rows, rows
         try:
             return function(*args, **kwargs)
@@ -116,7 +116,7 @@ class CarriedCheckpoint:
     def __call__(self, function, *args, **kwargs):
         state = self.state
         names, rows = active_names(state), row_names(state)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             shared = [name for name in names if state.configs[name].peft_type in IN_SEVERAL_SEGMENTS]
             check_reentrant(self.without_choice, shared)
 

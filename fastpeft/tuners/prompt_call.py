@@ -89,7 +89,7 @@ def filled(cache: Any) -> bool:
         length = cache.get_seq_length()
     except ValueError:  # Mamba's has no length
         return cache.has_previous_state()
-    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+    if isinstance(length, Tensor) and torch.compiler.is_dynamo_compiling():
         return True  # a static cache is filled outside of compiled code
     return bool(length)
 
@@ -186,7 +186,7 @@ def _room(given: dict[str, Any], count: int, shape: Sequence[int], packs: bool, 
 def _may_be_packed(positions: Tensor | None, given: dict[str, Any]) -> bool:
     if positions is None or positions.ndim != 2 or given.get("past_key_values") is not None:
         return False
-    if torch.compiler.is_compiling():  # where what is done cannot depend on their values
+    if torch.compiler.is_dynamo_compiling():  # where what is done cannot depend on their values
         _check_unpacked(positions)
         return False
     return True

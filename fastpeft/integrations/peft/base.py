@@ -35,7 +35,7 @@ def begin_base(base: nn.Module, extension: Extension) -> PatchState:
 
 def using(state: PatchState, name: str, function: Callable, /, *args, **kwargs) -> Any:
     """`function(*args, **kwargs)`, inside which the base model uses this adapter."""
-    if torch.compiler.is_compiling():  # which traces one call at a time, and knows no context variables
+    if torch.compiler.is_dynamo_compiling():  # which traces one call at a time, and knows no context variables
         before, state.active = state.active, (name,)
         try:
             return function(*args, **kwargs)

@@ -53,7 +53,7 @@ class SwappingAdaLora(SwappingTuner):
 
 def _check_head(base: nn.Module) -> None:
     """Liger's kernels may have come after the patch."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         check_peft_s_head(base)
 
 
