@@ -15,7 +15,8 @@ from fastpeft.configs import as_config
 from fastpeft.distributed import first_writes
 from fastpeft.encoders import check_encoder, encoder_tensors, fill_encoder, forget_encoder
 from fastpeft.errors import AdapterFileError, PatchError
-from fastpeft.filling import check_names_and_shapes, fill, places_in_file
+from fastpeft.filling import check_names_and_shapes, check_replaced, config_of, fill, places_in_file
+from fastpeft.in_place import is_bias, trains_biases
 from fastpeft.journal import SIDE
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import (
@@ -30,7 +31,6 @@ from fastpeft.patching import (
     remove_adapter,
     restore,
     state_of,
-    trains_biases,
 )
 from fastpeft.preconditions import check_model
 from fastpeft.selection import override
@@ -139,7 +139,7 @@ def load_adapter(
         autocast_adapter_dtype: a half-precision adapter becomes fp32.
         hf_quirks: None takes what the directory says, and True for one that HF wrote.
         embeddings: whether the file may hold the input and output embeddings, as after the vocabulary was resized, and
-            they take the place of the model's, of the same size, until `unpatch`.
+            they take the place of the model's, of the same size, for all adapters, until this one is deleted.
 
     Returns:
         The model.
@@ -159,8 +159,7 @@ def load_adapter(
     planned = []
 
     def validate(raw_config, header, side) -> None:
-        config = as_config(raw_config)
-        config = config.with_side_values({**config.of_peft_s_files, **((side or {}).get(files.OPTIONS) or {})})
+        config = config_of(raw_config, side)
         config.inference_mode = not trainable
         plan = tuner_of(config).plan(model, config)
         places = places_in_file(model, plan, embeddings)
@@ -174,6 +173,7 @@ def load_adapter(
     with adding(model, state, adapter_name, undo_all=not patched):
         plan, places = planned[-1]
         check_encoder(plan.config, found)
+        check_replaced(model, places, found.tensors, found.path)
         resumes = trainable and found.encoder is not None
         plan = plan.resuming() if resumes else plan
         options = {"autocast": autocast_adapter_dtype, "quirky": hf_quirks}
@@ -281,6 +281,8 @@ def disable_adapter(model: nn.Module):
     state = state_of(model)
     if any(trains_biases(state.configs[name]) for name in state.active):
         warnings.warn("the adapter trains biases of the base model, which stay as trained inside", stacklevel=3)
+    if replaced := [name for name in state.in_place if not is_bias(name)]:
+        warnings.warn(f"{', '.join(replaced)}: values of an adapter's file, which stay inside", stacklevel=3)
     merged = state.merged
     if merged:
         unmerge(model)

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastpeft.configs import LoraConfig
+from fastpeft.configs import LoraConfig, PeftConfig, as_config
 from fastpeft.errors import AdapterFileError, PatchError
+from fastpeft.files import OPTIONS
+from fastpeft.in_place import note
 from fastpeft.patching import added_names, layers, state_of
 from fastpeft.state import PREFIX, embeddings, ends_of, file_key, own_tensors_of
-from fastpeft.tuners.layer import AdapterLayer
+from fastpeft.tuners.lora import LoraLayer
 from fastpeft.tuners.lora_kinds import layer_class
 from fastpeft.tuners.saved_modules import SavedModule, own_tensors
 
@@ -33,6 +35,12 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     use: str = OWN
     of: str = ""
+
+
+def config_of(raw_config: dict, side: dict | None) -> PeftConfig:
+    """The configuration that a directory's two files describe. Raises ConfigError."""
+    config = as_config(raw_config)
+    return config.with_side_values({**config.of_peft_s_files, **((side or {}).get(OPTIONS) or {})})
 
 
 def places_in_file(model: nn.Module, plan, embeddings: bool = False) -> dict[str, Place]:
@@ -185,7 +193,7 @@ def fill(
     it should; PatchError for a base parameter that is offloaded.
     """
     own, base = own_tensors_of(model, adapter_name), dict(model.named_parameters(remove_duplicate=False))
-    adapted, trained = dict(layers(model)), state_of(model).trained_biases
+    adapted, state = dict(layers(model)), state_of(model)
     used = {key: _place_of(key, places) for key in tensors}
     targets = {key: own[key] if place.use == OWN else base.get(place.of) for key, place in used.items()}
     for key, place in used.items():
@@ -196,19 +204,31 @@ def fill(
             if place.use == BASE:
                 if torch.equal(target.cpu(), tensor.to(target.dtype)):
                     continue
-                _remember(place.of, target, adapted, trained)
+                path, _, leaf = place.of.rpartition(".")
+                if place.of in state.in_place or not isinstance(adapted.get(path), LoraLayer):
+                    note(state, place.of, target, adapter_name)
+                else:
+                    adapted[path].keep(leaf)
             if place.use in (OWN, BASE):
                 target.copy_(tensor)
 
 
-def _remember(name: str, target: torch.Tensor, adapted: dict[str, AdapterLayer], trained: dict) -> None:
-    path, _, leaf = name.rpartition(".")
-    if name in trained:
-        return
-    if path in adapted and not isinstance(adapted[path], SavedModule):
-        adapted[path].keep(leaf)
-    else:
-        trained[name] = target.detach().to("cpu", copy=True)
+def check_replaced(model: nn.Module, places: dict[str, Place], tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raises AdapterFileError for a base parameter that another adapter has changed, and a new one's file again."""
+    changed = {name: repr(before.owner) for name, before in state_of(model).in_place.items()}
+    for path, layer in layers(model):
+        if isinstance(layer, LoraLayer):
+            changed.update({f"{path}.{leaf}": "an adapter before it" for leaf in layer._fastpeft.kept})
+    for key, tensor in tensors.items():
+        place = _place_of(key, places)
+        if place.use != BASE or place.of not in changed:
+            continue
+        target = model.get_parameter(place.of)
+        if not target.is_meta and not torch.equal(target.cpu(), tensor.to(target.dtype)):
+            raise AdapterFileError(
+                f"{where}: {key} would take the place of {place.of}, which has the values that {changed[place.of]} "
+                "brought and needs; load the two into two models"
+            )
 
 
 def _check_values(key: str, place: Place, target: torch.Tensor | None, tensors: dict, where: str) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fastpeft import files
-from fastpeft.configs import LoraConfig, PeftType, as_config
+from fastpeft.configs import LoraConfig, PeftType
 from fastpeft.errors import AdapterFileError, ConfigError, PatchError
-from fastpeft.filling import check_names_and_shapes, places_in_file
+from fastpeft.filling import check_names_and_shapes, config_of, places_in_file
 from fastpeft.mapping import task_class, tuner_of
 from fastpeft.names import listed
 from fastpeft.patching import layers, state_of
@@ -108,9 +108,8 @@ def hotswap_adapter(model: nn.Module, directory: str | Path, adapter_name: str =
     planned = []
 
     def validate(raw_config, header, side) -> None:
-        config = as_config(raw_config)
+        config = config_of(raw_config, side)
         _check_lora("hotswap_adapter", str(directory), config)
-        config = config.with_side_values({**config.of_peft_s_files, **((side or {}).get(files.OPTIONS) or {})})
         config.inference_mode = state.configs[name].inference_mode
         _check_alike(model, name, config, True if side is None else bool(side.get("hf_quirks", False)))
         plan = tuner_of(config).plan(model, config)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastpeft.configs import LoraConfig, PeftType
 from fastpeft.errors import PatchError
+from fastpeft.in_place import trains_biases
 from fastpeft.selection import BASE, by_rows, chosen_here, disabled, row_names
 from fastpeft.tuners.mixed import WrongRows
 
@@ -31,7 +32,7 @@ def checked_rows(state, given: Any, batch: int | None) -> tuple[str, ...]:
         raise PatchError(
             f"{ARGUMENT}: {merged} is merged into the base weights, which all samples share; unmerge first"
         )
-    if state.trained_biases:
+    if any(trains_biases(config) for config in state.configs.values()):
         raise PatchError(
             f"{ARGUMENT}: an adapter trains biases of the base model in place (bias='all' or 'lora_only'), which all "
             "samples share; call the model with one adapter at a time"

@@ -21,6 +21,7 @@ from fastpeft.distributed import give_class
 from fastpeft.errors import ConfigError, PatchError
 from fastpeft.files import adapter_directory
 from fastpeft.forward import Part
+from fastpeft.in_place import Before, give_back, is_bias, note, trains_biases, undone_on_failure
 from fastpeft.mapping import task_class, tuner_of
 from fastpeft.model import PatchedModel
 from fastpeft.neighbours import check_head
@@ -48,15 +49,14 @@ class PatchState:
     trainable: bool = True  # whether the active adapters may be trained
     thawed: set[str] = field(default_factory=set)  # trained although their inference_mode is True
     merged: tuple[str, ...] = ()
-    # The base parameters that are trained in place or that a file has replaced, as they were.
-    trained_biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    in_place: dict[str, Before] = field(default_factory=dict)  # base parameters that adapters have changed
     input_hooks: list = field(default_factory=list)  # what makes the input embeddings' outputs want a gradient
     quirky: set[str] = field(default_factory=set)  # which compute as HF peft does where that is wrong
     parts: dict[str, Part] = field(default_factory=dict)  # what adapters do at the root of the model
     original_forward: Any = None  # a forward that stood on the instance, or None
     traced_call: Any = None  # the call that torch.compile is tracing
     traced_rows: tuple[str, ...] | None = None  # the names of its samples' adapters
-    undo: list | None = None  # (tensor, its values before) of the base, while an adapter is being added
+    undo: list | None = None  # (tensor, its values before) of the base, inside `undone_on_failure`
 
 
 def state_of(model: nn.Module) -> PatchState:
@@ -226,42 +226,30 @@ def _want_gradient(module, args, output) -> None:
 @contextlib.contextmanager
 def adding(model: nn.Module, state: PatchState, adapter_name: str, *, undo_all: bool = False):
     """Around what adds an adapter: if it fails, that adapter (or, with `undo_all`, the whole patch) is taken out."""
-    state.undo = None if undo_all else []
-    try:
-        yield
-    except BaseException:
-        if undo_all:
-            unpatch(model)
-        else:
-            changed = state.undo
-            remove_adapter(model, state, adapter_name)
-            with torch.no_grad():
-                for tensor, before in reversed(changed):
-                    tensor.copy_(before)
-        raise
-    finally:
-        state.undo = None
+    with contextlib.nullcontext() if undo_all else undone_on_failure(state):
+        try:
+            yield
+        except BaseException:
+            if undo_all:
+                unpatch(model)
+            else:
+                remove_adapter(model, state, adapter_name)
+            raise
 
 
 def remove_adapter(model: nn.Module, state: PatchState, name: str) -> None:
     """Take one adapter out, as far as it is in. A layer without another one becomes what it was before the patch, and
-    so do the biases that the adapter trained in place."""
+    so do the base parameters that the adapter has changed in place."""
     for _, layer in list(layers(model)):
         layer.delete_adapter(name)
         if not layer._fastpeft.adapters and not isinstance(layer, PromptEncoders):
             detach(layer)
-    config = state.configs.pop(name, None)
-    state.parts.pop(name, None)
+    for held in (state.configs, state.parts):
+        held.pop(name, None)
     for names in (state.thawed, state.quirky):
         names.discard(name)
-    if config is not None and trains_biases(config):
-        restore_biases(model, state)
+    give_back(model, state, name)
     drop_unused(model)
-
-
-def trains_biases(config: PeftConfig) -> bool:
-    """Whether an adapter trains biases of the base model in place."""
-    return getattr(config, "bias", "none") != "none"
 
 
 def drop_unused(model: nn.Module) -> None:
@@ -272,15 +260,6 @@ def drop_unused(model: nn.Module) -> None:
     if not any(isinstance(module, AdaptedAttention) for module in model.modules()):
         for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
             switch_back(config)
-
-
-def restore_biases(model: nn.Module, state: PatchState) -> None:
-    """Give the biases that an adapter trained in place their values from before."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in state.trained_biases.items():
-            parameters[name].copy_(tensor).requires_grad_(False)
-    state.trained_biases.clear()
 
 
 def add_planned(
@@ -311,7 +290,7 @@ def add_planned(
     state.configs[adapter_name] = config
     _note_part(model, state, adapter_name, getattr(tuner, "after_call", None))
     for name, parameter in _biases(model, plan):
-        state.trained_biases[name] = parameter.detach().to("cpu", copy=True)
+        note(state, name, parameter, adapter_name)
     for _, layer in layers(model):
         if adapter_name in layer._fastpeft.adapters:
             layer.train(layer.training)
@@ -334,12 +313,6 @@ def added_names(model: nn.Module) -> tuple[str, ...]:
     """How the names of parameters begin that adapters have added."""
     inside = [f"{path}.{held}." for path, layer in layers(model) for held in layer.containers]
     return (*inside, *(f"{path}." for path, layer in layers(model) if isinstance(layer, PromptEncoders)))
-
-
-def is_bias(name: str) -> bool:
-    """HF peft's rule (0.21.2) for what `bias="all"` trains, by the whole name. T5's relative_attention_bias.weight and
-    torch.nn.MultiheadAttention's in_proj_bias are none."""
-    return name == "bias" or name.endswith(".bias")
 
 
 def _biases(model: nn.Module, plan):
@@ -374,9 +347,9 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
                 if isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(wanted and state.configs[name].trains(key))
     train_biases = any(trains_biases(config) and _is_trained(state, name) for name, config in state.configs.items())
-    if state.trained_biases:
+    if state.in_place:
         for name, parameter in model.named_parameters():
-            if name in state.trained_biases and is_bias(name):
+            if name in state.in_place and is_bias(name):
                 parameter.requires_grad_(train_biases)
 
 
@@ -438,7 +411,7 @@ def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
             detach(layer)
     drop_unused(model)
     if not keep_weights:
-        restore_biases(model, state)
+        give_back(model, state)
     for module in model.modules():
         carried = module.__dict__.get("_gradient_checkpointing_func")
         if hasattr(carried, "without_choice"):

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from fastpeft import files
-from fastpeft.configs import PeftConfig, as_config
+from fastpeft.configs import PeftConfig
 from fastpeft.encoders import fill_encoder, has_network
 from fastpeft.errors import AdapterFileError, ConfigError, PatchError
-from fastpeft.filling import OWN, Place, check_names_and_shapes, fill, places_in_file
+from fastpeft.filling import OWN, Place, check_names_and_shapes, config_of, fill, places_in_file
+from fastpeft.in_place import undone_on_failure
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import layers, state_of
 from fastpeft.state import keeps_embeddings, only_adapter, own_tensors_of
@@ -47,8 +48,7 @@ def restore_adapter(model: nn.Module, directory: str | Path, *, adapter_name: st
     planned = []
 
     def validate(raw_config, header, side) -> None:
-        config = as_config(raw_config)
-        config = config.with_side_values({**config.of_peft_s_files, **((side or {}).get(files.OPTIONS) or {})})
+        config = config_of(raw_config, side)
         config.inference_mode = True  # of several that train, some methods refuse the second
         plan = tuner_of(config).plan(model, config)
         _check_same(state.configs[name], plan.config, name, directory)
@@ -114,10 +114,10 @@ def in_place(model: nn.Module, name: str, config: PeftConfig):
 @contextlib.contextmanager
 def _undone_on_failure(model: nn.Module, name: str):
     tensors = [t for _, layer in layers(model) if name in layer._fastpeft.adapters for t in _tensors_of(layer, name)]
-    tensors += [parameter for key, parameter in model.named_parameters() if key in state_of(model).trained_biases]
     before = [tensor.detach().clone() for tensor in tensors]
     try:
-        yield
+        with undone_on_failure(state_of(model)):
+            yield
     except BaseException:
         with torch.no_grad():
             for tensor, values in zip(tensors, before, strict=True):

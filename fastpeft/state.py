@@ -9,7 +9,8 @@ from torch import nn
 from fastpeft.configs import LoraConfig, PeftConfig, PromptLearningConfig
 from fastpeft.distributed import gathered, plain_path
 from fastpeft.errors import PatchError
-from fastpeft.patching import is_bias, layers, state_of
+from fastpeft.in_place import is_bias
+from fastpeft.patching import layers, state_of
 from fastpeft.patterns import matches_name
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.prefix_encoder import PromptEncoders
@@ -84,7 +85,7 @@ def base_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]
     whole = tuple(f"{path}." for path, layer in adapted.items() if isinstance(layer, SavedModule))
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        trained = name in state_of(model).trained_biases and is_bias(name) and not name.startswith(whole)
+        trained = name in state_of(model).in_place and is_bias(name) and not name.startswith(whole)
         if trained and config.bias != "none":
             out[_base_key(path, leaf, adapted)] = _unmerged(adapted.get(path), leaf, parameter)
     for path in targeted_embeddings(model, config):
@@ -127,7 +128,7 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
 def keeps_embeddings(model: nn.Module, config: PeftConfig) -> bool:
     """Whether the embeddings belong into an adapter's file: those of a file have replaced the model's, or, as in HF
     peft, the vocabulary has another size than that of the base model in the local directory it was loaded from."""
-    replaced = getattr(model.__dict__.get("_fastpeft"), "trained_biases", {})
+    replaced = getattr(model.__dict__.get("_fastpeft"), "in_place", {})
     ends = {f"{path}.{leaf}" for path, end in ends_of(model) for leaf in end._parameters if leaf != "bias"}
     if ends & replaced.keys():
         return True

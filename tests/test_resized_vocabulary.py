@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastpeft
+from fastpeft import filling
 from fastpeft.restoring import restore_adapter
 from tests.models import batch, differences, snapshot, tiny
 from tests.peft_pair import WEIGHTS, close, quietly, randomise, result
@@ -42,9 +43,10 @@ def resized(base, seed=1):
     return model
 
 
-def of(library, kind: str, model):
+def of(library, kind: str, model, **more):
     torch.manual_seed(5)
     name, settings = KINDS[kind]
+    settings = {**settings, **{key: value for key, value in more.items() if value is not None}}
     config = getattr(library, name)(task_type="CAUSAL_LM", **settings)
     return quietly(peft.get_peft_model if library is peft else fastpeft.patch, model, config).eval()
 
@@ -124,6 +126,60 @@ def test_checkpoints_with_embeddings_are_gone_on_from(base, tmp_path):
     restore_adapter(again, tmp_path)
     with torch.no_grad():
         assert torch.equal(result(again, INPUTS), result(ours, INPUTS))
+
+
+def test_a_failed_restoration_leaves_embeddings_alone(base, tmp_path, monkeypatch):
+    ours = of(fastpeft, "lora", resized(base))
+    randomise(ours)
+    fastpeft.save_adapter(ours, tmp_path)
+    again = of(fastpeft, "lora", resized(base, seed=2))
+    before = snapshot(again)
+
+    def filled_and_failed(*args):
+        filling.fill(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastpeft.restoring.fill", filled_and_failed)
+    with pytest.raises(KeyboardInterrupt):
+        restore_adapter(again, tmp_path)
+    assert differences(before, snapshot(again)) == []
+    fastpeft.unpatch(again)
+    assert torch.equal(again.lm_head.weight, resized(base, seed=2).lm_head.weight)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "embed_tokens"]])
+def test_a_second_adapter_s_embeddings_are_refused(base, tmp_path, targets):
+    """One would silently compute with the other's."""
+    models = [of(fastpeft, "lora", resized(base, seed), target_modules=targets) for seed in (1, 2)]
+    for number, made in enumerate(models):
+        randomise(made, seed=number)
+        fastpeft.save_adapter(made, tmp_path / f"{number}")
+    both = resized(base, seed=3)
+    before = snapshot(both)
+    fastpeft.load_adapter(both, tmp_path / "0", adapter_name="one", embeddings=True)
+    state = snapshot(both)
+    with pytest.raises(fastpeft.AdapterFileError, match="would take the place of .*weight.*two models"):
+        fastpeft.load_adapter(both, tmp_path / "1", adapter_name="two", embeddings=True)
+    assert differences(state, snapshot(both)) == []
+    fastpeft.load_adapter(both, tmp_path / "0", adapter_name="same", embeddings=True)
+    assert torch.equal(both.model.embed_tokens.weight, models[0].model.embed_tokens.weight)
+    if targets is None:
+        with pytest.warns(UserWarning, match="weight: values of an adapter's file"), both.disable_adapter():
+            assert torch.equal(both.model.embed_tokens.weight, models[0].model.embed_tokens.weight)
+    both.delete_adapter("same")
+    fastpeft.unpatch(both)
+    assert differences(before, snapshot(both)) == []
+
+
+def test_deleting_an_adapter_gives_its_embeddings_back(base, tmp_path):
+    ours = of(fastpeft, "lora", resized(base))
+    fastpeft.save_adapter(ours, tmp_path)
+    model = of(fastpeft, "lora", resized(base, seed=2))
+    before = snapshot(model)
+    model.load_adapter(tmp_path, "other", embeddings=True)
+    assert torch.equal(model.lm_head.weight, ours.lm_head.weight)
+    model.delete_adapter("other")
+    assert differences(before, snapshot(model)) == []
 
 
 def test_auto_classes_take_the_size_from_the_tokenizer(base, tmp_path):
