@@ -66,8 +66,7 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
 def _make_ready(layer: LoraLayer, name: str, target_rank: int | None) -> None:
     settings, outer = layer._fastpeft.adapters[name], layer.lora_B[name]
     if SCALING not in outer._buffers:
-        scaling = torch.tensor(settings.scaling, device=outer.weight.device)
-        outer.register_buffer(SCALING, scaling, persistent=False)
+        outer.register_buffer(SCALING, _bits(settings.scaling).to(outer.weight.device), persistent=False)
         settings = replace(settings, scaling=1.0)
     more = 0 if target_rank is None else target_rank - settings.r
     if more:
@@ -139,13 +138,17 @@ def hotswap_adapter(model: nn.Module, directory: str | Path, adapter_name: str =
     state.configs[name] = config
 
 
+def _bits(scaling: float) -> torch.Tensor:
+    return torch.tensor(scaling, dtype=torch.float32).view(torch.int32)
+
+
 def _settle(layer: LoraLayer, name: str, settings) -> None:
     """Note the rank and the scaling that a layer's tensors have now."""
     before = layer._fastpeft.adapters[name]
     own_r = settings.r if settings.r < before.r else None
     scaling = settings.scaling
     if not isinstance(layer, LoraEmbedding) and (tensor := layer.lora_B[name]._buffers.get(SCALING)) is not None:
-        tensor.fill_(scaling)
+        tensor.copy_(_bits(scaling))
         scaling = before.scaling
     layer._fastpeft.adapters[name] = replace(before, scaling=scaling, own_r=own_r)
 

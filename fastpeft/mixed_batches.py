@@ -2,6 +2,7 @@
 peft; and, which HF peft refuses, in training."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from fastpeft.tuners.mixed import WrongRows
 ARGUMENT = "adapter_names"
 # The arguments whose first dimension is the batch of what is called: the decoder's, where there are both.
 BATCHED = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "inputs")
+
+
+# What transformers' files of models define that call layers with the sequence in front, (S, B, ...).
+SEQUENCE_FIRST = ("FSMTEncoder", "LEDEncoderSelfAttention", "LongformerSelfAttention", "XLNetModel")
 
 
 def checked_rows(state, given: Any, batch: int | None) -> tuple[str, ...]:
@@ -36,6 +41,11 @@ def checked_rows(state, given: Any, batch: int | None) -> tuple[str, ...]:
         raise PatchError(
             f"{ARGUMENT}: an adapter trains biases of the base model in place (bias='all' or 'lora_only'), which all "
             "samples share; call the model with one adapter at a time"
+        )
+    if _calls_sequence_first(state.original_class):
+        raise PatchError(
+            f"{ARGUMENT}: layers of a {state.original_class.__name__} are called with the sequence in front of the "
+            "samples, which they cannot tell apart; call the model with one adapter at a time"
         )
     for name in dict.fromkeys(given):
         config = state.configs.get(name)
@@ -58,6 +68,12 @@ def checked_rows(state, given: Any, batch: int | None) -> tuple[str, ...]:
                 "samples share; call the model with that adapter alone"
             )
     return tuple(given)
+
+
+@functools.cache
+def _calls_sequence_first(model_class: type) -> bool:
+    files = [sys.modules.get(each.__module__) for each in model_class.__mro__]
+    return any(hasattr(file, name) for file in files for name in SEQUENCE_FIRST)
 
 
 def with_rows(model: nn.Module, given: Any, batch: int | None, function: Callable, /, *args, **kwargs) -> Any:
@@ -113,6 +129,13 @@ def generating(original: type) -> dict:
         given = kwargs.pop(ARGUMENT, None)
         if given is None:
             return own(self, *args, **kwargs)
+        settings = kwargs.get("generation_config", getattr(self, "generation_config", None))
+        guidance = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
+        if guidance not in (None, 1, 1.0):
+            raise PatchError(
+                f"{ARGUMENT} with guidance_scale={guidance!r}: some models are then called with each sample twice, in "
+                "another order than its beams; call generate for one adapter at a time"
+            )
         return with_rows(self, given, _batch(args, kwargs), own, self, *args, **kwargs)
 
     return {own.__name__: generate, **_continuous(original)}

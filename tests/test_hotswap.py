@@ -233,3 +233,15 @@ def test_unpatching_leaves_nothing_of_it(tmp_path):
     fastpeft.hotswap_adapter(model, second)
     fastpeft.unpatch(model)
     assert differences(before, snapshot(base)) == []
+
+
+@torch.no_grad()
+def test_a_scaling_is_not_rounded_with_the_model(tmp_path):
+    """A buffer of floats would be: 2.333… is 2.328… in bf16."""
+    second, _ = saved(tmp_path / "second", r=3, lora_alpha=7)
+    ready, plain = adapted(), adapted()
+    fastpeft.prepare_model_for_compiled_hotswap(ready)
+    for model in (ready, plain):
+        fastpeft.hotswap_adapter(model, second)
+    ready, plain = (model.to(torch.bfloat16).float() for model in (ready, plain))
+    close(result(ready, batch()), result(plain, batch()), 1e-5)

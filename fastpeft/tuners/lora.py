@@ -20,7 +20,9 @@ from fastpeft.tuners import dora, lora_init
 from fastpeft.tuners.layer import AdapterLayer, fetched, offloaded_to
 from fastpeft.tuners.mixed import mixed_linear, mixed_one_by_one
 
-SCALING = "scaling"  # the buffer of lora_B that has it, where it is no number of `Settings`
+# The buffer of lora_B that has it, where it is no number of `Settings`: the bits of an fp32 as an int32, so that
+# `model.to(torch.bfloat16)` does not round it.
+SCALING = "scaling"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class LoraLayer(AdapterLayer):
     def scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` times the scaling that may change between compiled calls, if there is one (`fastpeft.hotswap`)."""
         buffers = self.lora_B[name]._buffers
-        return tensor * buffers[SCALING] if SCALING in buffers else tensor
+        return tensor * buffers[SCALING].view(torch.float32) if SCALING in buffers else tensor
 
     def is_offloaded(self, name: str) -> bool:
         return self.factors(name)[0].is_meta

@@ -11,18 +11,19 @@ from fastpeft.ops.mixed_lora_linear import Adapter, apply_mixed_lora
 
 
 class WrongRows(PatchError):
-    """A layer's input, or result, has another number of rows than a call has named adapters; `layer` is the module."""
+    """A layer's input, or result, has not a row for each sample for which a call has named an adapter; `layer` is the
+    module."""
 
-    def __init__(self, layer, what: str, found: Sequence[int], wanted: int):
-        self.layer, self.what = layer, f"{what} of shape {tuple(found)} has not the {wanted} samples of adapter_names"
-        super().__init__(self.what)
+    def __init__(self, layer, what: str):
+        self.layer, self.what = layer, what
+        super().__init__(what)
 
 
 def check_rows(layer, rows: Sequence[str], x, what: str = "an input") -> None:
     """Raises WrongRows unless x is a tensor whose first dimension has one sample for each name."""
     shape = x.shape if isinstance(x, Tensor) else ()
     if not shape or shape[0] != len(rows):
-        raise WrongRows(layer, what, shape, len(rows))
+        raise WrongRows(layer, f"{what} of shape {tuple(shape)} has not the {len(rows)} samples of adapter_names")
 
 
 def mixed_linear(layer, names: Sequence[str], rows: Sequence[str], input: Tensor, *args, **kwargs) -> Tensor:

@@ -13,7 +13,7 @@ from fastpeft.distributed import check_undistributed
 from fastpeft.errors import TargetError
 from fastpeft.selection import row_names
 from fastpeft.tuners.layer import AdapterLayer
-from fastpeft.tuners.mixed import check_rows
+from fastpeft.tuners.mixed import WrongRows, check_rows
 
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -131,17 +131,23 @@ class SavedModule(AdapterLayer):
             return self.base_forward(*args, **kwargs)
         return self.modules_to_save[names[-1]](*args, **kwargs)
 
-    def _of_rows(self, rows: tuple[str, ...], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def _of_rows(self, rows: tuple[str, ...], *args, **kwargs) -> torch.Tensor:
         """Of a batch for whose samples `rows` names adapters: each adapter's copy of its samples, and the original of
-        those whose adapter has none."""
-        check_rows(self, rows, input)
+        those whose adapter has none. The one tensor among the arguments has the samples."""
+        given = {**dict(enumerate(args)), **kwargs}
+        tensors = [key for key, each in given.items() if isinstance(each, torch.Tensor)]
+        if len(tensors) != 1:
+            raise WrongRows(self, f"{len(tensors)} tensors are given, and one is needed that has all samples")
+        check_rows(self, rows, given[tensors[0]])
         places: dict[str | None, list[int]] = {}
         for b, name in enumerate(rows):
             places.setdefault(name if name in self.modules_to_save else None, []).append(b)
         parts = []
         for name, place in places.items():
             module = self.base_forward if name is None else self.modules_to_save[name]
-            parts.append(module(input[place], *args, **kwargs))
+            here = {**given, tensors[0]: given[tensors[0]][place]}
+            positional = [here.pop(number) for number in range(len(args))]
+            parts.append(module(*positional, **here))
             check_rows(self, place, parts[-1], "a result")
         order = torch.tensor([b for place in places.values() for b in place], device=parts[0].device)
         return torch.cat(parts)[order.argsort()]
