@@ -136,7 +136,8 @@ def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path,
     dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder / "optimizer")
     dist.barrier()
     if dist.get_rank() == 0:
-        (folder / DONE).write_text(json.dumps({"step": step}))
+        (folder / "done.tmp").write_text(json.dumps({"step": step}))
+        (folder / "done.tmp").rename(folder / DONE)
 
 
 def train(options: argparse.Namespace) -> list[float]:

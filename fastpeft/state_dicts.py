@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastpeft.encoders import has_network
-from fastpeft.errors import PatchError
+from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.filling import check_names_and_shapes, fill, places_in_file
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import layers, state_of
@@ -34,7 +34,7 @@ def get_peft_model_state_dict(
     Args:
         model: patched by fastpeft.
         state_dict: of the model, with the values to take in place of the model's own, as gathered from shards.
-        adapter_name: whose.
+        adapter_name: whose; None is the active adapter, or the only one.
         unwrap_compiled: whether the model is one that torch.compile has wrapped.
         save_embedding_layers: "auto" adds the base weights of targeted embeddings, and those of all if the vocabulary
             was resized; True adds those of all.
@@ -49,7 +49,7 @@ def get_peft_model_state_dict(
             f"get_peft_model_state_dict: save_embedding_layers={save_embedding_layers!r} cannot be honoured; the base "
             "weights of targeted embeddings are always there"
         )
-    only_adapter(state_of(model), adapter_name)
+    adapter_name = only_adapter(state_of(model), adapter_name)
     full = None if state_dict is None else dict(state_dict)
     with whole_tensors(model, adapter_name, full):
         own = adapter_state_dict(model, adapter_name)
@@ -97,7 +97,8 @@ def set_peft_model_state_dict(
         (missing_keys, unexpected_keys), both empty.
 
     Raises:
-        AdapterFileError: a tensor is missing, unknown, of another shape, or beyond the range of where it goes.
+        AdapterFileError: a tensor is missing, unknown, of another shape, beyond the range of where it goes, or none of
+        finite floating-point numbers.
         PatchError: the model is not patched, there is no such adapter, it is merged, or its tensors come out of a
         network that the dict lacks. The adapter is then as it was.
     """
@@ -119,6 +120,10 @@ def set_peft_model_state_dict(
     plan = tuner_of(config).plan(model, config)
     places, tensors = places_in_file(model, plan, embeddings=True), dict(peft_model_state_dict)
     where = "peft_model_state_dict"
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            what = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise AdapterFileError(f"{where}: {key} is a {what}; a tensor of finite floating-point numbers is needed")
     check_names_and_shapes(places, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, where)
     with in_place(model, adapter_name, plan.config):
         fill(model, adapter_name, places, tensors, where)

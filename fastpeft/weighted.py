@@ -94,6 +94,7 @@ def add_weighted_adapter(
         _refuse(f"there is already an adapter {adapter_name!r}; choose another name")
     kind = "linear" if len(names) == 1 else combination_type
     _check(model, names, weights, kind, density, majority_sign_method)
+    _check_clamp(svd_clamp)
     plan, r = _plan(model, names, kind, svd_rank)
     combine = Combination(kind, density, majority_sign_method)
     with adding(model, state, adapter_name):
@@ -133,6 +134,11 @@ def _check(model: nn.Module, names, weights, kind: str, density, sign: str) -> N
     for path, layer in layers(model):
         if isinstance(layer, SavedModule) and (whole := set(names) & layer._fastpeft.adapters.keys()):
             _refuse(f"{path} is trained whole by {', '.join(sorted(whole))}, which cannot be added up")
+
+
+def _check_clamp(clamp) -> None:
+    if clamp is not None and not (type(clamp) in (int, float) and 0 <= clamp <= 1):
+        _refuse(f"svd_clamp={clamp!r}; it is a quantile, from 0 to 1, or None")
 
 
 def _plan(model: nn.Module, names: tuple[str, ...], kind: str, svd_rank: int | None):
@@ -185,6 +191,9 @@ def _fill(path: str, layer: LoraLayer, name: str, held: list[tuple[str, float]],
         down, up = _approximated(product, len(a), clamp)
         down, up = down.view(-1, *a.shape[1:]), up.view(len(b), -1, *b.shape[2:])
     else:
+        if len({len(each) for each, _ in pairs}) > 1:
+            ranks = [len(each) for each, _ in pairs]
+            _refuse(f"{combine.kind} needs adapters of one r, and at {path} these have {ranks}; use 'cat' or 'svd'")
         roots = [math.sqrt(abs(scaling)) for scaling in scalings]
         down = combine([each for each, _ in pairs], [math.copysign(r, s) for r, s in zip(roots, scalings, strict=True)])
         up = combine([each for _, each in pairs], roots)

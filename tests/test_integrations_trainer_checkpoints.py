@@ -320,6 +320,31 @@ def test_an_unfinished_checkpoint_is_passed_over_and_refused_by_name(tmp_path):
         quiet(trainer(patched("lora"), tmp_path / "empty").train, resume_from_checkpoint=True)
 
 
+def test_what_a_checkpoint_has_besides_is_not_passed_by(tmp_path):
+    quiet(trainer(patched("several"), tmp_path).train)
+    alone = trainer(patched("lora"), tmp_path)
+    before = [parameter.clone() for parameter in alone.model.parameters()]
+    with pytest.raises(fastpeft.AdapterFileError, match="has the adapter 'two', and the model has 'default'; add it"):
+        alone.train(resume_from_checkpoint=True)
+    assert all(map(torch.equal, before, alone.model.parameters()))
+
+
+def test_a_checkpoint_without_an_optimizer_is_gone_on_from_with_a_warning(tmp_path):
+    quiet(trainer(patched("lora"), tmp_path, save_only_model=True).train)
+    with pytest.warns(UserWarning, match="checkpoint-4 has no state of the optimizer"):
+        trainer(patched("lora"), tmp_path, max_steps=5).train(resume_from_checkpoint=True)
+
+
+def test_adalora_does_not_go_on_under_fsdp(tmp_path):
+    quiet(trainer(patched("adalora"), tmp_path).train)
+    again = trainer(patched("adalora"), tmp_path)
+    again.is_fsdp_enabled = True
+    with pytest.raises(
+        fastpeft.PatchError, match="has no importances of AdaLoRA's triplets, and 'default' would choose"
+    ):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_an_old_state_does_not_make_a_new_checkpoint_complete(tmp_path, monkeypatch):
     quiet(trainer(patched("lora"), tmp_path).train)
     again = trainer(patched("lora"), tmp_path)

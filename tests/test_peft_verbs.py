@@ -120,6 +120,11 @@ def test_of_one_adapter_and_of_patterns_that_differ_in_kind_it_is_exact(tmp_path
         ({"combination_type": "ties"}, "density=None; ties keeps a share of the values"),
         ({"combination_type": "ties", "density": 1.5}, "density=1.5; ties keeps a share"),
         ({"svd_rank": 0}, "svd_rank=0; a rank is an int of at least 1"),
+        ({"svd_clamp": 1.5}, "svd_clamp=1.5; it is a quantile, from 0 to 1, or None"),
+        (
+            {"adapters": ["default", "ranks"], "combination_type": "linear"},
+            r"linear needs adapters of one r, and at model.layers.1.self_attn.q_proj these have \[4, 2\]; use 'cat'",
+        ),
         ({"majority_sign_method": "most"}, "majority_sign_method='most'; choose 'total' or 'frequency'"),
         (
             {"adapters": ["default", "d"], "combination_type": "linear"},
@@ -132,7 +137,13 @@ def test_of_one_adapter_and_of_patterns_that_differ_in_kind_it_is_exact(tmp_path
 )
 def test_what_cannot_be_combined_is_refused(changes, said):
     _, model = three()
-    for name, more in (("d", {"r": 2}), ("dora", {"use_dora": True}), ("whole", {"modules_to_save": ["lm_head"]})):
+    uneven = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "use_rslora": False}
+    for name, more in (
+        ("d", {"r": 2}),
+        ("ranks", uneven),
+        ("dora", {"use_dora": True}),
+        ("whole", {"modules_to_save": ["lm_head"]}),
+    ):
         if name == "d" or name in changes.get("adapters", ()):
             model.add_adapter(name, fastpeft.LoraConfig(**settings(target_modules=["q_proj"], **more)))
     if "p" in changes.get("adapters", ()):
@@ -212,6 +223,9 @@ def test_state_dicts_go_from_library_to_library():
     moved = {name: tensor * 2 for name, tensor in ours.state_dict().items()}
     twice = fastpeft.get_peft_model_state_dict(ours, moved, "c")
     assert all(torch.equal(twice[key], changed[key] * 2) for key in changed)
+    ours.set_adapter("c")
+    named = fastpeft.get_peft_model_state_dict(ours, adapter_name=None, save_embedding_layers=True)
+    assert changed.keys() < named.keys() and "base_model.model.lm_head.weight" in named
     del moved["model.layers.0.self_attn.q_proj.lora_A.c.weight"]
     with pytest.raises(fastpeft.PatchError, match="state_dict has no model.layers.0.self_attn.q_proj.lora_A.c.weight"):
         fastpeft.get_peft_model_state_dict(ours, moved, "c")
@@ -226,6 +240,9 @@ def test_a_state_dict_that_does_not_fit_changes_nothing():
         {name: tensor for name, tensor in good.items() if name != key},
         {**good, "other": first},
         {**good, key: first[:1]},
+        {**good, key: first.tolist()},
+        {**good, key: first.long()},
+        {**good, key: torch.full_like(first, float("nan"))},
         {**good, list(good)[-1]: torch.full_like(good[list(good)[-1]], float("inf"), dtype=torch.float64)},
     ):
         with pytest.raises(fastpeft.AdapterFileError, match="peft_model_state_dict"):

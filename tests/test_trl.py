@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fastpeft
 from fastpeft.integrations import trainer as ours
-from tests.models import tiny
+from tests.models import differences, snapshot, tiny
 
 WORDS = [f"w{number}" for number in range(90)]
 TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
@@ -230,6 +230,18 @@ def test_grpo_has_the_losses_of_peft(tmp_path, tokenizer):
             yield made
 
     assert_same_losses(trainers(), "loss", "kl", "reward")
+
+
+@pytest.mark.parametrize("when", ["patched", "peft_config"])
+def test_vllm_is_refused_which_would_not_have_the_adapter(when, tmp_path, tokenizer):
+    settings = settings_for(trl.GRPOConfig, tmp_path, num_generations=2)
+    settings.use_vllm = True  # afterwards: TRL asks for the package
+    model = model_of(fastpeft, "lora") if when == "patched" else tiny()
+    config = None if when == "patched" else fastpeft.LoraConfig(r=2, target_modules=["q_proj"])
+    before = snapshot(model)
+    with pytest.raises(fastpeft.PatchError, match="use_vllm=True: TRL hands vLLM the weights of a peft.PeftModel"):
+        ours.GRPOTrainer(model, reward_funcs=reward, args=settings, peft_config=config)
+    assert differences(before, snapshot(model)) == []
 
 
 def test_after_unpatching_the_model_is_trl_s(tmp_path, tokenizer):

@@ -12,8 +12,10 @@ import warnings
 
 from torch import nn
 
-from fastpeft.errors import AdapterFileError
+from fastpeft.config_base import PeftType
+from fastpeft.errors import AdapterFileError, PatchError
 from fastpeft.files import adapter_directory
+from fastpeft.journal import CONFIG
 from fastpeft.model import PatchedModel
 from fastpeft.neighbours import check_liger, put_behind
 from fastpeft.patching import state_of
@@ -28,10 +30,12 @@ class AdapterCheckpoints:
     `resume_from_checkpoint` (a path, or True for the last complete checkpoint) and `load_best_model_at_end` give every
     adapter of the model what the checkpoint holds of it, in place: its tensors, the network that a prompt comes out of,
     AdaLoRA's importances and ranks. Training goes on bit for bit. A checkpoint that was being written when the process
-    died is passed over; one of another configuration is refused, with the name of the field.
+    died is passed over; one of another configuration is refused, with the name of the field, and one with adapters
+    that the model has not. One without an optimizer (`save_only_model`) is gone on from with a warning.
 
     Raises, before the first step, AdapterFileError and ConfigError as `fastpeft.restoring.restore_adapter`, and
-    PatchError where Liger's kernels (`use_liger_kernel`) would pass the adapter by.
+    PatchError where Liger's kernels (`use_liger_kernel`) would pass the adapter by, or AdaLoRA is resumed under FSDP,
+    whose checkpoints have no importances.
     """
 
     def __init__(self, model=None, *args, **kwargs):
@@ -49,7 +53,29 @@ class AdapterCheckpoints:
                 resume_from_checkpoint = last_complete(self.args.output_dir)
             else:
                 check_complete(resume_from_checkpoint)
+            self._check_resumed(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_resumed(self, checkpoint: str) -> None:
+        state = state_of(inside(self.model))
+        importances = [name for name, config in state.configs.items() if config.peft_type == PeftType.ADALORA]
+        if self.is_fsdp_enabled and importances:
+            raise PatchError(
+                f"a checkpoint of FSDP has no importances of AdaLoRA's triplets, and {importances[0]!r} would choose "
+                "its ranks anew; train it under DistributedDataParallel, or to the end at once"
+            )
+        others = [name for name in os.listdir(checkpoint) if os.path.isfile(os.path.join(checkpoint, name, CONFIG))]
+        if more := sorted(set(others) - state.configs.keys()):
+            raise AdapterFileError(
+                f"{checkpoint} has the adapter {more[0]!r}, and the model has {', '.join(map(repr, state.configs))}; "
+                "add it to the model, with the configuration that it was trained with, before the Trainer is made"
+            )
+        if not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(checkpoint)):
+            warnings.warn(
+                f"{checkpoint} has no state of the optimizer (save_only_model=True writes none): training goes on with "
+                "a new optimizer and schedule",
+                stacklevel=3,
+            )
 
     def _inner_training_loop(self, *args, **kwargs):
         if is_patched(self.model):

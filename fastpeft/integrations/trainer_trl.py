@@ -81,6 +81,11 @@ class GRPO(AdapterCheckpoints):
     def __init__(self, model, *args, **kwargs):
         given = _arguments(self, model, args, kwargs)
         new, settings = given.get("peft_config") is not None, given.get("args")
+        if getattr(settings, "use_vllm", False) and _is_ours(given):
+            raise PatchError(
+                "use_vllm=True: TRL hands vLLM the weights of a peft.PeftModel with its adapters merged, and knows "
+                "none of fastpeft.patch; give it fastpeft.get_peft_model(model, config), or generate without vLLM"
+            )
         if getattr(settings, "beta", 0.0):
             _check_one_model(given)
         native = _adapt(given)
@@ -133,6 +138,13 @@ def _adapt(given: dict) -> bool:
             "the head out of target_modules, or name it in modules_to_save"
         )
     return True
+
+
+def _is_ours(given: dict) -> bool:
+    """Whether the model is patched, or will be."""
+    model = given["model"]
+    to_be = given.get("peft_config") is not None and isinstance(model, nn.Module) and _is_base(model)
+    return to_be or is_patched(model)
 
 
 def _is_base(model: nn.Module) -> bool:
@@ -212,9 +224,8 @@ def _reference(given: dict, new: bool) -> Reference:
 
 def _check_one_model(given: dict) -> None:
     """Raises PatchError where TRL would need a second model beside one that is patched, or is to be."""
-    model, settings = given["model"], given.get("args")
-    to_be = given.get("peft_config") is not None and isinstance(model, nn.Module) and _is_base(model)
-    if not to_be and not is_patched(model):
+    settings = given.get("args")
+    if not _is_ours(given):
         return
     if getattr(settings, "sync_ref_model", False):
         raise PatchError("sync_ref_model=True needs a second model; give one as ref_model, or set it to False")
