@@ -1,6 +1,8 @@
 """A tiny Llama whose layers fit every quantisation, saved once, and quantised anew for each test."""
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -28,9 +30,10 @@ def checkpoint() -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
-    folder = Path(tempfile.mkdtemp(prefix="fastpeft-quantised-"))
+    folder = tempfile.mkdtemp(prefix="fastpeft-quantised-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model.save_pretrained(folder)
-    return folder
+    return Path(folder)
 
 
 def settings(kind: str, dtype: torch.dtype = torch.float32):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import fastpeft
 from fastpeft import LoraConfig, quantised
+from fastpeft.tuners import lora_quantised
 from tests.memory import Allocations, saved_for_backward
 from tests.models import batch, differences, snapshot
 from tests.peft_pair import quietly, randomise
@@ -229,6 +230,19 @@ def test_merging_after_an_evaluation_merges_the_same_weight(kind):
                 model.unmerge_adapter()
                 assert torch.equal(model["layer"](rows(dtype=dtype)), before)
     assert error(weights[1], weights[0]) < (3e-2 if "nf4" in kind else 1e-6)
+
+
+def test_what_a_merge_has_put_aside_comes_back_where_the_layer_is():
+    """A merged layer may be moved; its former weight, that is no part of it then, stays behind."""
+    model = nn.ModuleDict({"layer": nn.Linear(8, 8)})
+    layer, weight = model["layer"], model["layer"].weight
+    swap = lora_quantised.Swap(layer, {"weight": nn.Parameter(torch.zeros(8, 8), requires_grad=False)})
+    swap.undo()
+    assert layer.weight is weight
+    swap = lora_quantised.Swap(layer, {"weight": nn.Parameter(torch.zeros(8, 8), requires_grad=False)})
+    model.to("meta")
+    swap.undo()
+    assert layer.weight.is_meta and isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
 
 
 def test_several_adapters_share_a_quantised_layer():

@@ -27,7 +27,13 @@ class Swap:
             setattr(module, name, value)
 
     def undo(self) -> None:
+        """Put them back, where the module is now."""
         for name, value in self.before.items():
+            now = getattr(self.module, name)
+            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and value.device != now.device:
+                moved = value.to(now.device)
+                keeps = isinstance(moved, nn.Parameter) or not isinstance(value, nn.Parameter)
+                value = moved if keeps else nn.Parameter(moved, value.requires_grad)
             setattr(self.module, name, value)
 
     def copy_(self, _) -> None:
