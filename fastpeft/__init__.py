@@ -54,6 +54,7 @@ from fastpeft.errors import (
     PatchError,
     TargetError,
 )
+from fastpeft.fallback import failures as kernel_failures
 from fastpeft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from fastpeft.kbit_training import prepare_model_for_kbit_training
 from fastpeft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -115,6 +116,7 @@ __all__ = [
     "hotswap_adapter",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
+    "kernel_failures",
     "load_adapter",
     "merge",
     "merge_and_unload",

@@ -1,7 +1,7 @@
 """`report`: what is patched, which op serves it on which backend, and why."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from fastpeft import tables
 from fastpeft.dispatch import choose_backend, lora_linear_plan_for
 from fastpeft.errors import BackendError
+from fastpeft.fallback import failures
 from fastpeft.patching import layers, state_of
 from fastpeft.preconditions import adapted_by_peft
 from fastpeft.quantised import stand_in
@@ -43,6 +44,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     active: tuple[str, ...]
     merged: tuple[str, ...]
+    failures: dict[str, str] = field(default_factory=failures)  # of kernels, in this process: `kernel_failures`
 
     def __str__(self) -> str:
         patched = sum(layer.op != LEFT for layer in self.layers)
@@ -51,7 +53,8 @@ class Report:
             head += f"; merged: {', '.join(self.merged)}"
         groups = Counter((layer.kind, layer.op, layer.backend, layer.reason) for layer in self.layers)
         lines = [f"  {n:4d} x {kind}: {op} on {on} ({why})" for (kind, op, on, why), n in groups.items()]
-        return "\n".join([head, *lines])
+        failed = [f"  kernels failed, torch computes: {call} ({why})" for call, why in self.failures.items()]
+        return "\n".join([head, *lines, *failed])
 
 
 def report(model: nn.Module) -> Report:

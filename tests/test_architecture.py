@@ -21,7 +21,14 @@ SHIPPED = ("kernels/", "fastpeft/", "benchmarks/")
 MAY_KNOW = {
     "kernels/": ("fastpeft.kernels",),
     "fastpeft/errors.py": (),
-    "fastpeft/ops/": ("fastpeft.kernels", "fastpeft.ops", "fastpeft.dispatch", "fastpeft.errors"),
+    "fastpeft/fallback.py": ("fastpeft.dispatch", "fastpeft.errors"),
+    "fastpeft/ops/": (
+        "fastpeft.kernels",
+        "fastpeft.ops",
+        "fastpeft.dispatch",
+        "fastpeft.errors",
+        "fastpeft.fallback",  # who computes a call whose kernels fail
+    ),
     "fastpeft/tuners/": (
         "fastpeft.attention",  # where a prefix goes
         "fastpeft.calls",  # what a call hands to the embeddings

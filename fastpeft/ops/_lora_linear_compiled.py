@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.dispatch import lora_linear_plan
+from fastpeft.fallback import code_of, served
 from fastpeft.ops.lora_linear import Call, decide, run_backward, run_forward
 
 
@@ -25,10 +26,10 @@ def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, a: Tensor, b: Tensor,
     seed: Tensor | None, scaling: float, dropout: float, dtype: str, patched: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, S, backend): the last is 1 where Triton ran, for backward to use the same."""
+    """(y, S, how it was served): the last for backward, see `fastpeft.fallback.served`."""
     call = decide(x, getattr(torch, dtype), a, b, scaling, dropout, patched or None)
-    y, s = run_forward(x, weight, bias, residual, a, b, seed, call)
-    return y, s, torch.tensor([call.plan is not None])
+    y, s, call = run_forward(x, weight, bias, residual, a, b, seed, call)
+    return y, s, torch.tensor([code_of(call.plan is not None, call)])
 
 
 @_forward.register_fake
@@ -36,17 +37,18 @@ def _(x, weight, bias, residual, a, b, seed, scaling, dropout, dtype, patched):
     # Sizes by `shape`: `len` of a tensor is a number of Python's, for which alone the graph would hold.
     kind = getattr(torch, dtype) if residual is None else residual.dtype
     y = x.new_empty(x.shape[0], b.shape[0], dtype=kind)
-    return y, a.new_empty(x.shape[0], a.shape[0]), torch.empty(1, dtype=torch.bool, device="cpu")
+    return y, a.new_empty(x.shape[0], a.shape[0]), torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor, b: Tensor, s: Tensor, seed: Tensor | None,
-    triton: Tensor, scaling: float, dropout: float, dtype: str, dx_dtype: str, needs: list[bool],
+    how: Tensor, scaling: float, dropout: float, dtype: str, dx_dtype: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dX, dW, dbias, dA, dB), empty where `needs` does not ask."""
-    plan = lora_linear_plan(dy, getattr(torch, dtype), a, b, dropout) if triton.item() else None
-    call = Call(scaling, dropout, getattr(torch, dtype), getattr(torch, dx_dtype), plan)
+    triton, fields = served(how.item())
+    plan = lora_linear_plan(dy, getattr(torch, dtype), a, b, dropout) if triton else None
+    call = Call(scaling, dropout, getattr(torch, dtype), getattr(torch, dx_dtype), plan, **fields)
     grads = run_backward(dy, x, weight, a, b, s, seed, call, tuple(needs))
     # A bias gradient leaves the kernels in fp32 and torch in the call's dtype; the operator promises the latter.
     kinds = (call.dx_dtype, call.dtype, call.dtype, a.dtype, b.dtype)
@@ -56,7 +58,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, x, weight, a, b, s, seed, triton, scaling, dropout, dtype, dx_dtype, needs):
+def _(dy, x, weight, a, b, s, seed, how, scaling, dropout, dtype, dx_dtype, needs):
     columns, kind = a.shape[1], getattr(torch, dtype)
     shapes = ((dy.shape[0], columns), (dy.shape[1], columns), (dy.shape[1],), a.shape, b.shape)
     kinds = (getattr(torch, dx_dtype), kind, kind, a.dtype, b.dtype)
@@ -75,10 +77,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dy, _s, _backend):
-    x, weight, a, b, s, seed, triton = ctx.saved_tensors
+    x, weight, a, b, s, seed, how = ctx.saved_tensors
     need_x, need_w, need_bias, need_residual, need_a, need_b, *_ = ctx.needs_input_grad
     needs = [need_x, need_w, need_bias, need_a, need_b]
-    grads = torch.ops.fastpeft.lora_linear_backward(dy, x, weight, a, b, s, seed, triton, *ctx.numbers, needs)
+    grads = torch.ops.fastpeft.lora_linear_backward(dy, x, weight, a, b, s, seed, how, *ctx.numbers, needs)
     dx, dw, dbias, da, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     dx, dw, dbias = (
         None if grad is None else grad.to(kind) for grad, kind in zip((dx, dw, dbias), ctx.dtypes, strict=True)

@@ -5,6 +5,7 @@ blocks that fit a CPU's cache: no M×K copy and no stored mask, forward or backw
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -49,14 +50,36 @@ class Dropout:
         return places[: int(torch.searchsorted(places, size))]
 
 
+class Given:
+    """In the place of `Dropout` a mask that somebody else has drawn: True where an element is kept, in parts, as blocks
+    are taken."""
+
+    def __init__(self, parts: Iterable[torch.Tensor], p: float):
+        self.parts, self.p = iter(parts), p
+
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.p)
+
+    def next(self, rows: int, columns: int) -> torch.Tensor:
+        """As of `Dropout`."""
+        return next(self.parts).logical_not().flatten().nonzero().flatten()
+
+
+def given_mask(mask: torch.Tensor, p: float) -> Given:
+    """Of a mask [rows, columns]."""
+    return Given((mask[block] for block in row_blocks(*mask.shape, masked=True)), p)
+
+
 def drop(block: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Zero these places of a block (contiguous, the caller's own), in place."""
     block.view(-1).index_fill_(0, places, 0)
     return block
 
 
-def _dropout(seed: torch.Tensor | None, p: float, device: torch.device) -> Dropout | None:
-    return None if seed is None else Dropout(seed, p, device)
+def dropout_of(seed: torch.Tensor | Given | None, p: float, device: torch.device) -> Dropout | Given | None:
+    """What is dropped under a seed, or as given."""
+    return seed if seed is None or isinstance(seed, Given) else Dropout(seed, p, device)
 
 
 def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: torch.device) -> torch.Tensor:
@@ -68,7 +91,7 @@ def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: tor
     return mask
 
 
-def shrink(x: torch.Tensor, a: torch.Tensor, scale: float, dropout: Dropout | None = None) -> torch.Tensor:
+def shrink(x: torch.Tensor, a: torch.Tensor, scale: float, dropout: Dropout | Given | None = None) -> torch.Tensor:
     """scale·drop(x) aᵀ [M, R] in a's dtype: x [M, K], a [R, K]."""
     if dropout is None and x.dtype == a.dtype:
         return (x @ a.t()).mul_(scale)
@@ -108,7 +131,7 @@ def transposed_product(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def forward(x, weight, bias, residual, a, b, scale, seed, p):
     """(y [M, N], S [M, R]): shapes as in `lora_linear`, flattened; `weight` None means y = residual + S Bᵀ."""
     y = residual.clone() if weight is None else torch.nn.functional.linear(x, weight, bias)
-    s = shrink(x, a, scale, _dropout(seed, p, x.device))
+    s = shrink(x, a, scale, dropout_of(seed, p, x.device))
     return add_product(y, s, b.t()), s
 
 
@@ -124,7 +147,7 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bo
     if not (need_a or need_x):
         return None, None
     if seed is not None:
-        return _masked_grads(dy, x, t, weight, a, Dropout(seed, p, dy.device), dx_dtype, need_a, need_x)
+        return _masked_grads(dy, x, t, weight, a, dropout_of(seed, p, dy.device), dx_dtype, need_a, need_x)
     da = transposed_product(t, x) if need_a else None
     if not need_x:
         return da, None

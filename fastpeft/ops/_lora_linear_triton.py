@@ -8,7 +8,7 @@ import torch
 
 from fastpeft.dispatch import Plan
 from fastpeft.kernels import lora_linear as kernels
-from fastpeft.kernels._common import Dropout
+from fastpeft.kernels._common import DROPOUT_LEVELS, Dropout, dropout_threshold
 
 # Above this rank a rectangle of dB no longer stays in registers beside T: dY is then read twice.
 ONE_READ_RANK = 64
@@ -21,6 +21,11 @@ def draw_seed(x: torch.Tensor) -> torch.Tensor:
 
 def _dropout(seed, p) -> Dropout | None:
     return None if seed is None else Dropout(seed, p)
+
+
+def honoured(p: float) -> float:
+    """The probability that the kernels drop with."""
+    return dropout_threshold(p) / DROPOUT_LEVELS
 
 
 def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: torch.device) -> torch.Tensor:

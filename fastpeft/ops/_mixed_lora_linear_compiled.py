@@ -4,6 +4,7 @@ sample has which adapter is a constant of the graph; the backend is chosen when 
 import torch
 from torch import Tensor
 
+from fastpeft.fallback import code_of, served
 from fastpeft.ops.mixed_lora_linear import decide, run_backward, run_forward
 
 
@@ -23,10 +24,10 @@ def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, a: list[Tensor], b: list[Tensor],
     seeds: Tensor | None, rows: list[int], scalings: list[float], dropouts: list[float], dtype: str, patched: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, S, backend): the last is 1 where Triton ran, for backward to use the same."""
+    """(y, S, how it was served): the last for backward, see `fastpeft.fallback.served`."""
     call = decide(x, getattr(torch, dtype), rows, [len(each) for each in a], scalings, dropouts, patched or None)
-    y, s = run_forward(x, weight, bias, residual, a, b, seeds, call)
-    return y, s, torch.tensor([call.triton])
+    y, s, call = run_forward(x, weight, bias, residual, a, b, seeds, call)
+    return y, s, torch.tensor([code_of(call.triton, call)])
 
 
 @_forward.register_fake
@@ -35,18 +36,19 @@ def _(x, weight, bias, residual, a, b, seeds, rows, scalings, dropouts, dtype, p
     # Sizes by `shape`: `len` of a tensor is a number of Python's, for which alone the graph would hold.
     y = x.new_empty(x.shape[0], b[0].shape[0], dtype=kind)
     elements = x.shape[0] // len(rows) * sum(len(a[g]) for g in rows if g >= 0)
-    return y, a[0].new_empty(elements), torch.empty(1, dtype=torch.bool, device="cpu")
+    return y, a[0].new_empty(elements), torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("fastpeft::mixed_lora_linear_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, a: list[Tensor], b: list[Tensor], s: Tensor,
-    seeds: Tensor | None, triton: Tensor, rows: list[int], scalings: list[float], dropouts: list[float], dtype: str,
+    seeds: Tensor | None, how: Tensor, rows: list[int], scalings: list[float], dropouts: list[float], dtype: str,
     dx_dtype: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dX, dW, dbias, every dA, every dB), the last two one behind the other; empty where `needs` does not ask."""
     call = decide(dy, getattr(torch, dtype), rows, [len(each) for each in a], scalings, dropouts, "torch")
-    call = call._replace(triton=bool(triton.item()), dx_dtype=getattr(torch, dx_dtype))
+    triton, fields = served(how.item())
+    call = call._replace(triton=triton, dx_dtype=getattr(torch, dx_dtype), **fields)
     dx, dw, dbias, da, db = run_backward(dy, x, weight, a, b, s, seeds, call, tuple(needs))
     da, db = (None if each is None else torch.cat([part.reshape(-1) for part in each]) for each in (da, db))
     kinds = (call.dx_dtype, call.dtype, call.dtype, a[0].dtype, b[0].dtype)
@@ -57,7 +59,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, x, weight, a, b, s, seeds, triton, rows, scalings, dropouts, dtype, dx_dtype, needs):
+def _(dy, x, weight, a, b, s, seeds, how, rows, scalings, dropouts, dtype, dx_dtype, needs):
     columns, kind = a[0].shape[1], getattr(torch, dtype)
     ranks, (count, outputs) = sum(len(each) for each in a), dy.shape
     shapes = ((count, columns), (outputs, columns), (outputs,), (ranks * columns,), (ranks * outputs,))
@@ -77,12 +79,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dy, _s, _backend):
-    x, weight, s, seeds, triton, *matrices = ctx.saved_tensors
+    x, weight, s, seeds, how, *matrices = ctx.saved_tensors
     a, b = matrices[: len(matrices) // 2], matrices[len(matrices) // 2 :]
     need_x, need_w, need_bias, need_residual, need_a, need_b, *_ = ctx.needs_input_grad
     needs = [need_x, need_w, need_bias, any(need_a), any(need_b)]
     grads = torch.ops.fastpeft.mixed_lora_linear_backward(
-        dy, x, weight, a, b, s, seeds, triton, *ctx.numbers, needs
+        dy, x, weight, a, b, s, seeds, how, *ctx.numbers, needs
     )  # fmt: skip
     dx, dw, dbias, da, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     dx, dw, dbias = (

@@ -7,7 +7,16 @@ and T are kept one behind the other, as the kernels keep them.
 import torch
 
 from fastpeft.ops import _lora_linear_torch as alone
-from fastpeft.ops._lora_linear_torch import Dropout, add_product, drop, dropped, row_blocks, transposed_product
+from fastpeft.ops._lora_linear_torch import (
+    Dropout,
+    Given,
+    add_product,
+    drop,
+    dropped,
+    given_mask,
+    row_blocks,
+    transposed_product,
+)
 
 
 def draw_seeds(x: torch.Tensor, adapters: int) -> torch.Tensor:
@@ -38,8 +47,16 @@ def _places(samples: tuple[int, ...], tokens: int, device: torch.device) -> torc
     return (first[:, None] + torch.arange(tokens, device=device)).flatten()
 
 
-def _dropouts(seeds: torch.Tensor | None, dropouts: tuple[float, ...], device: torch.device) -> list[Dropout | None]:
+def given_masks(mask: torch.Tensor, samples: tuple[tuple[int, ...], ...], tokens: int, dropouts) -> list[Given | None]:
+    """Of a mask [M, K] what each adapter drops, in the place of the seeds."""
+    own = [Rows(each, tokens, mask.device).of(mask) for each in samples]
+    return [given_mask(part, p) if p else None for part, p in zip(own, dropouts, strict=True)]
+
+
+def _dropouts(seeds, dropouts: tuple[float, ...], device: torch.device) -> list[Dropout | Given | None]:
     """Of each adapter what it drops, in the order of its own rows."""
+    if isinstance(seeds, list):
+        return seeds
     return [
         None if seeds is None or not p else Dropout(seed, p, device)
         for seed, p in zip([None] * len(dropouts) if seeds is None else seeds.tolist(), dropouts, strict=True)

@@ -8,6 +8,7 @@ import torch
 
 from fastpeft.kernels import mixed_lora_linear as kernels
 from fastpeft.kernels._segments import Layout
+from fastpeft.ops._lora_linear_triton import honoured as honoured
 
 
 def draw_seeds(x: torch.Tensor, adapters: int) -> torch.Tensor:

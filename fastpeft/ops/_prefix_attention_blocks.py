@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpeft.ops._lora_linear_torch import Dropout, drop
+from fastpeft.ops._lora_linear_torch import Dropout, Given, drop, dropout_of
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, prefix_visible_block, visible_block
 
 BLOCK_ELEMENTS = 1 << 20  # of a buffer of scores, 4 MiB in fp32; backward has three of them, with dropout four
@@ -46,7 +46,12 @@ def keep_mask(seed: Tensor, p: float, batch: int, heads: int, queries: int, pref
     return mask
 
 
-def _places(dropout: Dropout, block: Tensor) -> Tensor:
+def given_mask(mask: Tensor, p: float) -> Given:
+    """Of a mask (B, H, S, P + T), in the place of the seed."""
+    return Given((mask[samples, :, rows] for samples, rows in row_blocks(*mask.shape)), p)
+
+
+def _places(dropout: Dropout | Given, block: Tensor) -> Tensor:
     return dropout.next(block.numel() // max(1, block.shape[-1]), block.shape[-1])
 
 
@@ -72,7 +77,7 @@ class Rows:
         self.prefix = tensors.pk_BGPD.shape[2]
         self.wide = torch.promote_types(tensors.q_BHSD.dtype, torch.float32)
         self.device = tensors.q_BHSD.device
-        self.dropout = None if seed is None else Dropout(seed, p, self.device)
+        self.dropout = dropout_of(seed, p, self.device)
 
     def blocks(self):
         if self.tensors.q_BHSD.numel() == 0:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastpeft.dispatch import ATTENTION_STRATEGIES, Plan, prefix_attention_plan
+from fastpeft.fallback import code_of, is_demanded, served
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors
-from fastpeft.ops.gated_prompt_attention import _path as gated_path
-from fastpeft.ops.prefix_attention import Call
-from fastpeft.ops.prefix_attention import _path as plain_path
+from fastpeft.ops.gated_prompt_attention import run_backward as gated_backward
+from fastpeft.ops.gated_prompt_attention import run_forward as gated_forward
+from fastpeft.ops.prefix_attention import Call, run_backward, run_forward
 
 STRATEGIES = (*ATTENTION_STRATEGIES, "decode")
 VECTORS = ("padding_BT", "segments_BT", "local_BT", "slopes_H", "positions_BT")
@@ -43,14 +44,13 @@ def _forward(
     call = _call((padding, segments, local, slopes, positions), causal, scale, start, window, pin, softcap, dropout)
     with torch.autocast(q.device.type, enabled=False):
         plan = prefix_attention_plan(tensors, call.scores, dropout, patched or None, gated=gate is not None)
-        call = call._replace(plan=plan)
-        triton = call.plan is not None
+        call = call._replace(plan=plan, demanded=plan is not None and is_demanded(patched or None))
         if gate is None:
-            own, (out, lse) = q.new_empty(0), plain_path(triton).forward(tensors, call, seed)
+            own, (out, lse, call) = q.new_empty(0), run_forward(tensors, call, seed)
         else:
-            out, own, lse = gated_path(triton).forward(tensors, gate, call, seed)
+            out, own, lse, call = gated_forward(tensors, gate, call, seed)
     parts = lse if lse.ndim == 4 else torch.stack((lse, torch.zeros_like(lse)))
-    return out, own, parts, torch.tensor([*_numbers_of(call.plan), lse.ndim])
+    return out, own, parts, torch.tensor([*_numbers_of(plan), lse.ndim, code_of(plan is not None, call)])
 
 
 @_forward.register_fake
@@ -63,7 +63,7 @@ def _(gate, q, k, v, pk, pv, bias, pbias, sinks, padding, segments, local, slope
     own = q.new_empty(0) if gate is None else result()
     wide = torch.promote_types(q.dtype, torch.float32)
     parts = q.new_empty(2, batch, heads, queries, dtype=wide)
-    return result(), own, parts, torch.empty(3, dtype=torch.int64, device="cpu")
+    return result(), own, parts, torch.empty(4, dtype=torch.int64, device="cpu")
 
 
 def _numbers_of(plan: Plan | None) -> tuple[int, int]:
@@ -85,16 +85,15 @@ def _backward(
     """The gradients of gate and `Tensors`, empty where `needs` does not ask. result: out, or the sequence's own."""
     tensors = Tensors(q, k, v, pk, pv, bias, pbias, sinks)
     call = _call((padding, segments, local, slopes, positions), causal, scale, start, window, pin, softcap, dropout)
-    *strategies, dimensions = how.tolist()
-    call, lse = call._replace(plan=_plan_of(strategies)), parts if dimensions == 4 else parts[0]
+    *strategies, dimensions, code = how.tolist()
+    call = call._replace(plan=_plan_of(strategies), **served(code)[1])
+    lse = parts if dimensions == 4 else parts[0]
     need_gate, needs = needs[0], Tensors(*needs[1:])
     with torch.autocast(dout.device.type, enabled=False):
         if gate is None:
-            path = plain_path(call.plan is not None)
-            grads = None, *path.backward(dout, tensors, result, lse, call, seed, needs)
+            grads = None, *run_backward(dout, tensors, result, lse, call, seed, needs)
         else:
-            path = gated_path(call.plan is not None)
-            grads = path.backward(dout, tensors, gate, result, lse, call, seed, needs, need_gate)
+            grads = gated_backward(dout, tensors, gate, result, lse, call, seed, needs, need_gate)
     # An operator's results may not share storage, as the kernels' gradients of keys and values do.
     return [
         dout.new_empty(0) if grad is None else grad.clone(memory_format=torch.contiguous_format)

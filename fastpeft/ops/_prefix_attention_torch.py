@@ -11,7 +11,7 @@ from fastpeft.ops import _prefix_attention_blocks as blocks
 from fastpeft.ops import _prefix_attention_flash as flash
 from fastpeft.ops._prefix_attention_scores import Tensors
 
-keep_mask = blocks.keep_mask
+keep_mask, given_mask = blocks.keep_mask, blocks.given_mask
 
 
 def draw_seed(q: Tensor) -> Tensor:

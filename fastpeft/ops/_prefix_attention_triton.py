@@ -14,6 +14,7 @@ from fastpeft.kernels._common import Dropout
 from fastpeft.ops import _prefix_attention_concat as concat
 from fastpeft.ops import _vendor_flash as vendor
 from fastpeft.ops._lora_linear_triton import draw_seed as draw_seed
+from fastpeft.ops._lora_linear_triton import honoured as honoured
 from fastpeft.ops._lora_linear_triton import keep_mask as rows_of_mask
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastpeft.dispatch import prefix_attention_plan
 from fastpeft.errors import OpError
+from fastpeft.fallback import is_demanded, kernels_or_torch
 from fastpeft.ops import _gated_prompt_attention_torch as torch_path
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, check_tensors, make_scores, of_prompt, of_sequence
-from fastpeft.ops.prefix_attention import Call, in_common_dtype, prefix_attention_reference
+from fastpeft.ops.prefix_attention import Call, in_common_dtype, kind_of, mask_of, prefix_attention_reference
 
 # Letters of the shape suffixes in this file: B batch, H query heads, G key/value heads, S queries, T keys, P virtual
 # keys, D head dimension.
@@ -46,10 +47,9 @@ class GatedPromptAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, gate, *tensors):
-        path = _path(call.plan is not None)
-        seed = path.draw_seed(tensors[0]) if call.dropout else None
+        seed = _path(call.plan is not None).draw_seed(tensors[0]) if call.dropout else None
         with torch.autocast(gate.device.type, enabled=False):
-            out_BHSD, own_BHSD, lse_BHS = path.forward(Tensors(*tensors), gate, call, seed)
+            out_BHSD, own_BHSD, lse_BHS, call = run_forward(Tensors(*tensors), gate, call, seed)
         ctx.save_for_backward(gate, *tensors, own_BHSD, lse_BHS, seed)
         ctx.call = call
         return out_BHSD
@@ -59,12 +59,47 @@ class GatedPromptAttentionFunction(torch.autograd.Function):
     def backward(ctx, dout_BHSD):
         gate, *tensors, own_BHSD, lse_BHS, seed = ctx.saved_tensors
         _, need_gate, *needs = ctx.needs_input_grad
-        path = _path(ctx.call.plan is not None)
         with torch.autocast(gate.device.type, enabled=False):
-            gradients = path.backward(
+            gradients = run_backward(
                 dout_BHSD, Tensors(*tensors), gate, own_BHSD, lse_BHS, ctx.call, seed, Tensors(*needs), need_gate
             )
         return None, *gradients
+
+
+def run_forward(tensors: Tensors, gate: Tensor, call: Call, seed: Tensor | None):
+    """(out, the sequence's own out, what is kept of its softmax, the call as it was served) on the backend that
+    `call.plan` stands for."""
+    if call.plan is None:
+        return *torch_path.forward(tensors, gate, call, seed), call
+    found, by_kernels = kernels_or_torch(
+        kind_of("gated_prompt_attention", "forward", tensors, call),
+        call.demanded,
+        lambda: _path(True).forward(tensors, gate, call, seed),
+        lambda: torch_path.forward(tensors, gate, call, mask_of(tensors, call, seed, False, prefix=False)),
+    )
+    return *found, call if by_kernels else call._replace(fell_back=True)
+
+
+def run_backward(dout, tensors: Tensors, gate, own, lse, call: Call, seed, needs: Tensors, need_gate: bool):
+    """(dgate, the gradients of `Tensors`), None where not needed; see `prefix_attention`'s."""
+
+    def by_torch_as_kernels():
+        kept = own, lse
+        if not call.fell_back:
+            _, *kept = torch_path.forward(tensors, gate, call, mask_of(tensors, call, seed, True, prefix=False))
+        mask = mask_of(tensors, call, seed, not call.fell_back, prefix=False)
+        return torch_path.backward(dout, tensors, gate, *kept, call, mask, needs, need_gate)
+
+    if call.plan is None:
+        return torch_path.backward(dout, tensors, gate, own, lse, call, seed, needs, need_gate)
+    if call.fell_back:
+        return by_torch_as_kernels()
+    return kernels_or_torch(
+        kind_of("gated_prompt_attention", "backward", tensors, call),
+        call.demanded,
+        lambda: _path(True).backward(dout, tensors, gate, own, lse, call, seed, needs, need_gate),
+        by_torch_as_kernels,
+    )[0]
 
 
 def gated_prompt_attention(
@@ -127,5 +162,6 @@ def gated_prompt_attention(
         from fastpeft.ops._prefix_attention_compiled import compiled_attention
 
         return compiled_attention(gate.reshape(-1), tensors, scores, dropout, patched_backend)
-    call = Call(scores, dropout, prefix_attention_plan(tensors, scores, dropout, patched_backend, gated=True))
+    plan = prefix_attention_plan(tensors, scores, dropout, patched_backend, gated=True)
+    call = Call(scores, dropout, plan, plan is not None and is_demanded(patched_backend))
     return GatedPromptAttentionFunction.apply(call, gate.reshape(-1), *tensors)

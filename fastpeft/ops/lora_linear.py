@@ -17,6 +17,7 @@ import torch
 
 from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
 from fastpeft.errors import OpError
+from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_linear_torch as torch_path
 from fastpeft.ops._first_order import first_order
 
@@ -28,7 +29,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Call(NamedTuple):
     """What a call computes besides its tensors; `plan` is None on the torch path.
 
-    `dtype` is that of the base product, `dx_dtype` that of the sum dX: x's, where autocast narrowed x.
+    `dtype` is that of the base product, `dx_dtype` that of the sum dX: x's, where autocast narrowed x. `demanded`:
+    whether Triton must serve it; `fell_back`: whether its kernels failed in forward (`fastpeft.fallback`).
     """
 
     scaling: float
@@ -36,6 +38,8 @@ class Call(NamedTuple):
     dtype: torch.dtype
     dx_dtype: torch.dtype
     plan: Plan | None
+    demanded: bool = False
+    fell_back: bool = False
 
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, p=0.0):
@@ -76,7 +80,7 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, call: Call):
         seed = _path(call.plan is not None).draw_seed(x_MK) if call.dropout else None
-        y_MN, s_MR = run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call)
+        y_MN, s_MR, call = run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call)
         need_x, need_w, _, _, need_a, need_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             x_MK if need_a or need_w else None,
@@ -106,12 +110,33 @@ class LoraLinearFunction(torch.autograd.Function):
 
 
 def run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call: Call):
-    """(y [M, N], S [M, R]) on the backend that `call.plan` stands for."""
+    """(y [M, N], S [M, R], the call as it was served) on the backend that `call.plan` stands for."""
     x, weight, bias = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK, bias_N))
-    arguments = (x, weight, bias, residual_MN, a_RK, b_NR, call.scaling, seed, call.dropout)
+    tensors = (x, weight, bias, residual_MN, a_RK, b_NR, call.scaling)
     if call.plan is None:
-        return torch_path.forward(*arguments)
-    return _path(True).forward(*arguments, call.plan)
+        return *torch_path.forward(*tensors, seed, call.dropout), call
+    (y, s), by_kernels = kernels_or_torch(
+        _kind("forward", call, x_MK, a_RK, b_NR),
+        call.demanded,
+        lambda: _path(True).forward(*tensors, seed, call.dropout, call.plan),
+        lambda: torch_path.forward(*tensors, _mask(seed, call, x_MK.shape, x_MK.device, False), call.dropout),
+    )
+    return y, s, call if by_kernels else call._replace(fell_back=True)
+
+
+def _kind(phase: str, call: Call, rows, a_RK, b_NR) -> tuple:
+    """What kernels are compiled for, in words; A and B are None where nothing of theirs is wanted."""
+    sizes = [] if a_RK is None else [f"K {a_RK.shape[1]}, N {len(b_NR)}, rank {len(a_RK)}", f"adapter {a_RK.dtype}"]
+    return "lora_linear", phase, rows.device, call.dtype, *sizes, f"dropout {call.dropout > 0}"
+
+
+def _mask(seed, call: Call, shape: tuple[int, int], device, needed: bool):
+    """What the torch path drops in the place of the kernels: as they do, if they can say, which may be `needed`."""
+    if seed is None:
+        return None
+    path, kind = _path(True), ("lora_linear", "dropout", device)
+    mask = mask_of_kernels(kind, needed, lambda: path.keep_mask(seed, call.dropout, *shape, device))
+    return seed if mask is None else torch_path.given_mask(mask, path.honoured(call.dropout))
 
 
 def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs: tuple[bool, ...]):
@@ -119,16 +144,30 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
     need_x, need_w, need_bias, need_a, need_b = needs
     dy = dy_MN.to(call.dtype)
     x, weight = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK))
-    if call.plan is None:
+
+    def by_torch(seed):
         db, t_MR = torch_path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a)
         da, dx = torch_path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, call.dx_dtype, need_a, need_x)
-        dbias = dy.sum(0) if need_bias else None
-    else:
-        path = _path(True)
-        needs_of = (need_b, need_x or need_a, need_bias)
+        return db, dy.sum(0) if need_bias else None, da, dx
+
+    def by_torch_as_kernels():
+        if not (need_x or need_a):
+            return by_torch(None)
+        return by_torch(_mask(seed, call, (len(dy), a_RK.shape[1]), dy.device, not call.fell_back))
+
+    def by_kernels():
+        path, needs_of = _path(True), (need_b, need_x or need_a, need_bias)
         db, t_MR, dbias = path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, *needs_of, call.plan.reads)
         arguments = (dy, x, t_MR, weight, a_RK, seed, call.dropout, call.plan, call.dx_dtype)
-        da, dx = path.grad_a_and_x(*arguments, need_a, need_x)
+        return db, dbias, *path.grad_a_and_x(*arguments, need_a, need_x)
+
+    if call.plan is None:
+        db, dbias, da, dx = by_torch(seed)
+    elif call.fell_back:
+        db, dbias, da, dx = by_torch_as_kernels()
+    else:
+        kind = _kind("backward", call, dy, a_RK, b_NR)
+        (db, dbias, da, dx), _ = kernels_or_torch(kind, call.demanded, by_kernels, by_torch_as_kernels)
     return dx, dy.t() @ x if need_w else None, dbias, da, db
 
 
@@ -138,7 +177,7 @@ def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, d
     triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, len(a_RK), patched).backend == "triton"
     dx_dtype = torch.promote_types(x_MK.dtype, dtype)
     plan = lora_linear_plan(x_MK, dtype, a_RK, b_NR, dropout) if triton else None
-    return Call(scaling, dropout, dtype, dx_dtype, plan)
+    return Call(scaling, dropout, dtype, dx_dtype, plan, triton and is_demanded(patched))
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
+from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _mixed_lora_linear_torch as torch_path
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops.lora_linear import _check as check_lora
@@ -38,7 +39,8 @@ class Adapter(NamedTuple):
 
 class Call(NamedTuple):
     """What a call computes besides its tensors. samples: of each adapter those that it serves, in order. tokens: rows
-    of a sample. `dtype` is that of the base product, `dx_dtype` that of the sum dX: x's, where autocast narrowed x."""
+    of a sample. `dtype` is that of the base product, `dx_dtype` that of the sum dX: x's, where autocast narrowed x. The
+    last two as in `lora_linear`."""
 
     samples: tuple[tuple[int, ...], ...]
     tokens: int
@@ -48,6 +50,8 @@ class Call(NamedTuple):
     dtype: torch.dtype
     dx_dtype: torch.dtype
     triton: bool
+    demanded: bool = False
+    fell_back: bool = False
 
     @property
     def drops(self) -> bool:
@@ -101,7 +105,7 @@ class MixedLoraLinearFunction(torch.autograd.Function):
     def forward(ctx, x_MK, weight_NK, bias_N, residual_MN, call: Call, *matrices):
         seeds = _path(call.triton).draw_seeds(x_MK, len(call.ranks)) if call.drops else None
         a, b = matrices[: len(call.ranks)], matrices[len(call.ranks) :]
-        y_MN, s = run_forward(x_MK, weight_NK, bias_N, residual_MN, a, b, seeds, call)
+        y_MN, s, call = run_forward(x_MK, weight_NK, bias_N, residual_MN, a, b, seeds, call)
         need_x, need_w, *_ = ctx.needs_input_grad
         need_a, need_b = _needs(ctx, call)
         ctx.save_for_backward(
@@ -139,22 +143,67 @@ def _needs(ctx, call: Call) -> tuple[bool, bool]:
 
 
 def run_forward(x_MK, weight_NK, bias_N, residual_MN, a, b, seeds, call: Call):
-    """(y [M, N], S [elements]) on the call's backend."""
+    """(y [M, N], S [elements], the call as it was served) on the call's backend."""
     x, weight, bias = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK, bias_N))
-    return _path(call.triton).forward(x, weight, bias, residual_MN, a, b, seeds, call)
+    tensors = (x, weight, bias, residual_MN, a, b)
+    if not call.triton:
+        return *torch_path.forward(*tensors, seeds, call), call
+    (y, s), by_kernels = kernels_or_torch(
+        _kind("forward", call, x_MK, a, b),
+        call.demanded,
+        lambda: _path(True).forward(*tensors, seeds, call),
+        lambda: torch_path.forward(*tensors, _masks(seeds, call, x_MK.shape, x_MK.device, False), call),
+    )
+    return y, s, call if by_kernels else call._replace(fell_back=True)
+
+
+def _kind(phase: str, call: Call, rows, a, b) -> tuple:
+    """What kernels are compiled for, in words."""
+    sizes = f"K {a[0].shape[1]}, N {len(b[0])}, ranks up to {max(call.ranks)}"
+    adapters, drops = f"adapters {a[0].dtype}", f"dropout {call.drops}"
+    return "mixed_lora_linear", phase, rows.device, call.dtype, sizes, adapters, drops
+
+
+def _masks(seeds, call: Call, shape: tuple[int, int], device, needed: bool):
+    """What the torch path drops in the place of the kernels: as they do, if they can say, which may be `needed`."""
+    if seeds is None:
+        return None
+    path, kind = _path(True), ("mixed_lora_linear", "dropout", device)
+    drawn = (seeds, call.samples, call.tokens, call.dropouts, tuple(shape), device)
+    mask = mask_of_kernels(kind, needed, lambda: path.keep_mask(*drawn))
+    if mask is None:  # the kernels may have one seed for all
+        more = torch.arange(len(call.ranks), device=seeds.device)
+        return seeds if len(seeds) == len(more) else seeds + more
+    return torch_path.given_masks(mask, call.samples, call.tokens, [path.honoured(p) for p in call.dropouts])
 
 
 def run_backward(dy_MN, x_MK, weight_NK, a, b, s, seeds, call: Call, needs: tuple[bool, ...]):
     """(dX, dW, dbias, [dA, ...], [dB, ...]), each None where `needs` (in this order) does not ask for it."""
     need_x, need_w, need_bias, need_a, need_b = needs
-    path = _path(call.triton)
     dy = dy_MN.to(call.dtype)
     x, weight = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK))
-    da = db = dx = None
-    if need_x or need_a or need_b:
+
+    def by(path, seeds):
         db, t = path.grad_b_and_t(dy, s, b, call, need_b, need_x or need_a)
-        if need_x or need_a:
-            da, dx = path.grad_a_and_x(dy, x, t, weight, a, seeds, call, need_a, need_x)
+        if not (need_x or need_a):
+            return None, db, None
+        da, dx = path.grad_a_and_x(dy, x, t, weight, a, seeds, call, need_a, need_x)
+        return da, db, dx
+
+    def by_torch_as_kernels():
+        return by(torch_path, _masks(seeds, call, (len(dy), a[0].shape[1]), dy.device, not call.fell_back))
+
+    if not (need_x or need_a or need_b):
+        da = db = dx = None
+    elif not call.triton:
+        da, db, dx = by(torch_path, seeds)
+    elif call.fell_back:
+        da, db, dx = by_torch_as_kernels()
+    else:
+        kind = _kind("backward", call, dy, a, b)
+        (da, db, dx), _ = kernels_or_torch(
+            kind, call.demanded, lambda: by(_path(True), seeds), by_torch_as_kernels
+        )  # fmt: skip
     return dx, dy.t() @ x if need_w else None, dy.sum(0) if need_bias else None, da, db
 
 
@@ -165,7 +214,8 @@ def decide(x_MK: Tensor, dtype: torch.dtype, rows, ranks, scalings, dropouts, pa
     triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, width, patched).backend == "triton"
     dx_dtype = torch.promote_types(x_MK.dtype, dtype)
     samples, tokens = samples_of(rows, len(ranks)), len(x_MK) // len(rows)
-    return Call(samples, tokens, tuple(ranks), tuple(scalings), tuple(dropouts), dtype, dx_dtype, triton)
+    numbers = tuple(ranks), tuple(scalings), tuple(dropouts)
+    return Call(samples, tokens, *numbers, dtype, dx_dtype, triton, triton and is_demanded(patched))
 
 
 def apply_mixed_lora(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastpeft.dispatch import Plan, prefix_attention_plan
 from fastpeft.errors import OpError
+from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _prefix_attention_torch as torch_path
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._prefix_attention_scores import (
@@ -76,11 +77,13 @@ def softmax(scores: Tensor, sink: Tensor | None) -> Tensor:
 
 
 class Call(NamedTuple):
-    """What a call computes besides its tensors; `plan` is None on the torch path."""
+    """What a call computes besides its tensors; `plan` is None on the torch path. The last two as in `lora_linear`."""
 
     scores: Scores
     dropout: float
     plan: Plan | None
+    demanded: bool = False
+    fell_back: bool = False
 
 
 def _path(triton: bool):
@@ -97,10 +100,9 @@ class PrefixAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, *tensors):
-        path = _path(call.plan is not None)
-        seed = path.draw_seed(tensors[0]) if call.dropout else None
+        seed = _path(call.plan is not None).draw_seed(tensors[0]) if call.dropout else None
         with torch.autocast(tensors[0].device.type, enabled=False):
-            out_BHSD, lse_BHS = path.forward(Tensors(*tensors), call, seed)
+            out_BHSD, lse_BHS, call = run_forward(Tensors(*tensors), call, seed)
         ctx.save_for_backward(*tensors, out_BHSD, lse_BHS, seed)
         ctx.call = call
         return out_BHSD
@@ -110,10 +112,69 @@ class PrefixAttentionFunction(torch.autograd.Function):
     def backward(ctx, dout_BHSD):
         *tensors, out_BHSD, lse_BHS, seed = ctx.saved_tensors
         needs = Tensors(*ctx.needs_input_grad[1:])
-        path = _path(ctx.call.plan is not None)
         with torch.autocast(dout_BHSD.device.type, enabled=False):
-            gradients = path.backward(dout_BHSD, Tensors(*tensors), out_BHSD, lse_BHS, ctx.call, seed, needs)
+            gradients = run_backward(dout_BHSD, Tensors(*tensors), out_BHSD, lse_BHS, ctx.call, seed, needs)
         return None, *gradients
+
+
+def run_forward(tensors: Tensors, call: Call, seed: Tensor | None):
+    """(out, what is kept of the softmax, the call as it was served) on the backend that `call.plan` stands for."""
+    if call.plan is None:
+        return *torch_path.forward(tensors, call, seed), call
+    (out, lse), by_kernels = kernels_or_torch(
+        kind_of("prefix_attention", "forward", tensors, call),
+        call.demanded,
+        lambda: _path(True).forward(tensors, call, seed),
+        lambda: torch_path.forward(tensors, call, mask_of(tensors, call, seed, False)),
+    )
+    return out, lse, call if by_kernels else call._replace(fell_back=True)
+
+
+def run_backward(dout: Tensor, tensors: Tensors, out, lse, call: Call, seed: Tensor | None, needs: Tensors):
+    """The gradients of `Tensors`, None where not needed. What the kernels have kept of the softmax is theirs alone: the
+    torch path in their place makes it again."""
+
+    def by_torch_as_kernels():
+        kept = out, lse
+        if not call.fell_back:
+            kept = torch_path.forward(tensors, call, mask_of(tensors, call, seed, True))
+        mask = mask_of(tensors, call, seed, not call.fell_back)
+        return torch_path.backward(dout, tensors, *kept, call, mask, needs)
+
+    if call.plan is None:
+        return torch_path.backward(dout, tensors, out, lse, call, seed, needs)
+    if call.fell_back:
+        return by_torch_as_kernels()
+    return kernels_or_torch(
+        kind_of("prefix_attention", "backward", tensors, call),
+        call.demanded,
+        lambda: _path(True).backward(dout, tensors, out, lse, call, seed, needs),
+        by_torch_as_kernels,
+    )[0]
+
+
+def kind_of(op: str, phase: str, tensors: Tensors, call: Call) -> tuple:
+    """What an attention op's kernels are compiled for, in words."""
+    q, k = tensors.q_BHSD, tensors.k_BGTD
+    heads = f"{q.shape[1]} heads of {q.shape[3]}, {k.shape[1]} of keys, {tensors.pk_BGPD.shape[2]} virtual keys"
+    given = {**tensors._asdict(), **call.scores._asdict(), "dropout": call.dropout or None}
+    names = ("bias_BHST", "pbias_BHSP", "sinks_H", "padding_BT", "segments_BT", "slopes_H", "window", "softcap")
+    more = [name.partition("_")[0] for name in (*names, "dropout") if given[name] is not None]
+    return op, phase, q.device, heads, q.dtype, f"causal {call.scores.causal}", call.plan.forward, *more
+
+
+def mask_of(tensors: Tensors, call: Call, seed: Tensor | None, needed: bool, prefix: bool = True):
+    """What the torch path drops in the place of the kernels: as they do, if they can say, which may be `needed`.
+    Without `prefix` of the sequence's weights alone."""
+    if seed is None:
+        return None
+    (batch, heads, queries, _), device = tensors.q_BHSD.shape, tensors.q_BHSD.device
+    count, path, kind = tensors.pk_BGPD.shape[2], _path(True), ("attention", "dropout", device)
+    sizes = (batch, heads, queries, count, tensors.k_BGTD.shape[2])
+    mask = mask_of_kernels(kind, needed, lambda: path.keep_mask(seed, call.dropout, *sizes, device))
+    if mask is None:
+        return seed
+    return torch_path.given_mask(mask if prefix else mask[..., count:], path.honoured(call.dropout))
 
 
 def prefix_attention(
@@ -195,7 +256,8 @@ def apply_prefix_attention(tensors: Tensors, scores: Scores, dropout: float, pat
 
         return compiled_attention(None, tensors, scores, dropout, patched_backend)
     plan = prefix_attention_plan(tensors, scores, dropout, patched_backend)
-    return PrefixAttentionFunction.apply(Call(scores, dropout, plan), *tensors)
+    call = Call(scores, dropout, plan, plan is not None and is_demanded(patched_backend))
+    return PrefixAttentionFunction.apply(call, *tensors)
 
 
 def in_common_dtype(tensors: Tensors) -> Tensors:

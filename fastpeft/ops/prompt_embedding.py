@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
+from fastpeft.fallback import is_demanded, kernels_or_torch
 from fastpeft.ops import _prompt_embedding_torch as torch_path
 from fastpeft.ops._first_order import first_order
 
@@ -27,10 +28,13 @@ ID_DTYPES = (torch.int32, torch.int64)
 
 
 class Call(NamedTuple):
-    """What a call is besides its tensors. padding: the table's row without a gradient, or -1."""
+    """What a call is besides its tensors. padding: the table's row without a gradient, or -1. The last two as in
+    `lora_linear`."""
 
     padding: int
     triton: bool
+    demanded: bool = False
+    fell_back: bool = False
 
 
 def prompt_embedding_reference(
@@ -63,7 +67,7 @@ class PromptEmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prompt, rows, ids_BS, start_B, call: Call):
-        out_BTH = _path(call.triton).forward(ids_BS, rows, prompt, start_B)
+        out_BTH, call = run_forward(ids_BS, rows, prompt, start_B, call)
         ctx.save_for_backward(ids_BS if ctx.needs_input_grad[1] else None, start_B)
         ctx.call, ctx.shape, ctx.dtype, ctx.entries = call, prompt.shape, prompt.dtype, len(rows)
         return out_BTH
@@ -75,20 +79,45 @@ class PromptEmbeddingFunction(torch.autograd.Function):
         ids_BS, start_B = ctx.saved_tensors
         dprompt = drows = None
         if need_prompt:
-            dprompt = grad_prompt(dout_BTH, ctx.shape, ctx.dtype, start_B, ctx.call.triton)
+            dprompt = grad_prompt(dout_BTH, ctx.shape, ctx.dtype, start_B, ctx.call)
         if need_rows:
             drows = grad_rows(dout_BTH, ctx.shape[-2], ids_BS, start_B, ctx.entries, ctx.call.padding)
         return dprompt, drows, None, None, None
 
 
-def grad_prompt(
-    dout_BTH: Tensor, shape: torch.Size, dtype: torch.dtype, start_B: Tensor | None, triton: bool
-) -> Tensor:
+def run_forward(ids_BS, rows, prompt, start_B, call: Call) -> tuple[Tensor, Call]:
+    """(out (B, T, H), the call as it was served)."""
+    arguments = (ids_BS, rows, prompt, start_B)
+    if not call.triton:
+        return torch_path.forward(*arguments), call
+    out_BTH, by_kernels = kernels_or_torch(
+        _kind("forward", rows, prompt.dtype, prompt.shape),
+        call.demanded,
+        lambda: _path(True).forward(*arguments),
+        lambda: torch_path.forward(*arguments),
+    )
+    return out_BTH, call if by_kernels else call._replace(fell_back=True)
+
+
+def _kind(phase: str, rows: Tensor, dtype: torch.dtype, shape: torch.Size) -> tuple:
+    """What kernels are compiled for, in words."""
+    return "prompt_embedding", phase, rows.device, f"prompt {tuple(shape[-2:])}", dtype, f"embeddings {rows.dtype}"
+
+
+def grad_prompt(dout_BTH: Tensor, shape: torch.Size, dtype: torch.dtype, start_B: Tensor | None, call: Call) -> Tensor:
     """(P, H) or (B, P, H), as `shape` is, in `dtype`; the latter is a view of dout where the dtypes are equal and there
     is no start."""
     if len(shape) == 3:
         return torch_path.rows_of_prompt(dout_BTH, shape[1], start_B).to(dtype)
-    return _path(triton).grad_prompt(dout_BTH, shape[0], dtype, start_B)
+    arguments = (dout_BTH, shape[0], dtype, start_B)
+    if not call.triton or call.fell_back:
+        return torch_path.grad_prompt(*arguments)
+    return kernels_or_torch(
+        _kind("backward", dout_BTH, dtype, shape),
+        call.demanded,
+        lambda: _path(True).grad_prompt(*arguments),
+        lambda: torch_path.grad_prompt(*arguments),
+    )[0]
 
 
 def grad_rows(
@@ -105,12 +134,14 @@ def grad_rows(
     return torch.ops.aten.embedding_dense_backward(dout_BSH, ids_BS, entries, padding, False)
 
 
-def on_triton(rows: Tensor, ids: Tensor | None, prompt: Tensor, patched: str | None) -> bool:
-    """Whether the kernels serve the call. A kernel has no grid over nothing: without elements it is the torch path.
-    Raises BackendError where they are demanded in vain."""
+def decide(rows: Tensor, ids: Tensor | None, prompt: Tensor, padding: int, patched: str | None) -> Call:
+    """The call, and its backend by `dispatch`. A kernel has no grid over nothing: without elements it is the torch
+    path. Raises BackendError where the kernels are demanded in vain."""
     if rows.shape[-1] == 0 or len(rows if ids is None else ids) == 0:
-        return False
-    return choose_backend(rows, torch.promote_types(rows.dtype, prompt.dtype), patched=patched).backend == "triton"
+        return Call(padding, False)
+    dtype = torch.promote_types(rows.dtype, prompt.dtype)
+    triton = choose_backend(rows, dtype, patched=patched).backend == "triton"
+    return Call(padding, triton, triton and is_demanded(patched))
 
 
 def _apply(prompt: Tensor, rows: Tensor, ids: Tensor | None, start: Tensor | None, padding: int, patched) -> Tensor:
@@ -118,7 +149,7 @@ def _apply(prompt: Tensor, rows: Tensor, ids: Tensor | None, start: Tensor | Non
         from fastpeft.ops._prompt_embedding_compiled import compiled_prompt_embedding
 
         return compiled_prompt_embedding(prompt, rows, ids, start, padding, patched)
-    call = Call(padding, on_triton(rows, ids, prompt, patched))
+    call = decide(rows, ids, prompt, padding, patched)
     return PromptEmbeddingFunction.apply(prompt, rows, ids, start, call)
 
 
