@@ -1,5 +1,6 @@
 """What every test shares: one thread per worker, no network, the interpreter where there is no GPU, and instruments."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, which reads it once
@@ -30,6 +31,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs compiled kernels, but TRITON_INTERPRET is 1"))
         if item.get_closest_marker("interpreter") and not interpreting:
             item.add_marker(pytest.mark.skip(reason="needs the interpreter: set TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_collections():
+    """What is there when a file's tests begin is never looked through again: transformers' Trainer calls gc.collect()
+    several times a run, which takes seconds each in a process that has compiled much."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
