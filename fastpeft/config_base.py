@@ -5,13 +5,13 @@ The classes for the methods are in config_lora.py and config_prompt.py; `fastpef
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, NoReturn
 
 from fastpeft.errors import ConfigError
-from fastpeft.patterns import pattern_problem
+from fastpeft.patterns import pattern_problem, patterns_problem
 
 FORMAT_VERSION = "0.21.2"  # the peft whose adapter_config.json is written
 
@@ -222,6 +222,12 @@ def require_pattern(name: str, pattern: object) -> None:
     problem = pattern_problem(pattern) if isinstance(pattern, str) else "must be a string"
     if problem:
         refuse(name, pattern, problem)
+
+
+def require_patterns(name: str, patterns: Collection[str]) -> None:
+    """Raises ConfigError unless there are as few patterns in a field as can be matched in bounded time."""
+    if problem := patterns_problem(patterns):
+        refuse(name, patterns, problem)
 
 
 def require_saved_names(config: PeftConfig) -> None:

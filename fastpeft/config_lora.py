@@ -17,6 +17,7 @@ from fastpeft.config_base import (
     refuse,
     require_bool,
     require_pattern,
+    require_patterns,
     require_saved_names,
     unhonoured,
 )
@@ -148,6 +149,7 @@ class LoraConfig(PeftConfig):
         patterns = getattr(self, name)
         if not isinstance(patterns, dict):
             refuse(name, patterns, "must be a dict from patterns to values")
+        require_patterns(name, patterns)
         for pattern, value in patterns.items():
             require_pattern(f"a key of {name}", pattern)
             if not fits(value):
@@ -168,7 +170,9 @@ class LoraConfig(PeftConfig):
         if not all(is_int(number) and number >= 0 for number in numbers):
             refuse("layers_to_transform", layers, "must be a layer's number, a list of them, from 0 up, or None")
         if isinstance(pattern, str) or is_names(pattern):
-            for entry in [pattern] if isinstance(pattern, str) else pattern:
+            entries = [pattern] if isinstance(pattern, str) else pattern
+            require_patterns("layers_pattern", entries)
+            for entry in entries:
                 require_pattern("layers_pattern", entry)
         elif pattern is not None:
             refuse("layers_pattern", pattern, "must be the name of the list of layers, a list of such names, or None")

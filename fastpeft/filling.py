@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from fastpeft.configs import LoraConfig, PeftConfig, as_config
-from fastpeft.errors import AdapterFileError, PatchError
+from fastpeft.errors import AdapterFileError, ConfigError, PatchError
 from fastpeft.files import OPTIONS
 from fastpeft.in_place import note
+from fastpeft.journal import SIDE
 from fastpeft.patching import added_names, layers, state_of
 from fastpeft.state import PREFIX, embeddings, ends_of, file_key, own_tensors_of
 from fastpeft.tuners.lora import LoraLayer
 from fastpeft.tuners.lora_kinds import layer_class
 from fastpeft.tuners.saved_modules import SavedModule, own_tensors
+from fastpeft.untrusted import shown
 
 # What a tensor of a file is. OWN: the adapter's; it must be there. BASE: replaces a parameter of the base model.
 # TWIN: repeats another tensor of the file. SPARE: HF peft writes it, and nothing reads it.
@@ -39,8 +41,10 @@ class Place(NamedTuple):
 
 def config_of(raw_config: dict, side: dict | None) -> PeftConfig:
     """The configuration that a directory's two files describe. Raises ConfigError."""
-    config = as_config(raw_config)
-    return config.with_side_values({**config.of_peft_s_files, **((side or {}).get(OPTIONS) or {})})
+    config, options = as_config(raw_config), (side or {}).get(OPTIONS) or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"the {OPTIONS} of {SIDE} must be an object, not {shown(options)}; delete the file")
+    return config.with_side_values({**config.of_peft_s_files, **options})
 
 
 def places_in_file(model: nn.Module, plan, embeddings: bool = False) -> dict[str, Place]:
@@ -142,7 +146,8 @@ def _repeated_biases(path: str, module: nn.Module, by_this_adapter: bool) -> dic
 
 
 def _place_of(key: str, places: dict[str, Place]) -> Place | None:
-    if (place := places.get(key)) is not None:
+    place = places.get(key)
+    if place is not None or ".modules_to_save." not in key:
         return place
     return places.get(re.sub(r"(\.modules_to_save\.)[A-Za-z0-9_-]+\.(?=.)", r"\1*.", key, count=1))
 

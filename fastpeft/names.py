@@ -3,7 +3,10 @@
 from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 
+from fastpeft.untrusted import shown
+
 _SHOWN = 12
+_LONGEST = 200  # of a name that is compared with others
 
 
 def leaf(name: str) -> str:
@@ -26,14 +29,14 @@ def shortest_ends(chosen: Iterable[str], others: Iterable[str]) -> set[str]:
 
 def listed(items: Collection[object]) -> str:
     """'a', 'b', 'c' ... for a message, cut after some."""
-    shown = ", ".join(map(repr, list(items)[:_SHOWN]))
-    return shown if len(items) <= _SHOWN else f"{shown} and {len(items) - _SHOWN} more"
+    first = ", ".join(map(shown, list(items)[:_SHOWN]))
+    return first if len(items) <= _SHOWN else f"{first} and {len(items) - _SHOWN} more"
 
 
 def nearest(wanted: str | Iterable[str], paths: Iterable[str]) -> str:
     """ "; did you mean 'q_proj'?" for a message, or nothing. Compares last parts, where misspellings are."""
     leaves = sorted({leaf(path) for path in paths if not leaf(path).isdigit()})
     close = []
-    for each in [wanted] if isinstance(wanted, str) else sorted(wanted):
-        close += get_close_matches(leaf(each), leaves, n=3)
+    for each in [wanted] if isinstance(wanted, str) else sorted(wanted)[:_SHOWN]:
+        close += get_close_matches(leaf(each)[:_LONGEST], leaves, n=3)
     return f"; did you mean {listed(dict.fromkeys(close))}?" if close else ""

@@ -162,4 +162,4 @@ def _check_tensor(name: str, entry: Any, where: str) -> tuple[TensorInfo, int, i
 
 def _counts(value: Any) -> bool:
     """Whether `value` is a list of whole numbers from 0 up; a JSON `true` is not a number."""
-    return type(value) is list and all(type(number) is int and number >= 0 for number in value)
+    return type(value) is list and set(map(type, value)) <= {int} and min(value, default=0) >= 0

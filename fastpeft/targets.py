@@ -30,9 +30,10 @@ from fastpeft.default_targets import (
 )
 from fastpeft.errors import TargetError
 from fastpeft.names import dotted_ends, leaf, listed, nearest, shortest_ends
-from fastpeft.patterns import layer_index, matches_name, matches_tail
+from fastpeft.patterns import in_bounded_time, layer_index, matches_name, matches_tail
 from fastpeft.quantised import entry_of
 from fastpeft.tuners.prefix_encoder import PromptEncoders
+from fastpeft.untrusted import shown
 
 ALL_LINEAR = "all-linear"
 
@@ -43,6 +44,8 @@ ADAPTER_CHILDREN = frozenset(
         *("lora_dropout", "lora_magnitude_vector", "modules_to_save"),
     )
 )
+
+_SAID = 12  # how many entries of one kind a warning is for
 
 _SUPPORTED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -79,13 +82,14 @@ def resolve_targets(model: nn.Module, config: LoraConfig, method: PeftType = Pef
         raise TargetError(f"expected a torch.nn.Module to adapt, not {type(model).__name__}")
     defaults = ADALORA_TARGETS if method is PeftType.ADALORA else DEFAULT_TARGETS
     selection = _Selection(model, as_config(config), defaults)
-    selection.fill_target_modules()
-    selection.check_layers()
-    chosen = selection.chosen()
-    if not chosen:
-        raise TargetError(selection.why_nothing())
-    targets = tuple(selection.target(name) for name in chosen)
-    selection.warn(chosen)
+    with in_bounded_time():
+        selection.fill_target_modules()
+        selection.check_layers()
+        chosen = selection.chosen()
+        if not chosen:
+            raise TargetError(selection.why_nothing())
+        targets = tuple(selection.target(name) for name in chosen)
+        selection.warn(chosen)
     return Resolution(targets, selection.saved, selection.config)
 
 
@@ -105,7 +109,7 @@ def saved_modules(model: nn.Module, config: PeftConfig) -> tuple[str, ...]:
     entries = config.modules_to_save or []
     for entry in entries:
         if entry not in heads and not any(name.endswith(entry) for name in paths):
-            raise TargetError(f"modules_to_save={entry!r} is not in the model{nearest(entry, paths)}")
+            raise TargetError(f"modules_to_save={shown(entry)} is not in the model{nearest(entry, paths)}")
     found = [name for name in paths if name.endswith(tuple(entries))]
     for name in found:
         if isinstance(every[name], _CONTAINERS):
@@ -240,13 +244,13 @@ class _Selection:
         lists = sorted({leaf(name) for name, module in self.modules.items() if isinstance(module, nn.ModuleList)})
         if not present:
             raise TargetError(
-                f"layers_pattern={self.config.layers_pattern!r} finds no numbered layers for layers_to_transform; "
+                f"layers_pattern={shown(self.config.layers_pattern)} finds no numbered layers for layers_to_transform; "
                 f"the model's lists of layers are called {listed(lists)}"
             )
         absent = sorted(set(self.layers) - present)
         if absent:
             raise TargetError(
-                f"layers_to_transform={self.config.layers_to_transform!r}: the model has no layer "
+                f"layers_to_transform={shown(self.config.layers_to_transform)}: the model has no layer "
                 f"{listed(absent)}; its layers are {min(present)} to {max(present)}"
             )
 
@@ -290,16 +294,20 @@ class _Selection:
         if isinstance(self.by_user, set):
             used = {end for name in chosen for end in dotted_ends(name)}
             named = {end for name in self.hits for end in dotted_ends(name)}
-            for entry in sorted(self.by_user - used):
+            entries = sorted(self.by_user - used)
+            for entry in entries[:_SAID]:
                 why = ": all that it names is excluded or in other layers" if entry in named else self._near(entry)
-                useless.append(f"target_modules has {entry!r}, which adapts nothing{why}")
+                useless.append(f"target_modules has {shown(entry)}, which adapts nothing{why}")
+            if entries[_SAID:]:
+                useless.append(f"target_modules has {len(entries[_SAID:])} more that adapt nothing")
         excluded = self.config.exclude_modules
         if excluded and not any(map(self._excluded_by_name, self.modules)):
             useless.append(f"exclude_modules={_shown(excluded)} is not in the model{self._near(excluded)}")
         for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self.config, field):
-                if not any(matches_tail(pattern, name) for name in chosen):
-                    useless.append(f"{field} has {pattern!r}, which matches no adapted module")
+            idle = [key for key in getattr(self.config, field) if not any(matches_tail(key, name) for name in chosen)]
+            useless += [f"{field} has {key!r}, which matches no adapted module" for key in idle[:_SAID]]
+            if idle[_SAID:]:
+                useless.append(f"{field} has {len(idle[_SAID:])} more that match no adapted module")
         for name in chosen:
             if isinstance(self.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
                 useless.append(f"{name} belongs to a torch.nn.MultiheadAttention, which never calls it: exclude it")
@@ -317,7 +325,8 @@ class _Selection:
         if not left:
             return (
                 f"target_modules={_shown(given)} matches modules, but none in layers_to_transform="
-                f"{self.config.layers_to_transform!r} (layers_pattern={self.config.layers_pattern!r}), for example "
+                f"{shown(self.config.layers_to_transform)} (layers_pattern={shown(self.config.layers_pattern)}), for "
+                f"example "
                 f"{next(iter(self.hits))}"
             )
         saved = sum(map(self._is_saved, left))
@@ -379,4 +388,4 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _shown(names: object) -> str:
-    return listed(sorted(names)) if isinstance(names, set) else repr(names)
+    return listed(sorted(names)) if isinstance(names, set) else shown(names)

@@ -11,8 +11,7 @@ from fastpeft.errors import AdapterFileError
 
 MAX_DEPTH = 64
 
-# What starts, ends or separates JSON values; an escape is taken whole, so that \" does not end a string.
-_STRUCTURE = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
+_ESCAPE, _TEXT, _BRACKET = re.compile(rb"\\.", re.DOTALL), re.compile(rb'"[^"]*"?'), re.compile(rb"[\[\]{}]")
 _BLOB_NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -127,14 +126,9 @@ def parse_json_object(data: bytes, where: str, *, max_bytes: int, max_marks: int
 
 def _require_shallow(data: bytes, where: str) -> None:
     """Nesting is measured before parsing: the parser recurses, on the C stack."""
-    depth, quoted = 0, False
-    for match in _STRUCTURE.finditer(data):
-        mark = match[0]
-        if mark == b'"':
-            quoted = not quoted
-        elif quoted or mark[0] == 0x5C:
-            continue
-        elif mark in b"[{":
+    depth = 0
+    for mark in _BRACKET.findall(_TEXT.sub(b"", _ESCAPE.sub(b"", data))):
+        if mark in b"[{":
             depth += 1
             if depth > MAX_DEPTH:
                 raise AdapterFileError(f"{where} is nested more than {MAX_DEPTH} levels deep.")

@@ -1,5 +1,6 @@
 """Patterns from configurations: the answers of `re`, in bounded time, and words for what is not supported."""
 
+import itertools
 import re
 import time
 
@@ -9,11 +10,15 @@ from hypothesis import strategies as st
 
 from fastpeft.errors import ConfigError
 from fastpeft.patterns import (
+    MAX_EXPRESSIONS,
     MAX_LENGTH,
+    MAX_PATTERNS,
+    in_bounded_time,
     layer_index,
     matches_name,
     matches_tail,
     pattern_problem,
+    patterns_problem,
 )
 
 ATOMS = ["a", "b", "1", "_", r"\.", ".", "[ab]", "[^a.]", "[a-z1]", r"[\d_]", r"\d", r"\D", r"\w", r"\W", r"\s", "[^b]"]
@@ -120,3 +125,77 @@ def test_a_hostile_pattern_is_given_up():
 )
 def test_what_is_not_supported_is_said(pattern, words):
     assert words in pattern_problem(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("(?:" * 100 + "a|b" + f"|c){repeat}" * 100 for repeat in ("+", "{1,}", "{2}", "+?", "{3,4}")),
+        *("(?:" * depth + "a" + f"b){repeat}" * depth for depth, repeat in ((16, "{2}"), (4, "{99}"), (3, "{900}"))),
+        "(?=" * 20 + "(?:ab){2}" + "){1}(?:ab){2000}" * 20,
+        "(((" + "(a|b){9}" * 9 + "){9}){9}){9}",
+    ],
+    ids=range(10),
+)
+def test_what_fills_the_memory_when_it_is_compiled_is_refused(pattern):
+    start = time.process_time()
+    assert "its repeats, written out, have" in pattern_problem(pattern)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?:a{9}){9}", r"(?:\d{1,3}\.){3}", r".*\.[\d]{1,}\..*", "a{9999}", "(?:a|b)*" * 99]
+)
+def test_repeats_in_daily_use_are_not(pattern):
+    assert pattern_problem(pattern) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [("(?:q_prok){e<=1}", "q_proj"), ("a{i<=3}", "abbb"), ("a{e}", "b"), ("a{1<=e<=3}b", "accb"), ("a{}", "a")],
+)
+def test_braces_that_only_one_of_the_two_libraries_reads_as_text_are_refused(pattern, name):
+    assert "braces that count nothing" in pattern_problem(pattern)
+    assert re.fullmatch(pattern, name) is None
+
+
+@pytest.mark.parametrize("pattern", [r"\{a\}", "[{e}]", r"a{2}", r"a{2,}", r"a{2,3}", r"a{,3}", r"[\]{]a{2}"])
+def test_braces_that_both_read_alike_are_not(pattern):
+    assert pattern_problem(pattern) is None
+    for name in ("{a}", "{", "e", "aa", "aaa", "{aa", "]aa"):
+        assert matches_name(pattern, name) is (re.fullmatch(pattern, name) is not None)
+
+
+PLAIN = ["a", ".", "a.b", r"a\.b", "^a", "a$", r"^a\.b$", "b.a", "a-b", "a.", ".a", "..", r"\.a", "^", "^.$", "x_1.b"]
+
+
+@pytest.mark.parametrize("pattern", PLAIN)
+def test_names_are_matched_as_expressions_are(pattern):
+    for length in range(1, 6):
+        for letters in itertools.product("ab.-", repeat=length):
+            name = "".join(letters)
+            assert matches_tail(pattern, name) is (re.match(rf"(.*\.)?({pattern})$", name) is not None), name
+
+
+def test_all_matches_of_a_configuration_together_have_the_time_of_one():
+    slow, names = "(?:.|.){19}[A-Z]", [f"model.layers.{i}.self_attn.q_proj" for i in range(200)]
+    assert not matches_name(slow, names[0])
+    start = time.process_time()
+    with (
+        pytest.raises(ConfigError, match="takes more than 0.5 s on the module name .* and those before it"),
+        in_bounded_time(),
+    ):
+        for name in names:
+            matches_name(slow, name)
+    assert time.process_time() - start < 1.5
+    with in_bounded_time():
+        for name in names * 100:
+            assert not matches_name(r".*\.layers\.(?:[0-9]|1[0-1])\..*k_proj", name)
+    assert not matches_name(slow, names[0])
+
+
+def test_there_may_be_many_names_and_few_expressions():
+    assert patterns_problem([f"layers.{i}" for i in range(MAX_PATTERNS)]) is None
+    assert patterns_problem([f"layers.*{i}" for i in range(MAX_EXPRESSIONS)]) is None
+    assert "more than" in patterns_problem([f"layers.{i}" for i in range(MAX_PATTERNS + 1)])
+    assert "more than" in patterns_problem([f"layers.*{i}" for i in range(MAX_EXPRESSIONS + 1)])
