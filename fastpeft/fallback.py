@@ -82,7 +82,10 @@ def mask_of_kernels(kind: tuple, needed: bool, draw: Callable):
 
 
 def is_of_a_kernel(error: Exception) -> bool:
-    """Whether an error comes from compiling or launching a kernel, and leaves the device as it was."""
+    """Whether an error comes from compiling or launching a kernel, and leaves the device as it was. What the interpreter
+    finds is a mistake in a kernel."""
+    if type(error).__name__ == "InterpreterError":
+        return False
     if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in LATE):
         return False
     names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]

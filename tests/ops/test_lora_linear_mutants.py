@@ -9,6 +9,7 @@ import pytest
 from fastpeft import oracle
 from fastpeft.kernels import _common, lora_linear
 from fastpeft.ops import _lora_linear_triton
+from tests.counting import count
 from tests.ops.lora_linear_cases import draws, on
 from tests.ops.lora_linear_mutants import KERNELS
 from tests.ops.test_lora_linear import with_layout
@@ -90,6 +91,7 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     module = load(kernels, tmp_path / "fastpeft_mutant_kernels.py", monkeypatch)
     monkeypatch.setattr(_lora_linear_triton, "kernels", module)
     assert first_fault() is not None
+    count("planted faults caught")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -13,6 +13,7 @@ from fastpeft.dispatch import backend
 from fastpeft.kernels import _segments, mixed_lora_linear
 from fastpeft.ops import _mixed_lora_linear_triton as path
 from fastpeft.oracle import Bounds
+from tests.counting import count
 from tests.ops import mixed_lora_linear_cases as cases
 from tests.ops.mixed_lora_linear_cases import Problem, draw, faults_of, with_layout
 from tests.ops.mixed_lora_linear_mutants import KERNELS
@@ -93,6 +94,7 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(path, "kernels", load(kernels, tmp_path / "fastpeft_mutant_mixed.py", monkeypatch))
     assert first_fault() is not None
+    count("planted faults caught")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

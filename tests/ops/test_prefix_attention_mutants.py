@@ -22,6 +22,7 @@ from fastpeft.ops import _prefix_attention_triton as path
 from fastpeft.ops._prefix_attention_scores import Tensors
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention_reference
 from fastpeft.ops.prefix_attention import Call, prefix_attention_reference
+from tests.counting import count
 from tests.ops.prefix_attention_cases import NAMES, PLANS, problem, triton_keep
 from tests.ops.prefix_attention_mutants import KERNELS
 from tests.planting import mutated
@@ -150,6 +151,7 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     monkeypatch.setattr(path, "decode", modules["_prefix_attention_decode"])
     monkeypatch.setattr(path.decode, "processor_count", lambda tensor: 64)
     assert first_fault(9 if mutant in KERNELS["decode"] else likely(mutant)) is not None
+    count("planted faults caught")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

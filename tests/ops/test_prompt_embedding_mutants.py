@@ -12,6 +12,7 @@ from fastpeft.dispatch import backend
 from fastpeft.kernels import prompt_embedding as kernels
 from fastpeft.ops import _prompt_embedding_triton, prompt_embedding
 from fastpeft.oracle import Bounds
+from tests.counting import count
 from tests.ops.prompt_embedding_cases import Problem, assert_right, draw, with_layout
 from tests.ops.prompt_embedding_mutants import KERNELS
 from tests.planting import mutated
@@ -72,6 +73,7 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     monkeypatch.setattr(_prompt_embedding_triton, "forward", module.prepend)
     monkeypatch.setattr(_prompt_embedding_triton, "grad_prompt", module.grad_prompt)
     assert first_fault() is not None
+    count("planted faults caught")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
