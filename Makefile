@@ -5,11 +5,12 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test test-all lint demo bench aot matrix tables docs
+.PHONY: help test test-all reliability lint demo bench aot matrix tables docs
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
 	@echo "make test-all    with those that are left out of make test for their time: compiling, trainers of PeftModels"
+	@echo "make reliability    faults, hostile files, kills, long runs: as many as are promised, counted (an hour)"
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make demo    train and compare adapters on a small model"
 	@echo "make bench   every op and whole steps on the CPU beside their peers, with a plot"
@@ -32,6 +33,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --benchmark-disable $(PYTEST_ARGS)
+
+reliability: $(INSTALLED)
+	$(BIN)/python -m tests.reliability $(PARTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
