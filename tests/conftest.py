@@ -9,6 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests import error_recording
+
 # Before triton is imported, which decides it once per process.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(error_recording)
     config.addinivalue_line("markers", "interpreter: runs kernels on CPU tensors, so needs TRITON_INTERPRET=1")
 
 

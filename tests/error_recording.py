@@ -1,0 +1,119 @@
+"""Which of fastpeft's error texts a run raises. A pytest plugin, which tests/conftest.py registers.
+
+With FASTPEFT_ERROR_TEXTS=FILE every process that loads it appends to FILE a line of JSON for each text and test. With
+FASTPEFT_WHOLE_RUN=1, which `make test` sets, a run fails if it is green and has not raised every text of the table.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpeft.errors import FastpeftError
+from tests import error_texts
+from tests.error_texts import HOW, ROOT, UNREACHED, Row, Text
+
+RECORDING = "FASTPEFT_ERROR_TEXTS"
+WHOLE = "FASTPEFT_WHOLE_RUN"
+LONGEST = 2000  # characters of a text that are recorded
+DEEPEST = 5  # frames from the error's own up to the one that has the text
+
+_lacking = pytest.StashKey[list[Row]]()
+_whole = pytest.StashKey[bool]()
+_seen: set[tuple[Text, str]] = set()
+_skipped: set[str] = set()
+
+
+def _recording_init(self, *args):
+    BaseException.__init__(self, *args)
+    if not torch.compiler.is_compiling() and os.environ.get(RECORDING):
+        _record(str(self), sys._getframe(1))
+
+
+def install() -> None:
+    FastpeftError.__init__ = _recording_init
+
+
+def _record(said: str, frame) -> None:
+    text = _text(said, frame)
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0].split("[")[0]
+    if text is None or (text, test) in _seen:
+        return
+    _seen.add((text, test))
+    with contextlib.suppress(OSError), open(os.environ[RECORDING], "a", encoding="utf-8") as file:
+        file.write(json.dumps([*text, test, said[:LONGEST]]) + "\n")
+
+
+def _text(said: str, frame) -> Text | None:
+    """The text of the sources that an error has which was made in this frame, or for it by one that it called."""
+    for _ in range(DEEPEST):
+        if frame is None:
+            return None
+        for text in _texts_at(frame.f_code.co_filename, frame.f_lineno):
+            if error_texts.pattern(text.template).search(said):
+                return text
+        frame = frame.f_back
+    return None
+
+
+def _texts_at(file: str, line: int) -> list[Text]:
+    """Those that the innermost call on the line can make, the most particular first."""
+    path = os.path.relpath(os.path.realpath(file), ROOT)
+    if not path.startswith(error_texts.FOLDERS):
+        return []
+    around = [site for site in error_texts.sites(Path(path).as_posix()) if site.first <= line <= site.last]
+    return sorted(around[0].texts, key=lambda text: -len(text.template)) if around else []
+
+
+def pytest_configure(config):
+    install()
+    config.stash[_whole] = os.environ.pop(WHOLE, "") == "1"  # not for the runs that tests start
+    if config.stash[_whole]:
+        handle, os.environ[RECORDING] = tempfile.mkstemp(prefix="fastpeft-error-texts-")
+        os.close(handle)
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped:
+        _skipped.add(report.nodeid.split("[")[0])
+
+
+def pytest_collectreport(report):
+    if report.skipped:
+        _skipped.add(report.nodeid)
+
+
+def lacking(raised: set[Text], skipped: set[str]) -> list[Row]:
+    """The rows of the table that a run should have raised: their test, or its file, was not skipped."""
+    rows = [row for row in error_texts.read_table() if row.text not in raised]
+    return [row for row in rows if not row.test.startswith(UNREACHED) and not {row.test, _file(row)} & skipped]
+
+
+def _file(row: Row) -> str:
+    return row.test.partition("::")[0]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    if not config.stash[_whole]:
+        return
+    recording = os.environ.pop(RECORDING)
+    raised = set(error_texts.recorded([recording]))
+    os.remove(recording)
+    if exitstatus == pytest.ExitCode.OK:
+        config.stash[_lacking] = lacking(raised, _skipped)
+        if config.stash[_lacking]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if rows := config.stash.get(_lacking, []):
+        terminalreporter.section("error texts that no test has raised")
+        for row in rows:
+            terminalreporter.line(f"{row.text.place}: {row.text.kind}: {row.text.template} (raised by {row.test})")
+        terminalreporter.line(HOW)
