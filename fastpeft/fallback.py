@@ -41,24 +41,27 @@ def failures() -> dict[str, str]:
     return {_words(kind): reason for kind, reason in _failed.items()}
 
 
-def kernels_or_torch(kind: tuple, demanded: bool, kernels: Callable, torch_path: Callable) -> tuple[Any, bool]:
+def kernels_or_torch(
+    kind: Callable[[], tuple], demanded: bool, kernels: Callable, torch_path: Callable
+) -> tuple[Any, bool]:
     """(`kernels()`, True), or where they fail, or have failed for this kind of call, (`torch_path()`, False).
 
     Args:
-        kind: op, phase ("forward", "backward"), device, and what else the kernels are compiled for, as words.
+        kind: gives op, phase ("forward", "backward"), device, and what else the kernels are compiled for; asked where
+            something has failed.
         demanded: whether Triton must serve the call.
         kernels, torch_path: write into nothing but what they allocate.
 
     Raises:
         BackendError: the kernels fail and are demanded.
     """
-    if demanded or kind not in _failed:
+    if demanded or not _failed or kind() not in _failed:
         try:
             return kernels(), True
         except Exception as error:
             if not is_of_a_kernel(error):
                 raise
-            _note(kind, error, demanded)
+            _note(kind(), error, demanded)
     return torch_path(), False
 
 

@@ -72,7 +72,7 @@ def run_forward(tensors: Tensors, gate: Tensor, call: Call, seed: Tensor | None)
     if call.plan is None:
         return *torch_path.forward(tensors, gate, call, seed), call
     found, by_kernels = kernels_or_torch(
-        kind_of("gated_prompt_attention", "forward", tensors, call),
+        lambda: kind_of("gated_prompt_attention", "forward", tensors, call),
         call.demanded,
         lambda: _path(True).forward(tensors, gate, call, seed),
         lambda: torch_path.forward(tensors, gate, call, mask_of(tensors, call, seed, False, prefix=False)),
@@ -95,7 +95,7 @@ def run_backward(dout, tensors: Tensors, gate, own, lse, call: Call, seed, needs
     if call.fell_back:
         return by_torch_as_kernels()
     return kernels_or_torch(
-        kind_of("gated_prompt_attention", "backward", tensors, call),
+        lambda: kind_of("gated_prompt_attention", "backward", tensors, call),
         call.demanded,
         lambda: _path(True).backward(dout, tensors, gate, own, lse, call, seed, needs, need_gate),
         by_torch_as_kernels,

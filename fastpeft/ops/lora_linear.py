@@ -116,7 +116,7 @@ def run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call: Ca
     if call.plan is None:
         return *torch_path.forward(*tensors, seed, call.dropout), call
     (y, s), by_kernels = kernels_or_torch(
-        _kind("forward", call, x_MK, a_RK, b_NR),
+        lambda: _kind("forward", call, x_MK, a_RK, b_NR),
         call.demanded,
         lambda: _path(True).forward(*tensors, seed, call.dropout, call.plan),
         lambda: torch_path.forward(*tensors, _mask(seed, call, x_MK.shape, x_MK.device, False), call.dropout),
@@ -166,8 +166,9 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
     elif call.fell_back:
         db, dbias, da, dx = by_torch_as_kernels()
     else:
-        kind = _kind("backward", call, dy, a_RK, b_NR)
-        (db, dbias, da, dx), _ = kernels_or_torch(kind, call.demanded, by_kernels, by_torch_as_kernels)
+        (db, dbias, da, dx), _ = kernels_or_torch(
+            lambda: _kind("backward", call, dy, a_RK, b_NR), call.demanded, by_kernels, by_torch_as_kernels
+        )
     return dx, dy.t() @ x if need_w else None, dbias, da, db
 
 

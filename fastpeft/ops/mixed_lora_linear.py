@@ -149,7 +149,7 @@ def run_forward(x_MK, weight_NK, bias_N, residual_MN, a, b, seeds, call: Call):
     if not call.triton:
         return *torch_path.forward(*tensors, seeds, call), call
     (y, s), by_kernels = kernels_or_torch(
-        _kind("forward", call, x_MK, a, b),
+        lambda: _kind("forward", call, x_MK, a, b),
         call.demanded,
         lambda: _path(True).forward(*tensors, seeds, call),
         lambda: torch_path.forward(*tensors, _masks(seeds, call, x_MK.shape, x_MK.device, False), call),
@@ -200,10 +200,12 @@ def run_backward(dy_MN, x_MK, weight_NK, a, b, s, seeds, call: Call, needs: tupl
     elif call.fell_back:
         da, db, dx = by_torch_as_kernels()
     else:
-        kind = _kind("backward", call, dy, a, b)
         (da, db, dx), _ = kernels_or_torch(
-            kind, call.demanded, lambda: by(_path(True), seeds), by_torch_as_kernels
-        )  # fmt: skip
+            lambda: _kind("backward", call, dy, a, b),
+            call.demanded,
+            lambda: by(_path(True), seeds),
+            by_torch_as_kernels,
+        )
     return dx, dy.t() @ x if need_w else None, dy.sum(0) if need_bias else None, da, db
 
 
@@ -262,14 +264,14 @@ def _check(x, weight, bias, lora_A, lora_B, scalings, rows, dropouts) -> None:
         if not isinstance(given, list | tuple):
             raise OpError(f"{op}: {name} is of {type(given).__name__}; a list is needed")
         if name != "rows" and len(given) != len(lora_A):
-            raise OpError(f"{op}: {name} has {len(given)} entries, lora_A has {len(lora_A)}")
+            raise OpError(f"{op}: {name} has {len(given)} entries, lora_A has {len(lora_A)}; as many are needed")
     for each in zip(lora_A, lora_B, scalings, dropouts, strict=True):
         try:
             check_lora(x, weight, bias, *each)
         except OpError as error:
             raise OpError(str(error).replace("lora_linear", op, 1)) from error
     if not lora_A and not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
-        raise OpError(f"{op}: x and weight are no tensors")
+        raise OpError(f"{op}: x and weight are no tensors, which are needed")
     if x.ndim < 2 or len(rows) != len(x):
         raise OpError(f"{op}: rows has {len(rows)} entries, x has shape {tuple(x.shape)}; one for each x[b] is needed")
     for g in rows:

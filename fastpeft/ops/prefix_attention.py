@@ -122,7 +122,7 @@ def run_forward(tensors: Tensors, call: Call, seed: Tensor | None):
     if call.plan is None:
         return *torch_path.forward(tensors, call, seed), call
     (out, lse), by_kernels = kernels_or_torch(
-        kind_of("prefix_attention", "forward", tensors, call),
+        lambda: kind_of("prefix_attention", "forward", tensors, call),
         call.demanded,
         lambda: _path(True).forward(tensors, call, seed),
         lambda: torch_path.forward(tensors, call, mask_of(tensors, call, seed, False)),
@@ -146,7 +146,7 @@ def run_backward(dout: Tensor, tensors: Tensors, out, lse, call: Call, seed: Ten
     if call.fell_back:
         return by_torch_as_kernels()
     return kernels_or_torch(
-        kind_of("prefix_attention", "backward", tensors, call),
+        lambda: kind_of("prefix_attention", "backward", tensors, call),
         call.demanded,
         lambda: _path(True).backward(dout, tensors, out, lse, call, seed, needs),
         by_torch_as_kernels,

@@ -91,7 +91,7 @@ def run_forward(ids_BS, rows, prompt, start_B, call: Call) -> tuple[Tensor, Call
     if not call.triton:
         return torch_path.forward(*arguments), call
     out_BTH, by_kernels = kernels_or_torch(
-        _kind("forward", rows, prompt.dtype, prompt.shape),
+        lambda: _kind("forward", rows, prompt.dtype, prompt.shape),
         call.demanded,
         lambda: _path(True).forward(*arguments),
         lambda: torch_path.forward(*arguments),
@@ -113,7 +113,7 @@ def grad_prompt(dout_BTH: Tensor, shape: torch.Size, dtype: torch.dtype, start_B
     if not call.triton or call.fell_back:
         return torch_path.grad_prompt(*arguments)
     return kernels_or_torch(
-        _kind("backward", dout_BTH, dtype, shape),
+        lambda: _kind("backward", dout_BTH, dtype, shape),
         call.demanded,
         lambda: _path(True).grad_prompt(*arguments),
         lambda: torch_path.grad_prompt(*arguments),
