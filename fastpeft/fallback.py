@@ -85,8 +85,8 @@ def mask_of_kernels(kind: tuple, needed: bool, draw: Callable):
 
 
 def is_of_a_kernel(error: Exception) -> bool:
-    """Whether an error comes from compiling or launching a kernel, and leaves the device as it was. What the interpreter
-    finds is a mistake in a kernel."""
+    """Whether an error comes from compiling or launching a kernel, and leaves the device as it was. What the
+    interpreter finds is a mistake in a kernel."""
     if type(error).__name__ == "InterpreterError":
         return False
     if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in LATE):

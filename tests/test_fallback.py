@@ -12,6 +12,7 @@ import fastpeft
 from fastpeft import BackendError, dispatch, fallback, ops
 from fastpeft.dispatch import Choice
 from fastpeft.ops.mixed_lora_linear import apply_mixed_lora
+from tests.counting import count
 from tests.peft_pair import close
 
 pytestmark = pytest.mark.interpreter
@@ -130,6 +131,7 @@ def test_what_fails_is_computed_by_torch_with_one_warning(name, phase, dropout, 
         assert_close(outcome(name, dropout), expected)
     (call,) = fastpeft.kernel_failures()
     assert call.startswith(f"{name}, {phase}, on cpu: ")
+    count("failing kernels answered")
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
