@@ -125,6 +125,6 @@ def _merge_parts_kernel(
     acc = tl.sum(fade * parts, 0)[None, :]
     if sinks_ptr is not None:
         peak, total, acc = add_sink(peak, total, acc, tl.load(sinks_ptr + row % H), MODE)
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(out_ptr + row.to(tl.int64)[:, None] * D + inner[None, :], acc, mask=(inner < D)[None, :])
     store_lse(lse_ptr, share_ptr, 0, peak, total, row, rows, MODE)

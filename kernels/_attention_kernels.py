@@ -64,8 +64,8 @@ def _forward_kernel(
             p_lse = first_lse_ptr + batch * stride_lb + head * stride_lh + rows.to(tl.int64) * stride_ls
             peak = tl.load(p_lse, mask=rows < S, other=0.0) * unit(MODE)
             some = (peak > -float("inf")) & (peak < float("inf"))  # where nothing was seen some vendors write inf
-            peak, total = tl.where(some, peak, -float("inf")), tl.where(some, 1.0, 0.0)
-            acc = tl.where(some[:, None], first, 0.0)
+            acc = tl.where(some[:, None] | (first != first), first, 0.0)
+            peak, total = tl.where(some, peak, -float("inf")), tl.where(some, 1.0, tl.sum(acc, 1))  # 0, or NaN
     if pk_ptr is not None:
         pk_head = pk_ptr + batch * stride_pkb + head // group * stride_pkh
         pv_head = pv_ptr + batch * stride_pvb + head // group * stride_pvh
@@ -102,7 +102,7 @@ def _forward_kernel(
         )  # fmt: skip
     if sinks_ptr is not None:
         peak, total, acc = add_sink(peak, total, acc, tl.load(sinks_ptr + head), MODE)
-    acc = acc * (keep_scale / tl.where(total > 0, total, 1.0))[:, None]
+    acc = acc * (keep_scale / tl.where(total == 0, 1.0, total))[:, None]
     if gate_ptr is not None:
         acc = first + tl.load(gate_ptr + head).to(tl.float32) * acc
     out_head = out_ptr + (batch * S * H + head) * D

@@ -119,8 +119,10 @@ def score_tile(
     window, padding_ptr, segments_ptr, positions_ptr, key_row, bias_ptr, bias_head, stride_bs, stride_bt = masks
     scale, softcap, slopes_ptr, slope = numbers
     slope_of_cap = products
+    rows_2, keys_2 = _along_queries(rows, KEYS_FIRST), _along_keys(keys, KEYS_FIRST)
     if softcap is not None:
-        bounded = tanh(products * (scale / softcap))
+        # Beyond the end rows and keys are 0, and 0 times an infinity would be no number.
+        bounded = tanh(tl.where((rows_2 < S) & (keys_2 < count), products, 0.0) * (scale / softcap))
         slope_of_cap = 1.0 - bounded * bounded
         scores = bounded * (softcap * unit(MODE))
     else:
@@ -131,7 +133,6 @@ def score_tile(
         else:
             positions = tl.load(positions_ptr + key_row + keys, mask=keys < count, other=0.0)
         scores += _along_keys(positions, KEYS_FIRST) * (slope * unit(MODE))
-    rows_2, keys_2 = _along_queries(rows, KEYS_FIRST), _along_keys(keys, KEYS_FIRST)
     if bias_ptr is not None:
         place = bias_ptr + bias_head + rows_2.to(tl.int64) * stride_bs + keys_2.to(tl.int64) * stride_bt
         bias = tl.load(place, mask=(rows_2 < S) & (keys_2 < count), other=0.0)
@@ -227,7 +228,7 @@ def load_lse(lse_ptr, share_ptr, row, rows, S, MODE: tl.constexpr):
 @triton.jit
 def store_lse(lse_ptr, share_ptr, row, peak, total, rows, S, MODE: tl.constexpr):
     """Stores what is kept of rows whose softmax has this state, and returns it as `load_lse` would."""
-    seen = total > 0
+    seen = total != 0  # a total that is NaN is a row that saw one: it stays
     total = tl.where(seen, total, 1.0)
     if MODE == "half":
         lse = (peak + tl.log2(total)) * LN2
