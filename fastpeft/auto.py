@@ -9,6 +9,7 @@ from typing import ClassVar
 from fastpeft.adapters import load_adapter
 from fastpeft.configs import PeftConfig, TaskType
 from fastpeft.errors import AdapterFileError, ConfigError
+from fastpeft.untrusted import shown
 
 
 class AutoPeftModel:
@@ -85,10 +86,10 @@ def _make_room(model, directory) -> None:
 
     try:  # a tokenizer's own code is never run for its size's sake
         count = len(AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, as there are many kinds of tokenizers and of damage to their files
         raise AdapterFileError(
             f"{directory}: the tokenizer beside the adapter, which says how many tokens there are, cannot be read "
-            f"({error}); load the model, resize its embeddings, and fastpeft.load_adapter(model, directory)"
+            f"({type(error).__name__}: {shown(str(error))}); load the model, resize its embeddings, and fastpeft.load_adapter(model, directory)"
         ) from error
     if count > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(count)

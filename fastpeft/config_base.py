@@ -12,7 +12,9 @@ from typing import Any, ClassVar, NoReturn
 
 from fastpeft.errors import ConfigError
 from fastpeft.patterns import pattern_problem, patterns_problem
+from fastpeft.untrusted import shown
 
+MOST_SHOWN = 200  # characters of a field's name, which a file may have made up
 FORMAT_VERSION = "0.21.2"  # the peft whose adapter_config.json is written
 
 _repr = reprlib.Repr()
@@ -44,6 +46,7 @@ class TaskType(str, Enum):
 
 def refuse(name: str, value: object, why: str) -> NoReturn:
     """Raises ConfigError for a field: its name, its value, what is wrong and what to write instead."""
+    name = name if name.isprintable() and len(name) < MOST_SHOWN else shown(name)
     raise ConfigError(f"{name}={_repr.repr(value)}: {why}")
 
 
