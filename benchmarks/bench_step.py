@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastpeft.fallback import no_fallback
+
 from . import report
 from .baselines import Missing
 from .harness import (
@@ -122,6 +124,7 @@ class Steps:
         wanted = [name for name in IMPLEMENTATIONS if name not in without]
         return [Found(name) for name in wanted if name not in PEERS or against is None or name in against]
 
+    @no_fallback()
     def _case(self, case: Case) -> list[dict]:
         self._enter(case.id, None, "base")
         found = self._taking_part()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from fastpeft.cost import Work
+from fastpeft.fallback import no_fallback
 
 from .accuracy import Truth
 from .baselines import Implementation, Missing
@@ -303,6 +304,7 @@ class Run:
             return taking_part
         return [i for i in taking_part if not i.peer or i.name == FLOOR or i.name in against]
 
+    @no_fallback()
     def _cell(self, bench: Bench, cell: Cell, timer, members: Sequence[Implementation]) -> list[dict]:
         self._enter(bench.op, cell.id, None, "truth")
         try:

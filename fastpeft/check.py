@@ -17,6 +17,7 @@ from fastpeft.check_rows import USUAL, WHOLE, Measured, Row
 from fastpeft.console import Console
 from fastpeft.dispatch import MAX_RANK
 from fastpeft.errors import ConfigError, FastpeftError, TargetError
+from fastpeft.fallback import no_fallback
 from fastpeft.local_model import load_model, quiet_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print. Returns 0, or 1 if a bound is broken; raises FastpeftError for what cannot be checked."""
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with quiet_transformers(), torch.random.fork_rng(), fastpeft.backend(arguments.backend):
+    with quiet_transformers(), torch.random.fork_rng(), fastpeft.backend(arguments.backend), no_fallback():
         base = _base(arguments.model, device)
         if arguments.dtype:
             base = base.to(DTYPES[arguments.dtype])

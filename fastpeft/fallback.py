@@ -8,6 +8,8 @@ Only what is raised inside Triton counts. Running out of memory does not, nor wh
 kernel's failure, after which no number can be trusted.
 """
 
+import contextlib
+import contextvars
 import threading
 import traceback
 import warnings
@@ -29,11 +31,23 @@ _SERVED = ((False, False, False), (True, False, False), (True, True, False), (Tr
 _failed: dict[tuple, str] = {}  # kind of call -> why its kernels failed
 _drawn: set[tuple] = set()  # where the kernels have drawn a mask
 _lock = threading.Lock()
+_strict: contextvars.ContextVar[bool] = contextvars.ContextVar("fastpeft_no_fallback", default=False)
 
 
 def is_demanded(patched: str | None) -> bool:
-    """Whether a call must run on Triton or raise; `patched` is what `patch` was given."""
-    return requested_backend(patched) == "triton"
+    """Whether a call that Triton serves must run there or raise; `patched` is what `patch` was given."""
+    return _strict.get() or requested_backend(patched) == "triton"
+
+
+@contextlib.contextmanager
+def no_fallback():
+    """Within the block, in this thread, a kernel that fails is a BackendError, whichever backend was asked for: of what
+    is measured or checked it has to be known who has computed it."""
+    token = _strict.set(True)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
 
 
 def failures() -> dict[str, str]:

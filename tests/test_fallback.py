@@ -225,6 +225,16 @@ def test_where_triton_is_demanded_it_is_an_error(how, monkeypatch):
     assert fastpeft.kernel_failures() == {}
 
 
+def test_what_is_measured_or_checked_does_not_fall_back(monkeypatch):
+    break_(monkeypatch, OPS["lora_linear"][1])
+    with fallback.no_fallback(), pytest.raises(BackendError, match="lora_linear, forward"):
+        outcome("lora_linear")
+    with pytest.warns(RuntimeWarning, match="lora_linear, forward"):
+        outcome("lora_linear")
+    with fallback.no_fallback(), pytest.raises(BackendError, match="lora_linear, forward"):
+        outcome("lora_linear")
+
+
 def test_a_demanded_backward_is_an_error_in_the_engine_s_thread(monkeypatch):
     leaves, call = lora(0.0)
     with fastpeft.backend("triton"):
