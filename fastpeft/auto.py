@@ -89,7 +89,8 @@ def _make_room(model, directory) -> None:
     except Exception as error:  # of many kinds, as there are many kinds of tokenizers and of damage to their files
         raise AdapterFileError(
             f"{directory}: the tokenizer beside the adapter, which says how many tokens there are, cannot be read "
-            f"({type(error).__name__}: {shown(str(error))}); load the model, resize its embeddings, and fastpeft.load_adapter(model, directory)"
+            f"({type(error).__name__}: {shown(str(error))}); load the model, resize its embeddings, and "
+            "fastpeft.load_adapter(model, directory)"
         ) from error
     if count > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(count)

@@ -162,7 +162,7 @@ def some_of(cases, quick):
     return cases[:: how_many(max(len(cases) // quick, 1), 1)]
 
 
-@pytest.mark.parametrize("name", some_of(CASES, 40))
+@pytest.mark.parametrize("name", some_of(CASES, 20))
 @pytest.mark.parametrize("verb", ["beside", "restore"])
 def test_refused_by_patched_models(child, directory, name, verb):
     method, _, _ = laid_out(directory, name)
@@ -170,7 +170,7 @@ def test_refused_by_patched_models(child, directory, name, verb):
     count("hostile files refused")
 
 
-@pytest.mark.parametrize("name", some_of((name for name, case in CASES.items() if case[0] == "lora"), 30))
+@pytest.mark.parametrize("name", some_of((name for name, case in CASES.items() if case[0] == "lora"), 12))
 def test_refused_by_hotswap_adapter(child, directory, name):
     method, _, _ = laid_out(directory, name)
     check_refused(child.ask(directory, method, "hotswap"), directory)
