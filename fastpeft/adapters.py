@@ -23,7 +23,7 @@ from fastpeft.patching import (
     activate,
     add_planned,
     adding,
-    begin,
+    beginning,
     check_names,
     check_plan,
     check_together,
@@ -169,8 +169,8 @@ def load_adapter(
 
     found = files.read_adapter(directory, validate)
     hf_quirks = _quirks_of(found) if hf_quirks is None else hf_quirks
-    state = state_of(model) if patched else begin(model, None, autocast_adapter_dtype, hf_quirks)
-    with adding(model, state, adapter_name, undo_all=not patched):
+    begun = {"autocast": autocast_adapter_dtype, "hf_quirks": hf_quirks}
+    with adding(model, adapter_name) if patched else beginning(model, None, **begun) as state:
         plan, places = planned[-1]
         check_encoder(plan.config, found)
         check_replaced(model, places, found.tensors, found.path)
@@ -185,8 +185,8 @@ def load_adapter(
             forget_encoder(model, adapter_name)
         if not patched:
             activate(model, state, (adapter_name,))
-    if not trainable:
-        model.eval()
+        if not trainable:
+            model.eval()
     return model
 
 
@@ -209,7 +209,7 @@ def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_ad
     config.validate_new()
     plan = tuner_of(config).plan(model, config)
     check_plan(model, plan, state.backend)
-    with adding(model, state, adapter_name):
+    with adding(model, adapter_name):
         add_planned(model, state, plan, adapter_name, init=True, autocast=autocast_adapter_dtype)
 
 
@@ -221,6 +221,7 @@ def set_adapter(model: nn.Module, name_or_names: str | list[str], *, trainable: 
     names = names_of(name_or_names, "set_adapter")
     check_flags("set_adapter", trainable=trainable)
     check_names(state, names, "set_adapter")
+    check_together(state, names, "set_adapter")
     state.thawed = state.thawed.union(names) if trainable else state.thawed.difference(names)
     activate(model, state, names, trainable)
     _say_whose_copies_are_used(model, names)
@@ -251,13 +252,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     only_adapter(state, name)
     if name in state.merged:
         raise PatchError(f"delete_adapter: {name!r} is merged into the base weights; unmerge first")
-    remove_adapter(model, state, name)
-    remaining = tuple(other for other in state.active if other != name)
-    if name in state.active and not remaining and state.configs:
-        remaining = (next(iter(state.configs)),)
-        warnings.warn(f"adapter {name!r} was active and is deleted; {remaining[0]!r} is active now", stacklevel=2)
     if name in state.active:
-        set_adapter(model, list(remaining))
+        remaining = [other for other in state.active if other != name]
+        others = [other for other in state.configs if other != name]
+        if not remaining and others:
+            remaining = others[:1]
+            warnings.warn(f"adapter {name!r} was active and is deleted; {remaining[0]!r} is active now", stacklevel=2)
+        set_adapter(model, remaining)  # first, so that what is active is there, whatever interrupts this
+    remove_adapter(model, state, name)
 
 
 @contextlib.contextmanager
@@ -284,13 +286,14 @@ def disable_adapter(model: nn.Module):
     if replaced := [name for name in state.in_place if not is_bias(name)]:
         warnings.warn(f"{', '.join(replaced)}: values of an adapter's file, which stay inside", stacklevel=3)
     merged = state.merged
-    if merged:
-        unmerge(model)
     try:
+        if merged:
+            unmerge(model)
         with override(state, ()):
             yield model
     finally:
         if merged:
+            unmerge(model)  # all of it, where that was interrupted
             merge(model, merged)
 
 
@@ -317,10 +320,10 @@ def merge(model: nn.Module, adapter_names: str | list[str] | None = None) -> Non
                 raise PatchError(f"merge: {path}: {error}") from None
             if ready is not None:
                 layer.merge(ready, untie=tied)
+        state.merged = names
     except BaseException:
         unmerge(model)
         raise
-    state.merged = names
 
 
 def unmerge(model: nn.Module) -> None:

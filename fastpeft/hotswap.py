@@ -5,6 +5,8 @@ which add nothing and get no gradients. Two things can differ between adapters t
 greatest rank, and the scaling. `prepare_model_for_compiled_hotswap` makes room for the one, and a tensor of the other.
 """
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from fastpeft.state import PREFIX, only_adapter, own_tensors_of
 from fastpeft.tuners.lora import SCALING, LoraLayer
 from fastpeft.tuners.lora_init import decomposes
 from fastpeft.tuners.lora_kinds import MAX_RANK, LoraEmbedding
+
+# The attributes that say the rank of a layer: of A the first two, of B the others.
+SIZES = ("out_features", "out_channels", "in_features", "in_channels")
 
 # What compiled code has read of a configuration, besides what is a number of each layer.
 _SAME = ("use_dora", "lora_bias", "lora_dropout", "bias")
@@ -59,8 +64,9 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
             raise PatchError(f"target_rank={target_rank} is less than {rank}, the rank of {name!r} at {path}; raise it")
         if target_rank not in (None, rank) and getattr(layer, "groups", 1) > 1:
             raise PatchError(f"{path} is a convolution with groups, whose rank cannot grow; leave target_rank out")
-    for _, layer, name in held:
-        _make_ready(layer, name, target_rank)
+    with _undone_on_failure([(layer, name) for _, layer, name in held]):
+        for _, layer, name in held:
+            _make_ready(layer, name, target_rank)
 
 
 def _make_ready(layer: LoraLayer, name: str, target_rank: int | None) -> None:
@@ -74,13 +80,46 @@ def _make_ready(layer: LoraLayer, name: str, target_rank: int | None) -> None:
             shape = list(parameter.shape)
             shape[dimension] = more
             parameter.data = torch.cat((parameter.detach(), parameter.new_zeros(shape)), dimension)
-        for holder, names in (
-            (layer.lora_A[name], ("out_features", "out_channels")),
-            (outer, ("in_features", "in_channels")),
-        ):
+        for holder, names in ((layer.lora_A[name], SIZES[:2]), (outer, SIZES[2:])):
             vars(holder).update({key: settings.r + more for key in names if key in vars(holder)})
         settings = replace(settings, r=settings.r + more, own_r=settings.own_r or settings.r)
     layer._fastpeft.adapters[name] = settings
+
+
+@contextlib.contextmanager
+def _undone_on_failure(held: list[tuple[LoraLayer, str]]):
+    """Around what changes adapters of layers: if it fails, they are as they were."""
+    before = [_restorer(layer, name) for layer, name in held]
+    try:
+        yield
+    except BaseException:
+        for put_back in before:
+            put_back()
+        raise
+
+
+def _restorer(layer: LoraLayer, name: str) -> Callable[[], None]:
+    """What makes an adapter of a layer again what it is now."""
+    settings = layer._fastpeft.adapters[name]
+    values = [(each, each.data, each.detach().clone()) for each in layer.parameters_of(name).values()]
+    holders = [held[name] for held in (layer.lora_A, layer.lora_B) if name in held]  # none of an embedding
+    sizes = [{key: vars(holder)[key] for key in SIZES if key in vars(holder)} for holder in holders]
+    scalings = [(each, each.clone()) for holder in holders for each in holder._buffers.values() if each is not None]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for parameter, data, before in values:
+            parameter.data = data
+            data.copy_(before)
+        for holder, known in zip(holders, sizes, strict=True):
+            vars(holder).update(known)
+            if SCALING in holder._buffers and not scalings:
+                delattr(holder, SCALING)
+        for tensor, before in scalings:
+            tensor.copy_(before)
+        layer._fastpeft.adapters[name] = settings
+
+    return put_back
 
 
 def hotswap_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
@@ -126,7 +165,8 @@ def hotswap_adapter(model: nn.Module, directory: str | Path, adapter_name: str =
             raise AdapterFileError(
                 f"{found.path}: {key} has values that its {own[key].dtype} in this model cannot hold"
             )
-    with torch.no_grad():
+    swapped = [(target.module, name) for target, _, _ in plan.targets]
+    with torch.no_grad(), _undone_on_failure(swapped):
         for key, tensor in found.tensors.items():
             target = own[key]
             if target.shape != tensor.shape:
@@ -135,7 +175,7 @@ def hotswap_adapter(model: nn.Module, directory: str | Path, adapter_name: str =
             target.copy_(tensor)
         for target, _, settings in plan.targets:
             _settle(target.module, name, settings)
-    state.configs[name] = config
+        state.configs[name] = config
 
 
 def _bits(scaling: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 these were before is kept, and whose they are."""
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ def note(state, name: str, parameter: Tensor, owner: str) -> None:
     before = parameter.detach().to("cpu", copy=True)
     state.in_place.setdefault(name, Before(before, owner))
     if state.undo is not None:
-        state.undo.append((parameter, before))
+        state.undo.append(functools.partial(parameter.copy_, before))
 
 
 def give_back(model: nn.Module, state, owner: str | None = None) -> None:
@@ -48,14 +49,14 @@ def give_back(model: nn.Module, state, owner: str | None = None) -> None:
 @contextlib.contextmanager
 def undone_on_failure(state):
     """Around what changes base parameters: if it fails, they are as they were."""
-    state.undo, known = [], dict(state.in_place)
+    known = dict(state.in_place)
     try:
+        state.undo = []
         yield
+        state.undo = None  # until here an interruption undoes everything
     except BaseException:
         with torch.no_grad():
-            for tensor, before in reversed(state.undo):
-                tensor.copy_(before)
-        state.in_place = known
+            for undo in reversed(state.undo or ()):
+                undo()
+        state.in_place, state.undo = known, None
         raise
-    finally:
-        state.undo = None

@@ -29,7 +29,7 @@ from fastpeft.preconditions import adapted_by_peft, check_model, check_not_wrapp
 from fastpeft.quantised import stand_in
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
-from fastpeft.tuners.layer import AdapterLayer, detach, give_back_forward, offloaded_to, take_forward
+from fastpeft.tuners.layer import AdapterLayer, attached, detach, give_back_forward, offloaded_to, take_forward
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.prompt_call import argument_names
 
@@ -56,7 +56,7 @@ class PatchState:
     original_forward: Any = None  # a forward that stood on the instance, or None
     traced_call: Any = None  # the call that torch.compile is tracing
     traced_rows: tuple[str, ...] | None = None  # the names of its samples' adapters
-    undo: list | None = None  # (tensor, its values before) of the base, inside `undone_on_failure`
+    undo: list | None = None  # inside `undone_on_failure`: what undoes the changes of the base, last first
 
 
 def state_of(model: nn.Module) -> PatchState:
@@ -125,8 +125,7 @@ def patch(
     adapter_directory("", adapter_name)
     plan = tuner_of(config).plan(model, config)
     check_plan(model, plan, backend)
-    state = begin(model, backend, autocast_adapter_dtype, hf_quirks)
-    with adding(model, state, adapter_name, undo_all=True):
+    with beginning(model, backend, autocast_adapter_dtype, hf_quirks) as state:
         add_planned(model, state, plan, adapter_name, init=True)
         activate(model, state, (adapter_name,))
     return model
@@ -165,21 +164,30 @@ def check_plan(model: nn.Module, plan, backend: str | None) -> None:
             choose_backend(torch.empty(0, device=offloaded_to(module) or like.device), like.dtype, width)
 
 
-def begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool) -> PatchState:
+@contextlib.contextmanager
+def beginning(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool):
+    """Around what gives a plain model its first adapter: inside it is a patched one without, of this PatchState; if
+    anything fails it is as it was."""
+    try:
+        yield _begin(model, backend, autocast, hf_quirks)
+    except BaseException:
+        if "_fastpeft" in model.__dict__:
+            unpatch(model)
+        raise
+
+
+def _begin(model: nn.Module, backend: str | None, autocast: bool, hf_quirks: bool) -> PatchState:
     """Make the root a patched model without adapters: class swapped, everything frozen, checkpointing bound."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training = {name: module.training for name, module in model.named_modules()}
     state = PatchState(type(model), backend, hf_quirks, autocast, requires_grad, training)
+    state.original_forward = model.__dict__.get("forward")
+    model.__dict__["_fastpeft"] = state
     model.__class__ = patched_model_class(type(model), PatchedModel)
     state.original_forward = take_forward(model, state.original_class)
-    model.__dict__["_fastpeft"] = state
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        bind_checkpoints(model, state)
-    except BaseException:
-        unpatch(model)
-        raise
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    bind_checkpoints(model, state)
     return state
 
 
@@ -209,7 +217,8 @@ def enable_input_grads(model: nn.Module, state: PatchState) -> None:
             embedding = get() if callable(get) else None
             if isinstance(embedding, nn.Module):
                 embeddings[id(embedding)] = embedding
-    state.input_hooks = [embedding.register_forward_hook(_want_gradient) for embedding in embeddings.values()]
+    for embedding in embeddings.values():
+        state.input_hooks.append(embedding.register_forward_hook(_want_gradient))
 
 
 def disable_input_grads(state: PatchState) -> None:
@@ -224,17 +233,17 @@ def _want_gradient(module, args, output) -> None:
 
 
 @contextlib.contextmanager
-def adding(model: nn.Module, state: PatchState, adapter_name: str, *, undo_all: bool = False):
-    """Around what adds an adapter: if it fails, that adapter (or, with `undo_all`, the whole patch) is taken out."""
-    with contextlib.nullcontext() if undo_all else undone_on_failure(state):
-        try:
-            yield
-        except BaseException:
-            if undo_all:
-                unpatch(model)
-            else:
-                remove_adapter(model, state, adapter_name)
-            raise
+def adding(model: nn.Module, adapter_name: str):
+    """Around what adds an adapter to a patched model, of the PatchState inside: if it fails, it is taken out."""
+    state, modes = state_of(model), [(module, module.training) for module in model.modules()]
+    try:
+        with undone_on_failure(state):
+            yield state
+    except BaseException:
+        remove_adapter(model, state, adapter_name)
+        for module, mode in modes:
+            module.training = mode
+        raise
 
 
 def remove_adapter(model: nn.Module, state: PatchState, name: str) -> None:
@@ -244,12 +253,12 @@ def remove_adapter(model: nn.Module, state: PatchState, name: str) -> None:
         layer.delete_adapter(name)
         if not layer._fastpeft.adapters and not isinstance(layer, PromptEncoders):
             detach(layer)
-    for held in (state.configs, state.parts):
-        held.pop(name, None)
-    for names in (state.thawed, state.quirky):
-        names.discard(name)
     give_back(model, state, name)
     drop_unused(model)
+    for names in (state.thawed, state.quirky):
+        names.discard(name)
+    for held in (state.parts, state.configs):
+        held.pop(name, None)
 
 
 def drop_unused(model: nn.Module) -> None:
@@ -391,17 +400,23 @@ def unpatch(model: nn.Module) -> nn.Module:
 
         return unpatch_peft(model)
     state = state_of(model)
-    restore(model, state, keep_weights=False)
+    _take_out(model, state, keep_weights=False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
     for name, module in model.named_modules():
         module.training = state.training.get(name, module.training)
+    _leave(model, state)
     return model
 
 
 def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
     """Put classes and hooks back as before the patch; with `keep_weights` merged weights and trained biases stay."""
-    for _, layer in list(layers(model)):
+    _take_out(model, state, keep_weights)
+    _leave(model, state)
+
+
+def _take_out(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
+    for layer in attached(model):
         if keep_weights:
             layer._fastpeft.unmerged.clear()
             layer._fastpeft.kept.clear()
@@ -417,5 +432,8 @@ def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
         if hasattr(carried, "without_choice"):
             module._gradient_checkpointing_func = carried.without_choice
     disable_input_grads(state)
+
+
+def _leave(model: nn.Module, state: PatchState) -> None:
     give_back_forward(model, state.original_class, state.original_forward)
     del model.__dict__["_fastpeft"]

@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import threading
 import types
+from collections.abc import Callable
 
 import torch
 
@@ -30,8 +31,8 @@ _overrides: contextvars.ContextVar[dict[str, tuple[str, ...]]] = contextvars.Con
 
 # Whether any override block is open in the process. While none is, a layer reads a plain attribute and nothing else.
 _any_open = False
-_open = 0
-_counting = threading.Lock()
+_open: set[object] = set()  # one for each; no number, which an interrupted block would leave wrong for good
+_changing = threading.Lock()
 
 # What `_overrides` has in this thread, or None, as attributes of a module. torch.compile knows no context variables;
 # but of a module it reads an attribute as Python does, and again in the guard that precedes every compiled call, in the
@@ -74,13 +75,15 @@ def disabled(state) -> bool:
 @contextlib.contextmanager
 def override(state, names: tuple[str, ...], rows: tuple[str, ...] | None = None):
     """Within the block, calls of this thread use `names`; with `rows`, each sample that of its own."""
-    token = _overrides.set({**_overrides.get({}), _key(state): names, _key(state, ROWS): rows})
-    _count(1)
+    token, block = _overrides.set({**_overrides.get({}), _key(state): names, _key(state, ROWS): rows}), object()
     try:
+        _note(_open.add, block)
         yield
     finally:
-        _count(-1)
-        _overrides.reset(token)
+        try:
+            _note(_open.discard, block)
+        finally:
+            _overrides.reset(token)
 
 
 def by_rows(state, rows: tuple[str, ...], function, /, *args, **kwargs):
@@ -96,11 +99,11 @@ def by_rows(state, rows: tuple[str, ...], function, /, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def _count(step: int) -> None:
-    global _any_open, _open
-    with _counting:
-        _open += step
-        _any_open = _open > 0
+def _note(change: Callable[[object], None], block: object) -> None:
+    global _any_open
+    with _changing:
+        change(block)
+        _any_open = bool(_open)
 
 
 class CarriedCheckpoint:

@@ -97,7 +97,7 @@ def add_weighted_adapter(
     _check_clamp(svd_clamp)
     plan, r = _plan(model, names, kind, svd_rank)
     combine = Combination(kind, density, majority_sign_method)
-    with adding(model, state, adapter_name):
+    with adding(model, adapter_name):
         add_planned(model, state, plan, adapter_name, init=True)
         for path, layer in layers(model):
             if isinstance(layer, LoraLayer) and adapter_name in layer._fastpeft.adapters:

@@ -262,7 +262,7 @@ def _copy_active(model: nn.Module) -> str:
         config.init_lora_weights = True  # the base was changed for the adapter, and is as the copy needs it
     plan = tuner_of(config).plan(model, config)
     plan = plan.resuming() if has_network(model, name) else plan
-    with adding(model, state, REFERENCE):
+    with adding(model, REFERENCE):
         add_planned(model, state, plan, REFERENCE, init=False, quirky=name in state.quirky)
         for path, layer in layers(model):
             if name not in layer._fastpeft.adapters:

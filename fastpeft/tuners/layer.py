@@ -86,9 +86,11 @@ class AdapterLayer:
             return
         tensor = getattr(self, name)
         before = tensor.detach().to("cpu", copy=True)
-        kept.setdefault(name, before)
         if undo is not None:
-            undo.append((tensor, before))
+            if name not in kept:
+                undo.append(functools.partial(kept.pop, name, None))
+            undo.append(functools.partial(tensor.copy_, before))
+        kept.setdefault(name, before)
 
     def give_back(self) -> None:
         """Undo what `keep` has noted before."""
@@ -169,7 +171,6 @@ def take_forward(module: nn.Module, original: type) -> Any:
 def give_back_forward(module: nn.Module, original: type, forward: Any) -> None:
     """Give a module the class `original` again, and undo `take_forward`."""
     ours = type(module).forward
-    give_class(module, original)
     # accelerate's hooks may remember our forward as the module's own, and put it on the instance when they go
     if getattr(module.__dict__.get("_old_forward"), "__func__", None) is ours:
         module._old_forward = MethodType(original.forward, module)
@@ -177,22 +178,36 @@ def give_back_forward(module: nn.Module, original: type, forward: Any) -> None:
         del module.__dict__["forward"]
     if forward is not None:
         module.__dict__["forward"] = forward
+    give_class(module, original)  # last: until then all of this can be done once more, if it is interrupted
 
 
 def attach(module: nn.Module, mixin: type, model_state) -> None:
     """Make `module` a patched one, in place. Its class's forward gives way; an instance-level forward is called."""
     original = type(module)
-    module.__class__ = patched_class(mixin, original)
-    module.__dict__["_fastpeft"] = LayerState(model_state, original, take_forward(module, original))
-    module.add_containers()
+    state = LayerState(model_state, original, module.__dict__.get("forward"))
+    try:
+        module.__dict__["_fastpeft"] = state
+        module.__class__ = patched_class(mixin, original)
+        state.original_forward = take_forward(module, original)
+        module.add_containers()
+    except BaseException:
+        detach(module)
+        raise
+
+
+def attached(model: nn.Module) -> list[nn.Module]:
+    """The patched modules of a model, among them those whose patching, or whose restoring, was interrupted."""
+    return [module for module in model.modules() if isinstance(module.__dict__.get("_fastpeft"), LayerState)]
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`: children, tensors, class and instance-level forward are what they were, bit for bit."""
-    state: LayerState = module._fastpeft
-    module.unmerge()
-    for name in module.containers:
-        module._modules.pop(name, None)
-    module.give_back()
-    give_back_forward(module, state.original_class, state.original_forward)
-    del module.__dict__["_fastpeft"]
+    """Undo `attach`, as far as it went: children, tensors, class and instance-level forward are what they were, bit
+    for bit."""
+    state: LayerState | None = module.__dict__.get("_fastpeft")
+    if state is not None and isinstance(module, AdapterLayer):
+        module.unmerge()
+        for name in module.containers:
+            module._modules.pop(name, None)
+        module.give_back()
+        give_back_forward(module, state.original_class, state.original_forward)
+    module.__dict__.pop("_fastpeft", None)

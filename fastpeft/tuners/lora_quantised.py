@@ -1,6 +1,7 @@
 """LoRA on the quantised linear layers that `fastpeft.quantised` knows: their own forward gives the base product, and
 their own library the dense weight where one is needed."""
 
+import functools
 import warnings
 
 import torch
@@ -36,10 +37,6 @@ class Swap:
                 value = moved if keeps else nn.Parameter(moved, value.requires_grad)
             setattr(self.module, name, value)
 
-    def copy_(self, _) -> None:
-        """`undo`, under the name that puts a tensor's values back."""
-        self.undo()
-
 
 class QuantisedLora(LoraLinear):
     """LoRA on a quantised linear layer of another library."""
@@ -74,13 +71,17 @@ class QuantisedLora(LoraLinear):
 
     def leave(self, rest: torch.Tensor) -> None:
         swap = Swap(self, quantised.entry_of(self).requantised(self, rest))
-        self._fastpeft.kept.setdefault(SWAPPED, swap)
-        if (undo := self._fastpeft.model.undo) is not None:
-            undo.append((swap, None))
+        kept, undo = self._fastpeft.kept, self._fastpeft.model.undo
+        if undo is not None:
+            if SWAPPED not in kept:
+                undo.append(functools.partial(kept.pop, SWAPPED, None))
+            undo.append(swap.undo)
+        kept.setdefault(SWAPPED, swap)
 
     def give_back(self) -> None:
-        if (swap := self._fastpeft.kept.pop(SWAPPED, None)) is not None:
+        if (swap := self._fastpeft.kept.get(SWAPPED)) is not None:
             swap.undo()
+            del self._fastpeft.kept[SWAPPED]
         super().give_back()
 
     def prepare_merge(self, names) -> tuple[dict, torch.Tensor | None] | None:
@@ -111,8 +112,9 @@ class QuantisedLora(LoraLinear):
         self._fastpeft.unmerged[SWAPPED] = Swap(self, attributes)
 
     def unmerge(self) -> None:
-        if (swap := self._fastpeft.unmerged.pop(SWAPPED, None)) is not None:
+        if (swap := self._fastpeft.unmerged.get(SWAPPED)) is not None:
             swap.undo()
+            del self._fastpeft.unmerged[SWAPPED]
         super().unmerge()
 
 

@@ -97,11 +97,22 @@ class PromptEncoders(AdapterLayer, nn.ModuleDict):
 
     NAME = "prompt_encoder"
 
-    def __init__(self, model: nn.Module, model_state):
+    def __init__(self, model_state):
         super().__init__()
         self._fastpeft = LayerState(model_state, type(self), None)
-        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self.hook = model.register_forward_pre_hook(_no_cache, with_kwargs=True) if takes_cache else None
+        self.hook = None
+
+    @classmethod
+    def of(cls, model: nn.Module, model_state) -> "PromptEncoders":
+        """The model's, made now if it has none."""
+        holder = model._modules.get(cls.NAME)
+        if holder is None:
+            holder = cls(model_state)
+            takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+            model.add_module(cls.NAME, holder)
+            if takes_cache:
+                holder.hook = model.register_forward_pre_hook(_no_cache, with_kwargs=True)
+        return holder
 
     def leave(self, model: nn.Module) -> None:
         """Undo what making the holder did to the model, and cease to be its child."""

@@ -133,11 +133,7 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     if init and config.init_weights == "zero":
         encoders[0].zero()
     device = runs_on(plan.parts[0].sites.attention[0][1])
-    holder = plan.model._modules.get(PromptEncoders.NAME)
-    if holder is None:
-        holder = PromptEncoders(plan.model, state)
-        plan.model.add_module(PromptEncoders.NAME, holder)
-    holder.add_adapter(name, encoders[0].to(device))
+    PromptEncoders.of(plan.model, state).add_adapter(name, encoders[0].to(device))
     register()
     for part, encoder in zip(plan.parts, encoders, strict=True):
         attach_part(part, encoder, name, state, config)

@@ -155,11 +155,7 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
     there is no text to begin with."""
     first = plan.embeddings[0][1]
     encoder = _encoder(plan, first, init)
-    holder = plan.model._modules.get(PromptEncoders.NAME)
-    if holder is None:
-        holder = PromptEncoders(plan.model, state)
-        plan.model.add_module(PromptEncoders.NAME, holder)
-    holder.add_adapter(name, encoder.to(offloaded_to(first) or first.weight.device))
+    PromptEncoders.of(plan.model, state).add_adapter(name, encoder.to(offloaded_to(first) or first.weight.device))
     encoder.train(plan.model.training)
     attach_embeddings(plan, encoder, name, state)
     for _, module in plan.saved:
