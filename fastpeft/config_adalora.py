@@ -99,7 +99,7 @@ class AdaLoraConfig(LoraConfig):
             if getattr(self, name) != neutral:
                 refuse(name, getattr(self, name), advice)
         if not isinstance(self.init_lora_weights, bool):
-            refuse("init_lora_weights", self.init_lora_weights, "AdaLoRA has True and False")
+            refuse("init_lora_weights", self.init_lora_weights, "AdaLoRA has True and False; choose one of them")
         if self.rank_pattern is not None:
             refuse("rank_pattern", self.rank_pattern, "the allocator writes it in training; leave it out")
         if self.target_r >= self.init_r:
@@ -130,7 +130,11 @@ class AdaLoraConfig(LoraConfig):
             if not isinstance(kept, list) or not all(isinstance(each, bool) for each in kept):
                 refuse(f"{name}[{key!r}]", kept, "must be a list of booleans")
             if len(kept) != self.init_r:
-                refuse(f"{name}[{key!r}]", kept, f"has {len(kept)} entries and init_r is {self.init_r}")
+                refuse(
+                    f"{name}[{key!r}]",
+                    kept,
+                    f"has {len(kept)} entries and init_r is {self.init_r}; one for each is needed",
+                )
 
 
 def _without_adapter(key: object) -> object:

@@ -193,7 +193,7 @@ class LoraConfig(PeftConfig):
             refuse("lora_bias", True, "does not go with use_dora=True; set one of them to False")
 
 
-_INITS = "fastpeft has True, False, 'gaussian', 'pissa', 'pissa_niter_N' and 'olora'"
+_INITS = "fastpeft has True, False, 'gaussian', 'pissa', 'pissa_niter_N' and 'olora'; choose one"
 
 
 def _keeps_gpu(runtime: object) -> bool:

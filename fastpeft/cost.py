@@ -92,7 +92,7 @@ def mixed_lora_linear(
     _checked(1, B=B, S=S, K=K, N=N, itemsize=itemsize)
     _checked(0, **{f"served[{i}]": min(pair) for i, pair in enumerate(served)})
     if (samples := sum(count for count, _ in served)) > B:
-        raise OpError(f"served={served}: {samples} samples of {B}")
+        raise OpError(f"served={served}: {samples} samples; at most B={B} are wanted")
     base, product = B * S * (K + N) + N * K, 2 * B * S * N * K
     shrunk, rank = sum(count * S * r for count, r in served), sum(r for _, r in served)
     adapters, low_rank = rank * (K + N), 2 * shrunk * (K + N)

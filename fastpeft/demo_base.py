@@ -108,7 +108,10 @@ def own_model(path: Path, device: torch.device) -> tuple[Base, Encode, int | Non
         ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
         largest = max((max(one) for one in ids if one), default=0)
         if largest >= vocabulary:
-            raise FastpeftError(f"--model {path}: its tokenizer gives token {largest}, its model knows {vocabulary}")
+            raise FastpeftError(
+                f"--model {path}: its tokenizer gives token {largest}, its model knows {vocabulary}; give a directory "
+                "that has the model's own"
+            )
         return ids
 
     name = f"{type(model).__name__} from {path}"

@@ -105,7 +105,7 @@ def from_file(path: Path) -> Corpus:
     Raises FastpeftError if it cannot be read, or holds no text.
     """
     if not path.exists():
-        raise FastpeftError(f"--data {path}: there is no such file")
+        raise FastpeftError(f"--data {path}: there is no such file; give one of text or JSON Lines")
     if path.is_dir():
         raise FastpeftError(f"--data {path}: a directory; give one file of text or JSON Lines")
     try:
@@ -114,12 +114,12 @@ def from_file(path: Path) -> Corpus:
             documents = _json_lines(path, stream) if lines else [stream.read(MOST_CHARACTERS)]
     except UnicodeDecodeError as error:
         raise FastpeftError(
-            f"--data {path}: not UTF-8 text (byte {error.object[error.start]:#04x}: {error.reason})"
+            f"--data {path}: not UTF-8 text (byte {error.object[error.start]:#04x}: {error.reason}); UTF-8 is needed"
         ) from None
     except OSError as error:
         raise FastpeftError(f"--data {path}: cannot be read: {error.strerror}") from None
     if not any(document.strip() for document in documents):
-        raise FastpeftError(f"--data {path}: there is no text in it")
+        raise FastpeftError(f"--data {path}: there is no text in it; give a file with some")
     return split(path.name, documents)
 
 

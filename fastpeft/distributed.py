@@ -208,4 +208,4 @@ def first_writes(mesh, write: Callable[[], None]) -> None:
     if error is not None:
         raise error
     if failed.item():
-        raise AdapterFileError(f"the adapter is not saved: rank {first}, which writes it, says why")
+        raise AdapterFileError(f"the adapter is not saved: rank {first}, which writes it, says why; save again")

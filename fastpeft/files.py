@@ -70,7 +70,9 @@ def adapter_directory(directory: str | os.PathLike[str], name: str) -> str:
     adapters by name, allow none) and means nothing else: no part of a parameter's name, no attribute of a container.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise AdapterFileError(f"{shown(name)} cannot be an adapter's name: 1 to 64 letters, digits, _ and -, no dot.")
+        raise AdapterFileError(
+            f"{shown(name)} cannot be an adapter's name: 1 to 64 letters, digits, _ and - are needed, no dot."
+        )
     if name in _TAKEN or hasattr(torch.nn.ModuleDict(), name) or hasattr(torch.nn.ParameterDict(), name):
         raise AdapterFileError(f"{name!r} cannot be an adapter's name: it has another meaning. Try {name + '_1'!r}.")
     path = _fspath(directory)
@@ -179,14 +181,14 @@ def read_adapter(
 def _path_of(directory: str | os.PathLike[str]) -> str:
     path = _fspath(directory)
     if not path or "\0" in path:
-        raise AdapterFileError(f"{shown(path)} is not the path of a directory.")
+        raise AdapterFileError(f"{shown(path)} is not the path of a directory: it must have characters, and no NUL.")
     return path
 
 
 def _fspath(directory: str | os.PathLike[str]) -> str:
     path = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
     if not isinstance(path, str):
-        raise AdapterFileError(f"{shown(path)} is not the path of a directory.")
+        raise AdapterFileError(f"{shown(path)} is not the path of a directory; a str or an os.PathLike is needed.")
     return path
 
 
@@ -196,7 +198,7 @@ def _existing(directory: str | os.PathLike[str]) -> str:
         return path
     if os.path.lexists(path):
         raise AdapterFileError(f"{path} is not a directory. Give the directory that {CONFIG} is in.")
-    words = f"{path} does not exist."
+    words = f"{path} does not exist. Give the directory of an adapter."
     if _HUB_ID.fullmatch(path):
         words += (
             " If it is a repository on the Hugging Face Hub: nothing is downloaded here. Download it first, "
@@ -296,7 +298,9 @@ def _read_all(file: BinaryIO, where: str) -> bytes:
     try:
         data = file.read(size)
     except MemoryError as error:
-        raise AdapterFileError(f"{where} has {size} bytes, more than there is memory for.") from error
+        raise AdapterFileError(
+            f"{where} has {size} bytes, more than there is memory for. Make room, or load it elsewhere."
+        ) from error
     if len(data) != size:
         raise AdapterFileError(f"{where} became shorter while it was read. Load it again when it is complete.")
     return data

@@ -163,7 +163,9 @@ def check_names_and_shapes(places: dict[str, Place], found: dict[str, tuple], wh
             f"{where}: none of its {len(found)} tensors fits this model; it has {extra[0]!r}, expected {missing[0]!r}"
         )
     if missing:
-        raise AdapterFileError(f"{where}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}")
+        raise AdapterFileError(
+            f"{where}: {len(missing)} of {len(expected)} tensors are missing, and all are needed: {_some(missing)}"
+        )
     if extra:
         raise AdapterFileError(
             f"{where}: {len(extra)} tensors that the configuration does not declare: {_some(extra)}; an adapter may "

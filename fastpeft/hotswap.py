@@ -163,7 +163,8 @@ def hotswap_adapter(model: nn.Module, directory: str | Path, adapter_name: str =
     for key, tensor in found.tensors.items():
         if not torch.isfinite(tensor.to(own[key].dtype)).all():
             raise AdapterFileError(
-                f"{found.path}: {key} has values that its {own[key].dtype} in this model cannot hold"
+                f"{found.path}: {key} has values that its {own[key].dtype} in this model cannot hold; load "
+                "it into a model of a wider dtype"
             )
     swapped = [(target.module, name) for target, _, _ in plan.targets]
     with torch.no_grad(), _undone_on_failure(swapped):

@@ -56,6 +56,7 @@ def load_model(path: Path, device: torch.device, task: TaskType | None = None) -
     if missing := sorted(found["missing_keys"]):
         raise FastpeftError(
             f"--model {path}: no {type(model).__name__}, the files lack {len(missing)} of its weights: {missing[0]}, …"
+            "; give a directory that save_pretrained wrote"
         )
     return model.to(device).eval()
 

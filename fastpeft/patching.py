@@ -249,8 +249,9 @@ def adding(model: nn.Module, adapter_name: str):
 def remove_adapter(model: nn.Module, state: PatchState, name: str) -> None:
     """Take one adapter out, as far as it is in. A layer without another one becomes what it was before the patch, and
     so do the base parameters that the adapter has changed in place."""
-    for _, layer in list(layers(model)):
-        layer.delete_adapter(name)
+    for layer in attached(model):
+        if isinstance(layer, AdapterLayer):
+            layer.delete_adapter(name)
         if not layer._fastpeft.adapters and not isinstance(layer, PromptEncoders):
             detach(layer)
     give_back(model, state, name)
@@ -379,7 +380,7 @@ def check_names(state: PatchState, names: tuple[str, ...], where: str) -> None:
             known = ", ".join(map(repr, state.configs)) or "none"
             raise PatchError(f"{where}: there is no adapter {name!r}; there are {known}")
         if names.count(name) > 1:
-            raise PatchError(f"{where}: {name!r} is named twice, which would add it twice")
+            raise PatchError(f"{where}: {name!r} is named twice, which would add it twice; name it once")
 
 
 def check_together(state: PatchState, names: tuple[str, ...], where: str) -> None:

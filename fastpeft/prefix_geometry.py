@@ -78,7 +78,9 @@ def fill_prompt_dims(model: object, config: object) -> PromptLearningConfig:
     """
     config = as_config(config)
     if not isinstance(config, PromptLearningConfig):
-        raise ConfigError(f"peft_type={config.peft_type.value}: this method takes no sizes from the model")
+        raise ConfigError(
+            f"peft_type={config.peft_type.value}: this method takes no sizes from the model; leave it out"
+        )
     found = geometry(model)
     _check_task(config, found)
     prefix = config.peft_type == PeftType.PREFIX_TUNING

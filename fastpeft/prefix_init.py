@@ -124,7 +124,7 @@ def _prefix(model: nn.Module, adapter_name: str | None):
     name = only_adapter(state, adapter_name)
     config = state.configs[name]
     if not isinstance(config, PrefixTuningConfig):
-        raise PatchError(f"adapter {name!r} is {config.peft_type.value}, which has no prefix")
+        raise PatchError(f"adapter {name!r} is {config.peft_type.value}, which has no prefix; name another")
     encoder = model.prompt_encoder[name]
     if encoder.projects:
         raise ConfigError(

@@ -102,7 +102,7 @@ def storage(module: nn.Module) -> torch.Tensor:
             return found
     found = next((*module.parameters(recurse=False), *module.buffers(recurse=False)), None)
     if found is None:
-        raise PatchError(f"this {type(module).__name__} holds no tensor of its own")
+        raise PatchError(f"this {type(module).__name__} holds no tensor of its own, and one is needed")
     return found
 
 

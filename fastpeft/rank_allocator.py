@@ -41,7 +41,9 @@ def update_and_allocate(model: nn.Module, global_step: int) -> None:
     NaN or infinite, as a gradient was, the values are as they were.
     """
     if isinstance(global_step, bool) or not isinstance(global_step, int) or global_step < 0:
-        raise PatchError(f"update_and_allocate: global_step={global_step!r}: the number of the step, an int from 0 up")
+        raise PatchError(
+            f"update_and_allocate: global_step={global_step!r}: the number of the step must be an int from 0 up"
+        )
     allocator = RankAllocator(model, _trained_adapter(model))
     if allocator.config.total_step is None:
         raise PatchError(

@@ -63,7 +63,10 @@ def restore_adapter(model: nn.Module, directory: str | Path, *, adapter_name: st
     plan, places = planned[-1]
     network = has_network(model, name)
     if network and found.encoder is None:
-        raise AdapterFileError(f"{found.path} has the table of {name!r}, and not the network that it comes out of")
+        raise AdapterFileError(
+            f"{found.path} has the table of {name!r}, and not the network that it comes out of; load it with "
+            "load_adapter for use, and save with save_adapter what is to be trained on"
+        )
     with in_place(model, name, plan.config):
         fill(model, name, places, plan.in_today_s_layout(found.tensors), found.path)
         if found.encoder is not None and (network or hasattr(tuner_of(plan.config), "fill_training")):

@@ -52,7 +52,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     where = os.fspath(path)
     file = open_regular(where, os.path.dirname(where) or ".")
     if file is None:
-        raise AdapterFileError(f"{where} does not exist.")
+        raise AdapterFileError(f"{where} does not exist. Give the path of a safetensors file.")
     with file:
         return parse_header(file, where)
 
@@ -69,7 +69,7 @@ def parse_header(file: BinaryIO, where: str) -> dict[str, TensorInfo]:
     file.seek(8)
     data = file.read(length)
     if data.count(b'"data_offsets"') > MAX_TENSORS:
-        raise AdapterFileError(f"{where} has more than {MAX_TENSORS} tensors, which no adapter has.")
+        raise AdapterFileError(f"{where} has more than {MAX_TENSORS} tensors, the limit for an adapter.")
     found = parse_json_object(data, f"the header of {where}", max_bytes=MAX_HEADER_BYTES, max_marks=_MAX_MARKS)
     _check_metadata(found.pop("__metadata__", {}), where)
     if not found:
@@ -108,7 +108,7 @@ def _why_no_header(start: bytes, length: int, size: int) -> str:
         return f"is not a safetensors file: its header would be {length} bytes long, the limit is {MAX_HEADER_BYTES}"
     if length > size - 8:
         return f"is cut off or damaged: its header should have {length} bytes, {size - 8} are there. Fetch it again"
-    return f"is not a safetensors file: its header begins with {start[8:]!r}, not with '{{'"
+    return f"is not a safetensors file: its header begins with {start[8:]!r}, not with '{{'. Give another"
 
 
 def _check_metadata(metadata: Any, where: str) -> None:
@@ -128,7 +128,9 @@ def _check_tensors(found: dict[str, Any], data_bytes: int, where: str) -> dict[s
     for begin, end, name in spans:
         if begin != reached:
             what = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
-            raise AdapterFileError(f"{where}: tensor {shown(name)} at bytes {begin}:{end} {what} (ends at {reached}).")
+            raise AdapterFileError(
+                f"{where}: tensor {shown(name)} at bytes {begin}:{end} {what} (ends at {reached}). Save it again."
+            )
         reached = end
     if reached > data_bytes:
         raise AdapterFileError(
@@ -142,12 +144,16 @@ def _check_tensors(found: dict[str, Any], data_bytes: int, where: str) -> dict[s
 def _check_tensor(name: str, entry: Any, where: str) -> tuple[TensorInfo, int, int]:
     """The tensor's info and the bytes it occupies in the data, as far as its own entry can tell."""
     if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterFileError(f"{where}: tensor {shown(name)} is not described by dtype, shape and data_offsets.")
+        raise AdapterFileError(
+            f"{where}: tensor {shown(name)} is not described by dtype, shape and data_offsets. Save it again."
+        )
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _counts(shape) or len(shape) > 64:
-        raise AdapterFileError(f"{where}: tensor {shown(name)} has the shape {shown(shape)}, which no tensor has.")
+        raise AdapterFileError(
+            f"{where}: tensor {shown(name)} has the shape {shown(shape)}, which no tensor has. Save it again."
+        )
     if not _counts(offsets) or len(offsets) != 2:
-        raise AdapterFileError(f"{where}: tensor {shown(name)} has the data_offsets {shown(offsets)}.")
+        raise AdapterFileError(f"{where}: tensor {shown(name)} has the data_offsets {shown(offsets)}. Two are needed.")
     dtype = DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
     numel = math.prod(shape)
     check_tensor_kind(name, entry["dtype"], dtype is not None, shape, where)

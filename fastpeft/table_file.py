@@ -171,7 +171,7 @@ def parsed(document: dict) -> Table:
 def _entry(number: int, found) -> Entry:
     try:
         if type(found) is not dict:
-            raise TableError(f"{shown(found)} is no object")
+            raise TableError(f"{shown(found)} is no object, which is needed")
         if (op := found.get("op")) not in tuple(BUCKETS):
             raise TableError(f"op is {shown(op)}, known are {', '.join(BUCKETS)}")
         if found.get("source") != "measured":
@@ -182,7 +182,7 @@ def _entry(number: int, found) -> Entry:
         choice = _tile(TILE_FIELDS[op], found.get("choice")) if op in TILE_FIELDS else _plan(op, found.get("choice"))
         times = _mapping(found, "median_ms", (int, float))
         if any(time <= 0 for time in times.values()):
-            raise TableError("a median that is not above 0")
+            raise TableError(f"median_ms has {shown(min(times.values()))}, not above 0 as is needed")
         return Entry(bucket, choice, times, confirmed, _day(_text(found, "date")), _mapping(found, "wrong", (str,)))
     except TableError as error:
         raise TableError(f"entry {number}: {error}") from error
@@ -203,7 +203,7 @@ def _field(name: str, value, kind: type):
         return value
     if kind is str and type(value) is str and len(value) <= MAX_TEXT and (name != "mode" or value in MODES):
         return value
-    raise TableError(f"{name} is {shown(value)}")
+    raise TableError(f"{name} is {shown(value)}; {kind.__name__} of a value that occurs is needed")
 
 
 def _plan(op: str, found) -> dict[str, str | int]:
@@ -227,7 +227,7 @@ def _tile(fields: tuple[str, ...], found) -> dict[str, int]:
         raise TableError(f"choice is {shown(found)}; {', '.join(fields)} are needed")
     for name, value in found.items():
         if type(value) is not int or not 0 <= value <= 1024:
-            raise TableError(f"{name} is {shown(value)}")
+            raise TableError(f"{name} is {shown(value)}; an int from 0 to 1024 is needed")
     return found
 
 
@@ -241,7 +241,8 @@ def _text(found: dict, name: str) -> str:
 def _mapping(found: dict, name: str, kinds: tuple[type, ...]) -> dict:
     value = found.get(name)
     if type(value) is not dict or any(type(each) not in kinds for each in value.values()):
-        raise TableError(f"{name} is {shown(value)}")
+        of = " or ".join(kind.__name__ for kind in kinds)
+        raise TableError(f"{name} is {shown(value)}; an object whose values are {of} is needed")
     return value
 
 

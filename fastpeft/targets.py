@@ -194,7 +194,9 @@ class _Selection:
             if module is not head and not self._is_saved(name) and leaf(name) not in uncalled
         }
         if not found:
-            raise TargetError(f"target_modules='all-linear': {self._kind()} has no linear layer besides its heads")
+            raise TargetError(
+                f"target_modules='all-linear': {self._kind()} has no linear layer besides its heads; name targets"
+            )
         fused = sorted(name for name, module in self.modules.items() if _holds_experts(module))
         if fused:
             warnings.warn(
@@ -326,15 +328,14 @@ class _Selection:
             return (
                 f"target_modules={_shown(given)} matches modules, but none in layers_to_transform="
                 f"{shown(self.config.layers_to_transform)} (layers_pattern={shown(self.config.layers_pattern)}), for "
-                f"example "
-                f"{next(iter(self.hits))}"
+                f"example {next(iter(self.hits))}; choose layers that have them"
             )
         saved = sum(map(self._is_saved, left))
         by_name = sum(map(self._excluded_by_name, left))
         return (
             f"all {len(left)} modules that target_modules={_shown(given)} matches are excluded: {by_name} by "
             f"exclude_modules={_shown(self.config.exclude_modules)}, {saved} because modules_to_save="
-            f"{_shown(self.config.modules_to_save)} trains them whole"
+            f"{_shown(self.config.modules_to_save)} trains them whole; leave some in"
         )
 
     def _kind(self) -> str:

@@ -113,7 +113,7 @@ def parse_json_object(data: bytes, where: str, *, max_bytes: int, max_marks: int
     except UnicodeDecodeError as error:
         raise AdapterFileError(f"{where} is not UTF-8 (byte {error.start}). It is damaged: fetch it again.") from error
     except UnicodeEncodeError as error:
-        raise AdapterFileError(f"{where} contains a lone surrogate, which is no character.") from error
+        raise AdapterFileError(f"{where} contains a lone surrogate, which is no character. Save it again.") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise AdapterFileError(f"{where} is not valid JSON ({place}). It is damaged: fetch it again.") from error
@@ -131,7 +131,9 @@ def _require_shallow(data: bytes, where: str) -> None:
         if mark in b"[{":
             depth += 1
             if depth > MAX_DEPTH:
-                raise AdapterFileError(f"{where} is nested more than {MAX_DEPTH} levels deep.")
+                raise AdapterFileError(
+                    f"{where} is nested more than {MAX_DEPTH} levels deep; nothing that belongs here is."
+                )
         else:
             depth -= 1
 

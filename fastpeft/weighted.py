@@ -128,12 +128,12 @@ def _check(model: nn.Module, names, weights, kind: str, density, sign: str) -> N
             _refuse(f"{name!r} is {config.peft_type.value}; only LoRAs are made of others")
         for what in ("use_dora", "lora_bias"):
             if getattr(config, what):
-                _refuse(f"{name!r} has {what}=True, which cannot be added up")
+                _refuse(f"{name!r} has {what}=True, which cannot be added up; leave it out")
         if config.bias != "none":
-            _refuse(f"{name!r} has bias={config.bias!r}, and trained biases cannot be added up")
+            _refuse(f"{name!r} has bias={config.bias!r}, and trained biases cannot be added up; leave it out")
     for path, layer in layers(model):
         if isinstance(layer, SavedModule) and (whole := set(names) & layer._fastpeft.adapters.keys()):
-            _refuse(f"{path} is trained whole by {', '.join(sorted(whole))}, which cannot be added up")
+            _refuse(f"{path} is trained whole by {', '.join(sorted(whole))}, which cannot be added up; leave those out")
 
 
 def _check_clamp(clamp) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from fastpeft.attention.numbering import Numbering
 from fastpeft.attention.positions import RelativeBias, Shift, shifted_modules
 from fastpeft.errors import TargetError
+from fastpeft.names import listed
 from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.saved_modules import SavedModule
@@ -63,7 +64,9 @@ def find_sites(model: nn.Module, part: str = "decoder") -> Sites:
     "encoder". Raises TargetError, naming the model, where prefixes cannot be served."""
     name = type(model).__name__
     if not hasattr(model, "config"):
-        raise TargetError(f"{name} is not a transformers model: it has no config, so nothing says how it attends")
+        raise TargetError(
+            f"{name} is not a transformers model: it has no config, so nothing says how it attends; use LoRA"
+        )
     stack = model.get_encoder() if part == "encoder" else _stack(model)
     path = next(path for path, module in model.named_modules() if module is stack)
     served = [
@@ -79,7 +82,7 @@ def find_sites(model: nn.Module, part: str = "decoder") -> Sites:
         classes = sorted({type(m).__name__ for m in stack.modules() if "ttention" in type(m).__name__})
         raise TargetError(
             f"{name} cannot carry a prefix: none of its attention classes ({', '.join(classes) or 'none'}) asks "
-            "transformers' attention interface alone, and fastpeft has no forward of its own for them"
+            "transformers' attention interface alone, and fastpeft has no forward of its own for them; use LoRA"
         )
     found = _in_order(name, found)
     configs = {id(config): config for config in _configs(stack, found)}
@@ -130,7 +133,8 @@ def _in_order(name: str, found: list) -> list:
     if all(isinstance(number, int) for number in numbers):
         found = [each for _, each in sorted(zip(numbers, found, strict=True), key=lambda pair: pair[0])]
         if len(set(numbers)) != len(numbers):
-            raise TargetError(f"{name} has more than one attention module for one layer: {[p for p, _, _ in found]}")
+            paths = listed([path for path, _, _ in found])
+            raise TargetError(f"{name} has more than one attention module for one layer: {paths}; use LoRA")
     return found
 
 

@@ -205,7 +205,8 @@ def adalora_class(name: str, module: nn.Module) -> type[AdaLoraLayer]:
     """The AdaLoRA class for a module. Raises TargetError if AdaLoRA does not serve it."""
     if isinstance(module, nn.Conv2d):
         if module.groups > 1:
-            raise TargetError(f"{name} is a convolution with {module.groups} groups, which AdaLoRA does not serve")
+            groups = f"a convolution with {module.groups} groups"
+            raise TargetError(f"{name} is {groups}, which AdaLoRA does not serve; set exclude_modules")
         return AdaLoraConv2d
     kind = _KINDS.get(layer_class(module))
     if kind is None:

@@ -66,7 +66,8 @@ def _check_pattern(config: AdaLoraConfig, targets: list[Target]) -> None:
     unknown = (config.rank_pattern or {}).keys() - {f"{target.name}.lora_E" for target in targets}
     if unknown:
         raise ConfigError(
-            f"rank_pattern has {listed(sorted(unknown))}, and target_modules adapts no such layer of this model"
+            f"rank_pattern has {listed(sorted(unknown))}, and target_modules adapts no such layer of this model; give "
+            "the model and the target_modules that it was made with"
         )
 
 
@@ -162,9 +163,11 @@ def fill_training(model: nn.Module, name: str, tensors: dict[str, torch.Tensor],
         _check_saved(layer, name, ranks, mine, f"{where}: {path}")
         ready.append((layer, ranks, mine))
     if left:
-        raise AdapterFileError(f"{where}: {listed(sorted(left))} belong to no layer of the adapter")
+        raise AdapterFileError(f"{where}: {listed(sorted(left))} belong to no layer of the adapter; save it again")
     if any(key.endswith(".exp_avg_ipt") for key in tensors) and lacking:
-        raise AdapterFileError(f"{where}: the saved state of training has no importances for {listed(lacking)}")
+        raise AdapterFileError(
+            f"{where}: the saved state of training lacks importances, which must be there for {listed(lacking)}"
+        )
     for layer, ranks, mine in ready:
         if "lora_E.dropped" in mine:
             layer.regrow(name, ranks, {key: mine[f"{key}.dropped"] for key in KEYS})
@@ -184,7 +187,9 @@ def _positions(saved: torch.Tensor | None, init_r: int, where: str) -> tuple[int
         return tuple(range(init_r))
     found = tuple(map(int, saved.flatten().tolist()))
     if saved.ndim != 1 or list(found) != sorted(set(found)) or not all(0 <= each < init_r for each in found):
-        raise AdapterFileError(f"{where} is not a list of different numbers from 0 to {init_r - 1} in order")
+        raise AdapterFileError(
+            f"{where} is not a list of different numbers from 0 to {init_r - 1} in order; save it again"
+        )
     return found
 
 
@@ -192,7 +197,9 @@ def _check_saved(layer: AdaLoraLayer, name: str, ranks: Ranks, found: dict[str, 
     settings, total = layer._fastpeft.adapters[name], len(ranks.positions)
     stays = total if ranks.kept is None else sum(ranks.kept)
     if stays != settings.r:
-        raise AdapterFileError(f"{where} has {settings.r} triplets in the adapter's file, and {stays} beside it")
+        raise AdapterFileError(
+            f"{where} has {settings.r} triplets in the adapter's file, and {stays} beside it; they must be of one save"
+        )
     whole = {key: list(tensor.shape) for key, tensor in layer.parameters_of(name).items()}
     wanted: dict[str, list[int]] = {"positions": [total]} if "positions" in found else {}
     for key, shape in whole.items():

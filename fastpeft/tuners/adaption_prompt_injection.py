@@ -63,7 +63,7 @@ def plan(model: nn.Module, config: AdaptionPromptConfig) -> Plan:
         shared = f", which {sites.layers} layers share, and a module has one prompt" if shares else ""
         raise TargetError(
             f"adapter_layers={config.adapter_layers!r}: this {type(model).__name__} has {len(chosen)} attention "
-            f"modules called {config.target_modules!r}{shared}"
+            f"modules called {config.target_modules!r}{shared}; choose no more"
         )
     chosen = chosen[-config.adapter_layers :]
     for name, module, mixin in chosen:

@@ -146,7 +146,9 @@ class LoraLayer(AdapterLayer):
 
     def delete_adapter(self, name: str) -> None:
         for container in self.containers:
-            getattr(self, container).pop(name) if name in getattr(self, container) else None
+            held = self._modules.get(container, ())  # none where taking the layer out was interrupted
+            if name in held:
+                held.pop(name)
         self._fastpeft.adapters.pop(name, None)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -219,7 +221,9 @@ class LoraLayer(AdapterLayer):
         if not names:
             return None
         if "weight" not in self._parameters:
-            raise PatchError("its weight is computed from other parameters, so nothing can be merged into it")
+            raise PatchError(
+                "its weight is computed from other parameters, so nothing can be merged into it; use it unmerged"
+            )
         if self.weight.is_meta:
             raise PatchError("its weight is offloaded by accelerate; load the model without offloading to merge")
         if is_sharded(self.weight):

@@ -199,7 +199,10 @@ def check_target(name: str, module: nn.Module, config: LoraConfig, r: int, alpha
         if r % module.groups:
             raise ConfigError(f"{name} has {module.groups} groups, which must divide the rank; r is {r}")
         if config.use_dora:
-            raise ConfigError(f"use_dora=True does not apply to {name}, a convolution with {module.groups} groups")
+            raise ConfigError(
+                f"use_dora=True does not apply to {name}, a convolution with {module.groups} groups; set it to False, "
+                "or exclude the module with exclude_modules"
+            )
     if decomposed:
         kind = layer_class(module)
         matrix = weight if kind in (LoraLinear, LoraConv1D) else weight.new_empty(0)

@@ -23,7 +23,9 @@ def check_rows(layer, rows: Sequence[str], x, what: str = "an input") -> None:
     """Raises WrongRows unless x is a tensor whose first dimension has one sample for each name."""
     shape = x.shape if isinstance(x, Tensor) else ()
     if not shape or shape[0] != len(rows):
-        raise WrongRows(layer, f"{what} of shape {tuple(shape)} has not the {len(rows)} samples of adapter_names")
+        raise WrongRows(
+            layer, f"{what} of shape {tuple(shape)} has not the {len(rows)} samples of adapter_names, and needs them"
+        )
 
 
 def mixed_linear(layer, names: Sequence[str], rows: Sequence[str], input: Tensor, *args, **kwargs) -> Tensor:

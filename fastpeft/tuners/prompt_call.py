@@ -120,7 +120,9 @@ def with_virtual_tokens(
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     for name in FIXED:
         if given.get(name) is not None:
-            raise PatchError(f"{name}: it has places for the tokens alone, and is not made longer for a prompt")
+            raise PatchError(
+                f"{name}: it has places for the tokens alone, and is not made longer for a prompt; leave it out"
+            )
     room = _room(given, len(prompt), (ids if ids is not None else embeds).shape[:2], packs, foremost)
     if (mask := given.get("attention_mask")) is not None:
         fits = mask.shape[1] == room.tokens  # else it is of a whole static cache

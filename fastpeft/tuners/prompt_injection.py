@@ -72,7 +72,9 @@ def _embeddings(model: nn.Module) -> tuple[nn.Module | None, list[tuple[str, nn.
     """The encoder of a sequence-to-sequence model, if it is one, and the embeddings of tokens."""
     name = type(model).__name__
     if not callable(getattr(model, "get_input_embeddings", None)):
-        raise TargetError(f"{name} is not a transformers model: it does not say what its embedding of tokens is")
+        raise TargetError(
+            f"{name} is not a transformers model: it does not say what its embedding of tokens is; use LoRA"
+        )
     pair = getattr(model.config, "is_encoder_decoder", False)
     stacks = [model.get_encoder(), model.get_decoder()] if pair else [model]
     paths = {id(module): path for path, module in model.named_modules()}

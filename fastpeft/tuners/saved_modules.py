@@ -35,7 +35,9 @@ def check_saved(model: nn.Module, saved: Sequence[tuple[str, nn.Module]]) -> Non
     for position, (name, module) in enumerate(saved):
         _check_inside(name, module)
         if name.startswith(whole):
-            raise TargetError(f"modules_to_save has {name}, which another adapter already trains whole as part of more")
+            raise TargetError(
+                f"modules_to_save has {name}, which another adapter already trains whole as part of more; leave it out"
+            )
         for other, same in saved[:position]:
             if same is module:
                 raise TargetError(f"modules_to_save matches {other} and {name}, which are one module; name one of them")
@@ -59,7 +61,7 @@ def check_apart(model: nn.Module, saved: Sequence[tuple[str, nn.Module]], paths:
                 raise TargetError(f"modules_to_save has {name}, and {path} carries {what}; name other modules")
         for name in theirs:
             if f"{path}.".startswith(f"{name}."):
-                raise TargetError(f"{path} cannot carry {what}: another adapter trains {name} whole")
+                raise TargetError(f"{path} cannot carry {what}: another adapter trains {name} whole; leave it out")
 
 
 def _check_inside(name: str, module: nn.Module) -> None:
@@ -71,7 +73,7 @@ def _check_inside(name: str, module: nn.Module) -> None:
                 f"{path} has torch's old weight_norm, which cannot be copied; use torch.nn.utils.parametrizations"
             )
         if isinstance(inner, SavedModule) and inner is not module:
-            raise TargetError(f"modules_to_save has {name}, but another adapter trains {path} in it whole")
+            raise TargetError(f"modules_to_save has {name}, but another adapter trains {path} in it whole; name that")
 
 
 class SavedModule(AdapterLayer):
@@ -98,7 +100,7 @@ class SavedModule(AdapterLayer):
         self._fastpeft.adapters[name] = None
 
     def delete_adapter(self, name: str) -> None:
-        if name in self.modules_to_save:
+        if name in self._modules.get("modules_to_save", ()):
             del self.modules_to_save[name]
         self._fastpeft.adapters.pop(name, None)
 

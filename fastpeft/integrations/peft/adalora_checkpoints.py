@@ -116,7 +116,7 @@ def _check_tables(path: str, found: dict[str, Tensor], tuner: nn.Module) -> None
     if extra := sorted(found.keys() - known):
         raise AdapterFileError(f"{path}: {extra[0]} is nothing of this model's; it is damaged")
     if bad := [key for key, each in found.items() if not torch.isfinite(each).all()]:
-        raise AdapterFileError(f"{path}: {bad[0]} has NaN or infinite values")
+        raise AdapterFileError(f"{path}: {bad[0]} has NaN or infinite values; give an earlier checkpoint")
 
 
 def _digest(directory: str) -> str:
