@@ -1,7 +1,8 @@
 """Which of fastpeft's error texts a run raises. A pytest plugin, which tests/conftest.py registers.
 
 With FASTPEFT_ERROR_TEXTS=FILE every process that loads it appends to FILE a line of JSON for each text and test. With
-FASTPEFT_WHOLE_RUN=1, which `make test` sets, a run fails if it is green and has not raised every text of the table.
+FASTPEFT_WHOLE_RUN=1, which `make test` sets, a run that is green fails if it has not raised every text of the table, or
+has raised one that is long because a value stands in it that the user cannot read.
 """
 
 import contextlib
@@ -20,12 +21,12 @@ from tests.error_texts import HOW, ROOT, UNREACHED, Row, Text
 
 RECORDING = "FASTPEFT_ERROR_TEXTS"
 WHOLE = "FASTPEFT_WHOLE_RUN"
-LONGEST = 2000  # characters of a text that are recorded
+LONGEST = 1000  # characters; with the longest words and paths there are some 500
 DEEPEST = 5  # frames from the error's own up to the one that has the text
 
-_lacking = pytest.StashKey[list[Row]]()
+_faults = pytest.StashKey[list[str]]()
 _whole = pytest.StashKey[bool]()
-_seen: set[tuple[Text, str]] = set()
+_seen: set[tuple[Text, str, bool]] = set()
 _skipped: set[str] = set()
 
 
@@ -42,11 +43,12 @@ def install() -> None:
 def _record(said: str, frame) -> None:
     text = _text(said, frame)
     test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0].split("[")[0]
-    if text is None or (text, test) in _seen:
+    key = text, test, len(said) > LONGEST
+    if text is None or key in _seen:
         return
-    _seen.add((text, test))
+    _seen.add(key)
     with contextlib.suppress(OSError), open(os.environ[RECORDING], "a", encoding="utf-8") as file:
-        file.write(json.dumps([*text, test, said[:LONGEST]]) + "\n")
+        file.write(json.dumps([*text, test, said[: LONGEST + 1]]) + "\n")
 
 
 def _text(said: str, frame) -> Text | None:
@@ -98,22 +100,30 @@ def _file(row: Row) -> str:
     return row.test.partition("::")[0]
 
 
+def overlong(recording: str) -> list[str]:
+    """What was said at too great a length, and by which test."""
+    lines = map(json.loads, Path(recording).read_text(encoding="utf-8").splitlines())
+    return [f"{place}: {said[:200]}... ({test})" for place, _, _, test, said in lines if len(said) > LONGEST]
+
+
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if not config.stash[_whole]:
         return
     recording = os.environ.pop(RECORDING)
-    raised = set(error_texts.recorded([recording]))
-    os.remove(recording)
     if exitstatus == pytest.ExitCode.OK:
-        config.stash[_lacking] = lacking(raised, _skipped)
-        if config.stash[_lacking]:
+        rows = lacking(set(error_texts.recorded([recording])), _skipped)
+        missed = [f"{row.text.place}: {row.text.kind}: {row.text.template} ({row.test})" for row in rows]
+        config.stash[_faults] = [f"not raised: {each}" for each in missed]
+        config.stash[_faults] += [f"too long: {each}" for each in overlong(recording)]
+        if config.stash[_faults]:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    os.remove(recording)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if rows := config.stash.get(_lacking, []):
-        terminalreporter.section("error texts that no test has raised")
-        for row in rows:
-            terminalreporter.line(f"{row.text.place}: {row.text.kind}: {row.text.template} (raised by {row.test})")
+    if faults := config.stash.get(_faults, []):
+        terminalreporter.section("error texts")
+        for fault in faults:
+            terminalreporter.line(fault)
         terminalreporter.line(HOW)

@@ -176,13 +176,14 @@ def pattern(template: str) -> re.Pattern[str]:
     return re.compile(".*?".join(map(re.escape, template.split("{}"))), re.DOTALL)
 
 
-def read_table(path: Path = TABLE) -> list[Row]:
+def read_table(path: Path | None = None) -> list[Row]:
+    path = path or TABLE
     lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
     rows = [line.split("\t") for line in lines]
     return [Row(Text(place, kind, _unescaped(template)), test) for place, kind, template, test in rows]
 
 
-def write_table(rows: Iterable[Row], path: Path = TABLE) -> None:
+def write_table(rows: Iterable[Row], path: Path) -> None:
     lines = ["\t".join((row.text.place, row.text.kind, _escaped(row.text.template), row.test)) for row in sorted(rows)]
     path.write_text("\n".join(["place\tclass\ttext\ttest", *lines]) + "\n", encoding="utf-8")
 
@@ -241,7 +242,7 @@ def _chosen(named: str, raised: set[str]) -> str:
 
 def main(recordings: list[str]) -> int:
     rows = updated(read_table(), recorded(recordings))
-    write_table(rows)
+    write_table(rows, TABLE)
     lacking = [row.text for row in rows if row.test == NOBODY]
     print(*("\t".join(text) for text in lacking), sep="\n")
     print(f"{len(rows)} texts, {len(lacking)} that no test was seen to raise")
