@@ -17,6 +17,7 @@ from fastpeft import durable, journal
 from fastpeft.errors import AdapterFileError
 from fastpeft.files import read_adapter
 from tests.adapter_dirs import assert_next_save_is_whole, disk, own_files, read, save, survivors
+from tests.counting import count, how_many
 from tests.failing_disk import Crash, FailingOs
 
 CHANGES = [(None, "A"), ("A", "B"), ("A", "plain"), ("plain", "A"), ("same-config", "A"), ("A", "same")]
@@ -111,6 +112,7 @@ def test_error_at_every_step(tmp_path, prepared, old, new, code, once):
             assert own_files(directory) == []
         assert read(directory, *filter(None, (old, new))) == expected
         assert_next_save_is_whole(directory)
+        count("failed saves survived", int(failing.fired))
         if not failing.fired:
             break
     assert expected == new
@@ -208,7 +210,7 @@ def test_kill_at_random_instants_with_a_reader_beside(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
     ) as nursery:
-        for _ in range(20):
+        for _ in range(how_many(20, 50)):
             print(directory, file=nursery.stdin, flush=True)
             child = int(nursery.stdout.readline())
             end = time.monotonic() + chance.uniform(0.05, 0.25)
@@ -220,6 +222,7 @@ def test_kill_at_random_instants_with_a_reader_beside(tmp_path):
             found.append(read(directory, "A", "B"))
             save(directory, "A")
             assert own_files(directory) == []
+            count("kills survived")
         nursery.stdin.close()
     assert set(found) == {"A", "B"}
     assert interrupted > 0, "no kill came in the middle of a save: the test shows nothing"
