@@ -91,7 +91,7 @@ def forward(tensors, scores, *, tiles: AttentionTiles | None = None) -> tuple[to
         **tiles.options,
     }
     general.launch(_decode_kernel, (per_split * prefix_runs + batch * groups * runs,), q, arguments)
-    return _merge_parts(parts, states, sinks, q, kinds)
+    return _merge_parts(parts, states, None if sinks is None else sinks.contiguous(), q, kinds)
 
 
 def _merge_parts(parts, states, sinks, q, kinds: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -307,6 +307,7 @@ def tail(
     burden = dropout is not None or out_dtype not in (None, dtype)
     tiles = tiles or tiles_for("tail" if base else "expand", rank, modes["MODE"], burden, table_of(p.device))
     x, w = base or (None, None)
+    bias = None if bias is None else bias.contiguous()
     seed, keep_scale, threshold = _mask_arguments(dropout)
     out = torch.empty(rows, columns, dtype=out_dtype or dtype, device=p.device)
     grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)

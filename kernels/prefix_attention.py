@@ -182,7 +182,7 @@ def forward(
         "first_ptr": before,
         "first_lse_ptr": before_lse,
         "gate_ptr": gate,
-        "sinks_ptr": tensors.sinks_H if sequence or gate is None else None,
+        "sinks_ptr": _whole(tensors.sinks_H) if sequence or gate is None else None,
         **strides("f", "bhsd", before),
         **strides("l", "bhs", before_lse),
         **tiles.blocks(shared["P"]),
