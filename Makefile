@@ -1,11 +1,12 @@
 # Needs a python3 (3.10 or newer, with venv), nothing else: the first target to run makes .venv.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+MINUTES ?= 30
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test test-all reliability lint demo bench aot matrix tables docs
+.PHONY: help test test-all reliability lint demo bench aot matrix tables docs fuzz
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
@@ -16,6 +17,7 @@ help:
 	@echo "make bench   every op and whole steps on the CPU beside their peers, with a plot"
 	@echo "make aot     compile every shipped kernel configuration for every target"
 	@echo "make matrix  every method on every task of every family, beside HF peft; writes docs/support.md"
+	@echo "make fuzz MINUTES=30    random examples of every property, until the time is over or one does not hold"
 	@echo "make tables  README's performance tables from benchmarks/results"
 	@echo "make docs    docs/api.md from the docstrings"
 	@echo "PYTHON=python3.12 makes .venv with another interpreter; remove .venv to change it later."
@@ -55,6 +57,9 @@ aot: $(INSTALLED)
 
 matrix: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix_report
+
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --minutes $(MINUTES)
 
 tables: $(INSTALLED)
 	$(BIN)/python -m benchmarks.tables

@@ -1,0 +1,167 @@
+"""`mixed_lora_linear` on examples that nobody chose: any batches, adapters, strides, storages and dropout."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastpeft.ops import mixed_lora_linear_reference
+from tests.counting import count
+from tests.fuzz.judging import assert_rounded, in_double, magnitudes, outcome, tried_on
+from tests.fuzz.layouts import CONTIGUOUS, Layout, changed, laid_out, layouts_of
+from tests.fuzz.profiles import shown, tried
+from tests.ops import mixed_lora_linear_cases as ops
+from tests.ops.lora_linear_cases import DTYPES as PAIRS
+from tests.ops.lora_linear_cases import EXACT_IN_INTERPRETER, on
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+DTYPES = {**PAIRS, "fp64": (torch.float64, torch.float64), "fp32-fp16": (torch.float32, torch.float16)}
+SHARED = ("x", "weight", "bias", "dy")
+
+
+class Adapter(NamedTuple):
+    """like_data: of the data's dtype, not of the adapters'."""
+
+    rank: int = 1
+    scaling: float = 1.0
+    dropout: float = 0.0
+    like_data: bool = False
+    layouts: dict[str, Layout] = {}  # of A and B
+
+    __repr__ = changed
+
+
+class Case(NamedTuple):
+    """A call. rows: of each sample its adapter; between: the dimensions between samples and inputs; layouts: of
+    `SHARED`; wanted: which gradients, by name."""
+
+    rows: tuple[int, ...] = (0,)
+    between: tuple[int, ...] = ()
+    inputs: int = 1
+    outputs: int = 1
+    adapters: tuple[Adapter, ...] = (Adapter(),)
+    dtypes: str = "fp32"
+    bias: bool = False
+    wanted: tuple[str, ...] = ()
+    layouts: dict[str, Layout] = {}
+    seed: int = 0
+
+    __repr__ = changed
+
+
+ADAPTERS = 3
+NAMES = ("x", "weight", "bias", *(f"{letter}{i}" for letter in "AB" for i in range(ADAPTERS)))
+
+
+@st.composite
+def cases(draw, sizes, outputs, ranks, dtypes):
+    """Cases of these sizes, of up to three adapters and six samples."""
+    adapter = st.builds(
+        Adapter,
+        ranks,
+        st.sampled_from((1.0, 0.5, -0.7, 0.0)),
+        st.sampled_from((0.0, 0.3, 0.9)),
+        st.booleans(),
+        layouts_of("AB"),
+    )
+    adapters = draw(st.lists(adapter, min_size=1, max_size=ADAPTERS).map(tuple))
+    between = st.lists(st.integers(0, 3) | sizes, max_size=2).map(tuple)
+    return Case(
+        rows=draw(st.lists(st.integers(-1, len(adapters) - 1), max_size=6).map(tuple)),
+        between=draw(between.filter(lambda shape: torch.Size(shape).numel() <= 40)),
+        inputs=draw(sizes),
+        outputs=draw(outputs),
+        adapters=adapters,
+        dtypes=draw(st.sampled_from(dtypes)),
+        bias=draw(st.booleans()),
+        wanted=draw(st.lists(st.sampled_from(NAMES), unique=True).map(tuple)),
+        layouts=draw(layouts_of(SHARED)),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+def problem_of(case: Case) -> ops.Problem:
+    """Its tensors, laid out."""
+    data, wide = DTYPES[case.dtypes]
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(layouts, name, *shape, deviation=1.0, dtype=data):
+        values = (torch.randn(shape, generator=generator) * deviation).to(dtype)
+        return laid_out(values, layouts.get(name, CONTIGUOUS))
+
+    batch, k, n = (len(case.rows), *case.between), case.inputs, case.outputs
+    own = case.layouts
+    a, b = [], []
+    for each in case.adapters:
+        dtype = data if each.like_data else wide
+        a.append(normal(each.layouts, "A", each.rank, k, deviation=k**-0.5, dtype=dtype))
+        b.append(normal(each.layouts, "B", n, each.rank, deviation=each.rank**-0.5, dtype=dtype))
+    return ops.Problem(
+        x=normal(own, "x", *batch, k),
+        weight=normal(own, "weight", n, k, deviation=k**-0.5),
+        bias=normal(own, "bias", n) if case.bias else None,
+        lora_A=tuple(a),
+        lora_B=tuple(b),
+        dy=normal(own, "dy", *batch, n),
+        scalings=tuple(each.scaling for each in case.adapters),
+        rows=case.rows,
+        dropouts=tuple(each.dropout for each in case.adapters),
+    )
+
+
+def holds(case: Case, backend: str) -> None:
+    problem = problem_of(case)
+    tensors = problem.leaves()
+    wanted = [name for name in case.wanted if name in tensors]
+    with on(backend), torch.random.fork_rng():
+        torch.manual_seed(case.seed)
+        keep, dropouts = ops.mask_of(problem) if problem.x.numel() else (None, None)
+        torch.manual_seed(case.seed)
+        got = tried_on(lambda **leaves: ops.call(problem, leaves), tensors, wanted, problem.dy)
+    assert got["out"].dtype == problem.x.dtype and got["out"].shape == problem.dy.shape
+    unused = {f"d{letter}{g}" for letter in "AB" for g in range(len(case.adapters)) if g not in case.rows}
+    assert not unused & got.keys(), "an adapter that no sample has has a gradient"
+
+    def definition(scalings):
+        def mixed(**leaves):
+            shared = [leaves.get(name) for name in ops.SHARED]
+            a, b = ops.matrices_of(leaves, "A"), ops.matrices_of(leaves, "B")
+            return mixed_lora_linear_reference(*shared, a, b, scalings, case.rows, keep, dropouts)
+
+        return mixed
+
+    dy = problem.dy.double()
+    truth = outcome(definition(problem.scalings), in_double(tensors), wanted, dy)
+    sizes = outcome(definition([abs(s) for s in problem.scalings]), magnitudes(tensors), wanted, dy.abs())
+    terms = max(each.rank for each in case.adapters) + max(problem.x.shape[:-1].numel(), case.inputs, case.outputs)
+    assert_rounded(got, truth, sizes, problem.x.dtype, terms)
+    count("examples")
+
+
+EDGES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33)
+SIZES = st.sampled_from((*EDGES, 63, 65, 100))
+ON_TORCH = cases(SIZES, st.just(0) | SIZES, st.sampled_from((*EDGES, 64, 300)), list(DTYPES))
+ON_TRITON = cases(
+    st.sampled_from(EDGES),
+    st.sampled_from(EDGES),
+    st.sampled_from((*EDGES, 65)),
+    [*EXACT_IN_INTERPRETER, "fp32-fp16"],
+)
+
+
+@tried(150, 1000)
+@given(ON_TORCH)
+def test_mixed_lora_linear_on_torch(case):
+    shown(case)
+    holds(case, "torch")
+
+
+@pytest.mark.interpreter
+@tried(50, 300)
+@given(ON_TRITON)
+def test_mixed_lora_linear_on_the_kernels(case):
+    shown(case)
+    holds(case, "triton")

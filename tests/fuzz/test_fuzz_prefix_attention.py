@@ -1,0 +1,42 @@
+"""`prefix_attention` on examples that nobody chose: any shapes, masks, biases, strides and storages."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fastpeft.plans import ATTENTION_STRATEGIES
+from tests.fuzz.attention import DTYPES, Case, cases, holds
+from tests.fuzz.layouts import Layout
+from tests.fuzz.profiles import shown, tried
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+EDGES = (1, 2, 3, 7, 15, 16, 17)
+GATES = st.none()
+ON_TORCH = cases(
+    st.sampled_from((*EDGES, 31, 33, 70)), st.sampled_from((1, 3, 8, 16, 20, 40)), list(DTYPES), st.none(), GATES
+)
+ON_TRITON = cases(
+    st.sampled_from(EDGES),
+    st.sampled_from((1, 8, 20)),
+    ["fp32", "fp16"],
+    st.none() | st.sampled_from(ATTENTION_STRATEGIES),
+    GATES,
+)
+
+
+@tried(150, 1000)
+@given(ON_TORCH)
+def test_prefix_attention_on_torch(case):
+    shown(case)
+    holds(case, "torch")
+
+
+@pytest.mark.interpreter
+@tried(40, 200)
+@given(ON_TRITON)
+@example(Case(heads_of_group=2, queries=3, keys=3, sinks=True, layouts={"sinks": Layout(step=0)}))
+@example(Case(heads_of_group=2, queries=1, keys=3, sinks=True, layouts={"sinks": Layout(step=0)}))
+def test_prefix_attention_on_the_kernels(case):
+    shown(case)
+    holds(case, "triton")
