@@ -19,6 +19,7 @@ DOCUMENTS = [
     "examples/README.md",
     "docs/api.md",
     "docs/distributed.md",
+    "docs/files.md",
     "docs/support.md",
 ]
 OP = "lora_linear"  # in place of <op>
