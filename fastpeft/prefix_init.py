@@ -24,7 +24,6 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     Raises ConfigError if it is empty, of several sequences, too short, or its layers differ.
     """
     pairs = _pairs(past_key_values)
-    blocks = [t[0, :, :num_virtual_tokens].transpose(0, 1).flatten(1) for pair in pairs for t in pair]
     shape = pairs[0][0].shape
     for number, pair in enumerate(pairs):
         for tensor in pair:
@@ -43,6 +42,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
                     f"past_key_values: layer {number} has {tensor.shape[1]} heads of {tensor.shape[3]}, layer 0 "
                     f"{shape[1]} of {shape[3]}; a table has room for one kind"
                 )
+    blocks = [t[0, :, :num_virtual_tokens].transpose(0, 1).flatten(1) for pair in pairs for t in pair]
     return torch.cat(blocks, 1)
 
 

@@ -100,7 +100,7 @@ def storage(module: nn.Module) -> torch.Tensor:
     for name in STORAGES:
         if isinstance(found := getattr(module, name, None), torch.Tensor):
             return found
-    found = next((*module.parameters(recurse=False), *module.buffers(recurse=False)), None)
+    found = next(iter((*module.parameters(recurse=False), *module.buffers(recurse=False))), None)
     if found is None:
         raise PatchError(f"this {type(module).__name__} holds no tensor of its own, and one is needed")
     return found

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = (  # by the server
     *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.nn.parallel", "accelerate"),
-    *("transformers.models.llama.modeling_llama", "tests.distributed_fsdp"),
+    *("transformers.models.llama.modeling_llama", "tests.distributed_fsdp", "tests.error_recording"),
 )
 
 
@@ -71,9 +71,12 @@ def _context():
 def _process(function, rank: int, world: int, folder: str, environment: dict[str, str], args: tuple) -> None:
     import torch.distributed as dist
 
+    from tests import error_recording
+
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    error_recording.install()
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     limit = datetime.timedelta(seconds=45)  # of one collective

@@ -166,7 +166,7 @@ def fill_training(model: nn.Module, name: str, tensors: dict[str, torch.Tensor],
         raise AdapterFileError(f"{where}: {listed(sorted(left))} belong to no layer of the adapter; save it again")
     if any(key.endswith(".exp_avg_ipt") for key in tensors) and lacking:
         raise AdapterFileError(
-            f"{where}: the saved state of training lacks importances, which must be there for {listed(lacking)}"
+            f"{where}: the saved state of training has no importances for {listed(lacking)}; save it again"
         )
     for layer, ranks, mine in ready:
         if "lora_E.dropped" in mine:
