@@ -14,10 +14,9 @@ from fastpeft.arguments import check_flags, names_of
 from fastpeft.configs import as_config
 from fastpeft.distributed import first_writes
 from fastpeft.encoders import check_encoder, encoder_tensors, fill_encoder, forget_encoder
-from fastpeft.errors import AdapterFileError, PatchError
+from fastpeft.errors import PatchError
 from fastpeft.filling import check_names_and_shapes, check_replaced, config_of, fill, places_in_file
 from fastpeft.in_place import is_bias, trains_biases
-from fastpeft.journal import SIDE
 from fastpeft.mapping import tuner_of
 from fastpeft.patching import (
     activate,
@@ -37,7 +36,6 @@ from fastpeft.selection import override
 from fastpeft.state import adapter_state_dict, ends_of, only_adapter, whole_embeddings, whole_tensors
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.saved_modules import SavedModule
-from fastpeft.untrusted import shown
 
 
 def save_adapter(
@@ -191,11 +189,8 @@ def load_adapter(
 
 
 def _quirks_of(found: files.AdapterFiles) -> bool:
-    """Whether a directory's adapter computes as HF peft where that is wrong. Raises AdapterFileError."""
-    said = True if found.side is None else found.side.get("hf_quirks", False)
-    if not isinstance(said, bool):
-        raise AdapterFileError(f"{found.path}: {SIDE} has hf_quirks={shown(said)}; it must be true or false")
-    return said
+    """Whether a directory's adapter computes as HF peft where that is wrong."""
+    return True if found.side is None else found.side.get("hf_quirks", False)
 
 
 def add_adapter(model: nn.Module, adapter_name: str, config: Any, *, autocast_adapter_dtype: bool = True) -> None:
@@ -221,9 +216,7 @@ def set_adapter(model: nn.Module, name_or_names: str | list[str], *, trainable: 
     names = names_of(name_or_names, "set_adapter")
     check_flags("set_adapter", trainable=trainable)
     check_names(state, names, "set_adapter")
-    check_together(state, names, "set_adapter")
-    state.thawed = state.thawed.union(names) if trainable else state.thawed.difference(names)
-    activate(model, state, names, trainable)
+    activate(model, state, names, trainable, set.union if trainable else set.difference)
     _say_whose_copies_are_used(model, names)
     if state.merged and state.merged != names:
         warnings.warn(f"{', '.join(state.merged)} was merged and is unmerged, to use {names}", stacklevel=2)

@@ -40,8 +40,12 @@ class Place(NamedTuple):
 
 
 def config_of(raw_config: dict, side: dict | None) -> PeftConfig:
-    """The configuration that a directory's two files describe. Raises ConfigError."""
-    config, options = as_config(raw_config), (side or {}).get(OPTIONS) or {}
+    """The configuration that a directory's two files describe. Raises ConfigError, and AdapterFileError for an
+    hf_quirks of the side file that is none."""
+    config, side = as_config(raw_config), side or {}
+    if not isinstance(side.get("hf_quirks", False), bool):
+        raise AdapterFileError(f"{SIDE} has hf_quirks={shown(side['hf_quirks'])}; it must be true or false")
+    options = side.get(OPTIONS) or {}
     if not isinstance(options, dict):
         raise ConfigError(f"the {OPTIONS} of {SIDE} must be an object, not {shown(options)}; delete the file")
     return config.with_side_values({**config.of_peft_s_files, **options})

@@ -17,6 +17,7 @@ from fastpeft.errors import AdapterFileError
 from fastpeft.files import read_adapter, read_config, write_adapter
 from fastpeft.safetensors_header import MAX_TENSORS
 from tests.adapter_dirs import CONFIG, SETTINGS, SIDE, WEIGHTS, assert_same_tensors, some_tensors, tree
+from tests.counting import count
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def refused(path, *parts, read=read_adapter):
     assert len(message) < 1000 + 3 * len(str(path))
     if before is not None:
         assert tree(path) == before
+    count("hostile files refused")
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"

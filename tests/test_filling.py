@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastpeft
+from fastpeft.filling import config_of
 from tests.models import batch, differences, snapshot, tiny
 from tests.peft_pair import WEIGHTS, close, quietly, randomise, result
 from tests.two_adapters import config
@@ -161,3 +162,27 @@ def test_values_that_the_model_cannot_hold(where, tmp_path):
     refused(model, tmp_path, *words, autocast_adapter_dtype=False)
     if "lora" in where:
         fastpeft.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("side", "error", "words"),
+    [
+        (
+            {"hf_quirks": "yes"},
+            fastpeft.AdapterFileError,
+            "fastpeft.json has hf_quirks='yes'; it must be true or false",
+        ),
+        ({"hf_quirks": None}, fastpeft.AdapterFileError, "hf_quirks=None"),
+        (
+            {"options": ["evil"]},
+            fastpeft.ConfigError,
+            r"the options of fastpeft.json must be an object, not \['evil'\]",
+        ),
+        ({"options": "evil"}, fastpeft.ConfigError, "must be an object, not 'evil'"),
+        ({"options": {"r": 8}}, fastpeft.ConfigError, "r=8: LoraConfig keeps no such option"),
+    ],
+)
+def test_what_a_side_file_cannot_say(side, error, words):
+    with pytest.raises(error, match=words):
+        config_of({"peft_type": "LORA"}, side)
+    assert config_of({"peft_type": "LORA"}, {"hf_quirks": True, "options": {}}) == fastpeft.LoraConfig()

@@ -55,8 +55,8 @@ def plan(model: nn.Module, config: AdaptionPromptConfig) -> Plan:
     chosen = [site for site in sites.attention if leaf(site[0]) == config.target_modules]
     if not chosen:
         raise TargetError(
-            f"target_modules={config.target_modules!r}: no attention module of this {type(model).__name__} is called "
-            f"that; they are called {listed(sorted(names))}"
+            f"target_modules={listed([config.target_modules])}: no attention module of this {type(model).__name__} is "
+            f"called that; they are called {listed(sorted(names))}"
         )
     if len(chosen) < config.adapter_layers:
         shares = sites.layers > len(chosen)
