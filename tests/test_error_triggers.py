@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -16,8 +17,22 @@ from safetensors.torch import save
 from torch import nn
 
 import fastpeft
-from fastpeft import cost, demo_corpus, distributed, files, journal, mapping, quantised, safetensors_header, table_file
+from fastpeft import (
+    check_lora_model,
+    cost,
+    demo_corpus,
+    distributed,
+    files,
+    journal,
+    mapping,
+    quantised,
+    safetensors_header,
+    table_file,
+    targets,
+)
 from fastpeft.errors import AdapterFileError, ConfigError, FastpeftError, OpError, PatchError, TargetError
+from fastpeft.integrations import trainer_trl
+from fastpeft.ops import prompt_embedding
 from tests.models import tiny
 from tests.peft_pair import quietly
 
@@ -208,6 +223,65 @@ def no_table(path, monkeypatch):
     table_file.existing(str(path / "t.json"), "a GPU")
 
 
+def a_prefix_and_two_packed_rows(path, monkeypatch):
+    config = fastpeft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    model = fastpeft.patch(tiny(), config)
+    ends = torch.tensor([0, 3, 6], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 3, "max_length_k": 3}
+    model(input_ids=torch.ones(2, 6, dtype=torch.long), use_cache=False, **packed)
+
+
+def a_check_of_an_embedding(path, monkeypatch):
+    model = patched()
+    monkeypatch.setattr(type(model.model.layers[0].self_attn.q_proj), "plain_base", lambda layer: False)
+    check_lora_model.lora_layers(model)
+
+
+def a_reference_under_fsdp(path, monkeypatch):
+    trainer_trl._check_one_model({"model": patched(), "args": SimpleNamespace(fsdp="full_shard")})
+
+
+def a_reference_with_fewer_triplets(path, monkeypatch):
+    config = fastpeft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"])
+    model = fastpeft.patch(tiny(), config)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.lora_E["default"].data = layer.lora_E["default"].data[:2]
+    trainer_trl._copy_active(model)
+
+
+def a_rank_of_grouped_convolutions(path, monkeypatch):
+    model = fastpeft.patch(Convolved(), lora(r=3, target_modules=["mix"]))
+    fastpeft.prepare_model_for_compiled_hotswap(model, target_rank=6)
+
+
+def an_embedding_made_ready(path, monkeypatch):
+    fastpeft.prepare_model_for_compiled_hotswap(patched(target_modules=["embed_tokens"]), target_rank=4)
+
+
+def another_rank_of_groups(path, monkeypatch):
+    fastpeft.save_adapter(fastpeft.patch(Convolved(), lora(r=3, target_modules=["mix"])), path)
+    fastpeft.hotswap_adapter(fastpeft.patch(Convolved(), lora(r=6, target_modules=["mix"])), path)
+
+
+def biases_of_another(path, monkeypatch):
+    fastpeft.save_adapter(patched("llama-bias", bias="all"), path)
+    fastpeft.hotswap_adapter(patched("llama-bias", bias="all"), path)
+
+
+def too_wide_for_half_precision(path, monkeypatch):
+    model = patched()
+    model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.data.fill_(1e30)
+    fastpeft.save_adapter(model, path)
+    narrow = fastpeft.patch(tiny(dtype=torch.float16), lora(), autocast_adapter_dtype=False)
+    fastpeft.hotswap_adapter(narrow, path)
+
+
+def weighted_convolutions(path, monkeypatch):
+    model = fastpeft.patch(Convolved(), lora(r=3, target_modules=["mix"]))
+    model.add_adapter("b", lora(r=3, target_modules=["mix"]))
+    fastpeft.add_weighted_adapter(model, ["default", "b"], [1.0, 1.0], "c", "svd")
+
+
 # name -> (class, words of the text, trigger)
 TRIGGERS = {
     "layers of one index": (TargetError, "more than one attention module for one layer", a_shared_layer),
@@ -304,6 +378,37 @@ TRIGGERS = {
         lambda path, _: fastpeft.AutoPeftModelForCausalLM.from_pretrained(
             saved(path, fastpeft.patch(tiny("llama", "SEQ_CLS"), lora(task_type="SEQ_CLS")))
         ),
+    ),
+    "packed rows": (PatchError, "cu_seq_lens_k with a batch of 2: packed sequences", a_prefix_and_two_packed_rows),
+    "no dense weight to check": (FastpeftError, "only layers with a dense weight", a_check_of_an_embedding),
+    "a reference under FSDP": (PatchError, "under FSDP and DeepSpeed TRL shards", a_reference_under_fsdp),
+    "a reference with fewer triplets": (PatchError, "it has lost triplets", a_reference_with_fewer_triplets),
+    "groups made ready": (PatchError, "mix is a convolution with groups, whose rank", a_rank_of_grouped_convolutions),
+    "an embedding made ready": (PatchError, "cannot be made ready; exclude it", an_embedding_made_ready),
+    "another rank of groups": (PatchError, "they must be equal", another_rank_of_groups),
+    "biases of another": (ConfigError, "bias='all' trains the base model's biases", biases_of_another),
+    "too wide for half precision": (
+        AdapterFileError,
+        "torch.float16 in this model cannot",
+        too_wide_for_half_precision,
+    ),
+    "weighted convolutions": (PatchError, "mix is a convolution with groups, whose factors", weighted_convolutions),
+    "a start of no samples": (
+        OpError,
+        r"prompt_embedding: start has shape \(2,\); \(1,\) is needed",
+        lambda path, _: prompt_embedding(
+            torch.ones(1, 3, dtype=torch.long), torch.zeros(4, 2), torch.zeros(1, 2), start=torch.zeros(2).long()
+        ),
+    ),
+    "the same name again": (
+        PatchError,
+        "load_adapter: there is already an adapter 'default'",
+        lambda path, _: fastpeft.load_adapter(patched(), saved(path)),
+    ),
+    "what is no model": (
+        TargetError,
+        "expected a torch.nn.Module to adapt, not list",
+        lambda path, _: targets.resolve_targets([], lora()),
     ),
 }
 

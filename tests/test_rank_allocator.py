@@ -177,6 +177,8 @@ def spoiled(tensors: dict, how: str) -> dict:
         return {**tensors, how: torch.ones(3)}
     if how.startswith("none of"):
         return {key: tensor for key, tensor in tensors.items() if how.split(" of ")[1] not in key}
+    if how.startswith("one of"):
+        return {**tensors, how.split(" of ")[1]: torch.ones(1)}
     name = next(key for key in tensors if how.split(" of ")[-1] in key)
     if how.startswith("gone"):
         return {key: tensor for key, tensor in tensors.items() if key != name}
@@ -191,6 +193,7 @@ def spoiled(tensors: dict, how: str) -> dict:
         ("wide of lora_A.exp_avg_ipt", "lora_A.exp_avg_ipt has shape"),
         ("gone of lora_E.exp_avg_unc", "lora_E.exp_avg_unc has shape none"),
         ("none of model.layers.1.self_attn.v_proj", "no importances for 'model.layers.1.self_attn.v_proj'"),
+        ("one of model.layers.0.self_attn.q_proj.positions", "triplets in the adapter's file, and . beside it; they"),
         ("some.layer.lora_A.dropped", "'some.layer.lora_A.dropped' belong to no layer"),
         ("model.layers.0.self_attn.q_proj.positions", "is not a list of different numbers from 0 to 5"),
     ],
