@@ -83,12 +83,13 @@ def shared_arguments(tensors, scores, dropout: Dropout | None) -> dict:
 
 
 def windows(tensors, scores) -> tuple[int | None, int | None]:
-    """The window over the sequence and over the prefix; one that no two positions leave is cut to fit 32 bits."""
+    """The window over the sequence and over the prefix; one that no two positions leave is cut to fit 32 bits. Samples'
+    own positions may be far beyond the row."""
     if scores.window is None:
         return None, None
     far = abs(scores.start) + tensors.q_BHSD.shape[2] + tensors.k_BGTD.shape[2] + tensors.pk_BGPD.shape[2] + 1
-    window = min(scores.window, far)
-    return window, None if scores.pin else window
+    of_prefix = min(scores.window, far if scores.local_BT is None else 1 << 30)
+    return min(scores.window, far), None if scores.pin else of_prefix
 
 
 def mask_start(prefix: int) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.counting import COUNTS
 from tests.fuzz.profiles import EXAMPLES, UNTIL
 
-PASSED, NO_TESTS = 0, 5
+PASSED, FAILED, NO_TESTS = 0, 1, 5
 ROUND = 50  # examples of each property
 
 
@@ -40,8 +40,9 @@ def one_round(seed: int, examples: int, until: float, selection: Sequence[str]) 
         environment |= {COUNTS: str(counts), EXAMPLES: str(examples), UNTIL: str(until)}
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-header", "-m", "hypothesis"]
         command += ["-p", "no:cacheprovider", "--benchmark-disable", f"--hypothesis-seed={seed}", *selection]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return done.returncode, done.stdout, counted(counts)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        output = done.stdout if done.returncode in (PASSED, FAILED) else done.stdout + done.stderr
+        return done.returncode, output, counted(counts)
 
 
 def fuzz(minutes: float, examples: int, selection: Sequence[str]) -> int:

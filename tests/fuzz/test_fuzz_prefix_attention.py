@@ -37,6 +37,8 @@ def test_prefix_attention_on_torch(case):
 @given(ON_TRITON)
 @example(Case(heads_of_group=2, queries=3, keys=3, sinks=True, layouts={"sinks": Layout(step=0)}))
 @example(Case(heads_of_group=2, queries=1, keys=3, sinks=True, layouts={"sinks": Layout(step=0)}))
+@example(Case(keys=2, causal=False, start=0, positions=True, window=6, seed=2))
+@example(Case(queries=2, keys=2, positions=True, window=6, wanted=("query", "prefix_key"), seed=2))
 def test_prefix_attention_on_the_kernels(case):
     shown(case)
     holds(case, "triton")
