@@ -363,14 +363,21 @@ def _set_trainable(model: nn.Module, state: PatchState) -> None:
                 parameter.requires_grad_(train_biases)
 
 
-def activate(model: nn.Module, state: PatchState, names: tuple[str, ...], trainable: bool = True) -> None:
-    """Make these the adapters that every call uses from now on."""
+def activate(model: nn.Module, state: PatchState, names: tuple[str, ...], trainable: bool = True, thaw=None) -> None:
+    """Make these the adapters that every call uses from now on; `thaw(thawed, names)`: which are thawed then."""
     check_names(state, names, "set_adapter")
     check_together(state, names, "set_adapter")
-    state.active, state.trainable = tuple(names), trainable
-    task = next((each for name in names if (each := task_class(state.configs[name])) is not PatchedModel), PatchedModel)
-    give_class(model, patched_model_class(state.original_class, task))
-    _set_trainable(model, state)
+    before = state.active, state.trainable, state.thawed, type(model)
+    try:
+        state.active, state.trainable = tuple(names), trainable
+        state.thawed = state.thawed if thaw is None else thaw(state.thawed, names)
+        kinds = (each for name in names if (each := task_class(state.configs[name])) is not PatchedModel)
+        give_class(model, patched_model_class(state.original_class, next(kinds, PatchedModel)))
+        _set_trainable(model, state)
+    except BaseException:
+        state.active, state.trainable, state.thawed, model.__class__ = before
+        _set_trainable(model, state)
+        raise
 
 
 def check_names(state: PatchState, names: tuple[str, ...], where: str) -> None:
