@@ -6,7 +6,7 @@ MINUTES ?= 30
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test test-all reliability lint demo bench aot matrix tables docs fuzz
+.PHONY: help test test-all reliability lint demo bench aot matrix compat tables docs fuzz
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench   every op and whole steps on the CPU beside their peers, with a plot"
 	@echo "make aot     compile every shipped kernel configuration for every target"
 	@echo "make matrix  every method on every task of every family, beside HF peft; writes docs/support.md"
+	@echo "make compat  the core and every contract with the oldest and the newest supported releases of others' libraries"
 	@echo "make fuzz MINUTES=30    random examples of every property, until the time is over or one does not hold"
 	@echo "make tables  README's performance tables from benchmarks/results"
 	@echo "make docs    docs/api.md from the docstrings"
@@ -57,6 +58,18 @@ aot: $(INSTALLED)
 
 matrix: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix_report
+
+# Each set of releases has an environment of its own. tests/test_contracts.py says in one message what has moved.
+CORE := tests/test_contracts.py tests/test_compat.py tests/test_patching.py
+
+compat: .compat/oldest/.installed .compat/newest/.installed
+	OMP_NUM_THREADS=1 .compat/oldest/bin/python -m pytest -q -n 2 -p no:cacheprovider --benchmark-disable $(CORE)
+	OMP_NUM_THREADS=1 .compat/newest/bin/python -m pytest -q -n 2 -p no:cacheprovider --benchmark-disable $(CORE)
+
+.compat/%/.installed: compat/%.txt pyproject.toml setup.py
+	test -x .compat/$*/bin/pip || $(PYTHON) -m venv .compat/$*
+	.compat/$*/bin/python -m pip install -c compat/$*.txt -e ".[test]"
+	touch $@
 
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --minutes $(MINUTES)

@@ -336,11 +336,6 @@ PEFT = [
         takes="adapter_name config",
     ),
     Surface(
-        f"{_ADAPTION}.model.AdaptionPromptModel.delete_adapter",
-        "fastpeft/integrations/peft/gated.py",
-        takes="adapter_name",
-    ),
-    Surface(
         f"{_ADAPTION}.model.AdaptionPromptModel.set_adapter",
         "fastpeft/integrations/peft/gated.py",
         takes="adapter_name",
