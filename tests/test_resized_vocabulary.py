@@ -197,3 +197,14 @@ def test_auto_classes_take_the_size_from_the_tokenizer(base, tmp_path):
         close(result(loaded, INPUTS), result(ours, INPUTS), 1e-6)
         close(result(loaded, INPUTS), result(hf, INPUTS), 1e-5)
     assert json.loads((base / "config.json").read_text()).get("vocab_size") == 97
+
+
+def test_auto_classes_say_that_a_tokenizer_cannot_be_read(base, tmp_path):
+    ours = of(fastpeft, "lora", resized(base))
+    ours.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    words = (
+        "the tokenizer beside the adapter, .*cannot be read .AttributeError: .*; load the model, resize its embeddings"
+    )
+    with pytest.raises(fastpeft.AdapterFileError, match=words):
+        fastpeft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
