@@ -1,5 +1,5 @@
-"""A mistake for the fuzzing to find, planted by `-p tests.fuzz.planted`: above rank 2 and beyond three rows, one row of
-`lora_linear` on the torch path goes without its low-rank term."""
+"""A mistake for the fuzzing to find, planted by `-p tests.fuzz.planted`: above rank 2 the last row of `lora_linear` on
+the torch path goes without its low-rank term."""
 
 import torch
 
@@ -9,9 +9,9 @@ _add_product = path.add_product
 
 
 def forgetful(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    if len(q) > 2 and len(out) > 3:
+    if len(q) > 2:
         p = p.clone()
-        p[3] = 0
+        p[-1:] = 0
     return _add_product(out, p, q)
 
 

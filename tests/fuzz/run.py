@@ -45,12 +45,12 @@ def one_round(seed: int, examples: int, until: float, selection: Sequence[str]) 
         return done.returncode, output, counted(counts)
 
 
-def fuzz(minutes: float, examples: int, selection: Sequence[str]) -> int:
+def fuzz(minutes: float, examples: int, seed: int, selection: Sequence[str]) -> int:
     """0 if all held until the time was over, 1 if one did not, 2 if there was nothing to try."""
     begun, total, rounds = time.time(), Counter(), 0
     until = begun + 60 * minutes
     while rounds == 0 or time.time() < until:
-        rounds, seed = rounds + 1, random.SystemRandom().randrange(2**32)
+        rounds, seed = rounds + 1, seed if rounds == 0 else random.Random(seed).randrange(2**32)
         status, output, counts = one_round(seed, examples, until, selection)
         total += counts
         print(
@@ -71,8 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.run", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--examples", type=int, default=ROUND, help="of each property in a round")
+    parser.add_argument("--seed", type=int, default=None, help="of the first round, from which the others' follow")
     known, selection = parser.parse_known_args(arguments)
-    return fuzz(known.minutes, known.examples, selection or ["tests/fuzz"])
+    seed = random.SystemRandom().randrange(2**32) if known.seed is None else known.seed
+    return fuzz(known.minutes, known.examples, seed, selection or ["tests/fuzz"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastpeft.ops import _lora_linear_torch as path
 from tests.fuzz import run
@@ -22,25 +21,17 @@ PROPERTY = "tests/fuzz/test_fuzz_lora_linear.py::test_lora_linear_on_torch"
 
 @pytest.mark.slow
 def test_a_planted_mistake_is_found_and_shrunk_to_a_line_that_can_be_pasted(monkeypatch, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz.run",
-        "--examples=60",
-        "--minutes=1",
-        "-p",
-        "tests.fuzz.planted",
-        PROPERTY,
-    ]
+    command = [sys.executable, "-m", "tests.fuzz.run", "--examples=60", "--minutes=1", "--seed=0"]
+    command += ["-p", "tests.fuzz.planted", PROPERTY]
     environment = os.environ | {"HYPOTHESIS_STORAGE_DIRECTORY": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.match(r"round \d+, seed \d+: \d+ examples of 0 properties held;", done.stdout), done.stdout
+    assert re.match(r"round 1, seed 0: \d+ examples of 0 properties held;", done.stdout), done.stdout
     (line,) = set(re.findall(r"@example\((Case\(.*\))\)$", done.stdout, re.MULTILINE))
     case = eval(line, {"Case": properties.Case, "Layout": Layout})
-    # The smallest that shows it: of the sizes that are tried, of rank 3 and with a fourth row.
-    assert (case.rank, case.inputs, case.outputs, case.layouts) == (3, 1, 1, {}), line
-    assert 3 < torch.Size(case.leading).numel() <= 8 and "@reproduce_failure" in done.stdout
+    # The smallest that shows it.
+    assert (case.rank, case.leading, case.inputs, case.outputs, case.layouts) == (3, (), 1, 1, {}), line
+    assert "@reproduce_failure" in done.stdout
     properties.holds(case, "torch")
     monkeypatch.setattr(path, "add_product", path.add_product)  # put back what the module that plants replaces
     importlib.import_module("tests.fuzz.planted")
@@ -65,7 +56,7 @@ def test_it_ends_when_the_time_is_over_or_with_the_first_failure(
         return pytest_says, "the output", Counter(properties=2, examples=examples)
 
     monkeypatch.setattr(run, "one_round", one_round)
-    assert run.main(["--minutes", "0.9"]) == status
+    assert run.main(["--minutes", "0.9", "--seed", "4"]) == status
     printed = capsys.readouterr().out
-    assert len(seeds) == rounds == len(set(seeds)) and printed.count("round ") == rounds
+    assert len(seeds) == rounds == len(set(seeds)) and seeds[0] == 4 and printed.count("round ") == rounds
     assert f"{rounds * examples} in all" in printed and ("the output" in printed) is (status != 0)
