@@ -28,7 +28,7 @@ def _attend_for(
     stride_qb, stride_qh, stride_qd = strides_q
     window, padding_ptr, key_row, positions_ptr = masks
     bias_ptr, stride_bb, stride_bh, stride_bt = bias_of
-    inner = tl.arange(0, BLOCK_D)
+    inner = tl.arange(0, BLOCK_D).to(tl.int64)
     real = rows < count
     whole = real[:, None] & (inner < D)[None, :]
     p_q = q_ptr + (sample * stride_qb + head * stride_qh)[:, None] + inner[None, :] * stride_qd

@@ -37,7 +37,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from tests.ttir import narrow_products  # noqa: E402
+from tests.ttir import narrow_offsets, narrow_products  # noqa: E402
 
 KIB = 1024
 
@@ -125,6 +125,7 @@ class Facts:
     serialised: bool  # ptxas waits for each wgmma before the next: slower, not wrong
     fusion_stated: bool  # whether the launch says if a product and a sum may fuse; Triton's default is not constant
     narrow_products: list[str]
+    narrow_offsets: list[str]
     seconds: float
     faults: list[str] = field(default_factory=list)
 
@@ -204,6 +205,7 @@ def inspect(launch: Launch, target: str, case: str) -> tuple[Facts, str]:
         serialised="are serialized" in log,
         fusion_stated="enable_fp_fusion" in launch.options,
         narrow_products=narrow_products(kernel.asm["ttir"]),
+        narrow_offsets=narrow_offsets(kernel.asm["ttir"]),
         seconds=time.perf_counter() - started,
     )
     return facts, kernel.asm["ttir"]
@@ -221,6 +223,7 @@ def faults(facts: Facts, ttir: str, bounded: bool) -> Iterator[str]:
     if not facts.fusion_stated:
         yield "launched without enable_fp_fusion"
     yield from (f"an address hangs on a 32-bit product: {product}" for product in facts.narrow_products)
+    yield from (f"a 32-bit index into a whole tensor: {offset}" for offset in facts.narrow_offsets)
     if bounded and (facts.spilled or facts.stack):
         yield f"spills: {facts.spilled} spilled, {facts.stack} bytes of stack"
     # Tensor cores do not multiply fp32 as such; they do once it counts as tf32.

@@ -32,6 +32,20 @@ def _carried_by_a_loop(x_ptr, out_ptr, stride, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _chosen_by_a_branch(x_ptr, out_ptr, stride, size, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    if size > BLOCK:
+        row = row * stride
+    tl.store(out_ptr + columns, tl.load(x_ptr + row + columns))
+
+
+@triton.jit
+def _one_long_row(x_ptr, out_ptr, stride, size, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + places, tl.load(x_ptr + places, mask=places < size), mask=places < size)
+
+
+@triton.jit
 def _in_64_bits(x_ptr, out_ptr, stride, size, BLOCK: tl.constexpr):
     """The same addresses, well computed: nothing to refuse."""
     row, columns = (tl.program_id(0) // tl.cdiv(size, BLOCK)).to(tl.int64), tl.arange(0, BLOCK)
@@ -66,6 +80,8 @@ FUSION = {"enable_fp_fusion": True}
 CASES = {
     "row times stride": _elementwise(_row_times_stride, **FUSION),
     "carried by a loop": _elementwise(_carried_by_a_loop, **FUSION),
+    "chosen by a branch": _elementwise(_chosen_by_a_branch, **FUSION),
+    "one long row": _elementwise(_one_long_row, **FUSION),
     "in 64 bits": _elementwise(_in_64_bits, **FUSION),
     "float64": _elementwise(_float64, **FUSION),
     "fusion not stated": _elementwise(_in_64_bits),

@@ -89,12 +89,14 @@ def test_the_kernels_that_wait_for_memory_copy_ahead(shipped):
 
 
 def test_no_float64_and_no_narrow_address(shipped):
-    assert [each for each in shipped if each["float64"] or each["narrow_products"]] == []
+    assert [each for each in shipped if each["float64"] or each["narrow_products"] or each["narrow_offsets"]] == []
 
 
 REFUSED = {
     "row times stride": "32-bit product",
     "carried by a loop": "32-bit product",
+    "chosen by a branch": "32-bit product",
+    "one long row": "32-bit index",
     "float64": "float64",
     "fusion not stated": "without enable_fp_fusion",
     "spills": "spills",
@@ -129,7 +131,7 @@ def test_the_gate_refuses_to_run_in_the_interpreter(tmp_path):
 def _facts(**changes):
     plain = {name: 0 for name in inspect.signature(aot.Facts).parameters}
     plain |= {"target": "sm_90", "warps": 8, "fusion_stated": True, "tensor_core": {"mma.sync": 4}}
-    return aot.Facts(**plain | {"narrow_products": [], "faults": []} | changes)
+    return aot.Facts(**plain | {"narrow_products": [], "narrow_offsets": [], "faults": []} | changes)
 
 
 PRODUCT = "  %1 = tt.dot %a, %b, %c{} : tensor<16x16x{}> * tensor<16x16x{}> -> tensor<16x16xf32> loc(#loc1)"
