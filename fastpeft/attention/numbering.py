@@ -12,4 +12,3 @@ class Numbering(Companion):
     """
 
     prefix = "Numbered"
-    does = "whose passes a prefix counts"

@@ -19,7 +19,6 @@ class Shift(Companion):
     """A module that makes something of positions; an adapter's entry is its number of virtual tokens."""
 
     prefix = "Shifted"
-    does = "of positions, which a prefix moves"
 
     def shift(self) -> int:
         """How far this call's positions are moved."""

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fastpeft.distributed import give_class
-from fastpeft.errors import TargetError
 from fastpeft.selection import active_names
 
 
@@ -101,13 +100,6 @@ class AdapterLayer:
 
 class Companion(AdapterLayer):
     """A module that virtual tokens need changed and that holds none of their parameters."""
-
-    does = "works for a prefix"  # what to say of it to one who targets it besides
-
-    def add_adapter(self, name: str, *args, **kwargs) -> None:
-        """What other tuners call, which find a layer of fastpeft here. Raises TargetError."""
-        kind = self._fastpeft.original_class.__name__
-        raise TargetError(f"adapter {name!r}: one of its targets is the {kind} {self.does}; leave it out")
 
     def parameters_of(self, name: str) -> dict:
         return {}

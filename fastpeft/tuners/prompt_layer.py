@@ -15,7 +15,6 @@ class PromptedEmbedding(Companion):
     adapter's entry says whether it is the embedding of a decoder behind an encoder."""
 
     prefix = "Prompted"
-    does = "of tokens, which a prompt stands in front of"
 
     def looks_up_only(self) -> bool:
         """Whether it is nn.Embedding's own lookup and nothing else, which the fused op does."""
@@ -65,7 +64,6 @@ class PromptedEncoder(Companion):
     `generate` does, it puts the virtual tokens in front; the whole model has done that before."""
 
     prefix = "Prompted"
-    does = "which a prompt stands in front of"
 
     def forward(self, *args, **kwargs):
         state = self._fastpeft
