@@ -124,6 +124,36 @@ DEEDS = {
 }
 
 
+def spoil(model):
+    """One bit of one weight, and the right error."""
+    import torch
+
+    import fastpeft
+
+    model.lm_head.weight.detach().view(torch.int32).view(-1)[:1].bitwise_xor_(1)
+    raise fastpeft.AdapterFileError("refused")
+
+
+def hoard(model):
+    import fastpeft
+
+    bytearray(os.urandom(1 << 20) * 300)
+    raise fastpeft.AdapterFileError("refused")
+
+
+def spin(model):
+    import fastpeft
+
+    start = time.process_time()
+    while time.process_time() < start + 2.5:
+        pass
+    raise fastpeft.AdapterFileError("refused")
+
+
+# What the tests must see besides.
+SPOILS = {"changes a bit": spoil, "takes 300 megabytes": hoard, "takes 2.5 seconds": spin}
+
+
 class Victim:
     """The models that adapters are loaded into, and what of them is compared."""
 
@@ -170,6 +200,8 @@ class Victim:
             return model, lambda directory: fastpeft.hotswap_adapter(model, directory)
         if verb == "set":
             return model, lambda directory: fastpeft.set_peft_model_state_dict(model, self.raw(directory))
+        if verb in SPOILS:
+            return model, lambda directory: SPOILS[verb](model)
         return model, DEEDS[verb]
 
     def raw(self, directory):

@@ -19,7 +19,7 @@ import fastpeft
 from tests.counting import count, how_many
 from tests.hostile import CONFIG, SIDE, SOUND, config, lay_out, mined, options, sound
 from tests.hostile_cases import CASES, TENSORS, TOKENIZERS
-from tests.hostile_victim import DEEDS
+from tests.hostile_victim import DEEDS, SPOILS
 
 SECONDS = 2.0  # of the processor: a second where nothing else runs beside
 MEGABYTES = 200
@@ -321,6 +321,17 @@ def test_a_pickle_is_what_it_would_have_been(tmp_path):
     mined(tmp_path / "adapter")
     pickle.loads((tmp_path / "adapter" / "adapter_model.bin").read_bytes())
     assert (tmp_path / "adapter" / "owned").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [("changes a bit", "lm_head.weight"), ("takes 300 megabytes", "< 200"), ("takes 2.5 seconds", "< 2.0")],
+)
+def test_what_is_measured_is_measured(child, directory, spoil, words):
+    assert spoil in SPOILS
+    lay_out(directory, "lora")
+    with pytest.raises(AssertionError, match=words):
+        check_refused(child.ask(directory, "lora", spoil), directory)
 
 
 @pytest.mark.parametrize("deed", DEEDS)
