@@ -1,7 +1,6 @@
 """What a process holds that may grow in a long run: tensors, objects, memory, open files, the package's own caches."""
 
 import gc
-import os
 import sys
 import types
 from collections.abc import Callable
@@ -29,7 +28,7 @@ def held() -> Held:
     objects = gc.get_objects()
     tensors = [each for each in objects if issubclass(type(each), torch.Tensor)]
     sizes = {each.data_ptr(): each.nbytes for each in tensors if not each.is_meta}
-    return Held(len(tensors), sum(sizes.values()), len(objects), len(os.listdir("/proc/self/fd")))
+    return Held(len(tensors), sum(sizes.values()), len(objects), psutil.Process().num_fds())
 
 
 def resident() -> int:

@@ -6,6 +6,7 @@ Tensors, objects and open files are counted exactly, once everything has been do
 import gc
 import itertools
 import math
+import mmap
 import sys
 
 import pytest
@@ -374,11 +375,17 @@ def _cycle(turn: int) -> None:
     module.itself = [module]
 
 
+def _touch(memory: mmap.mmap) -> None:
+    """Memory of its own, as what an allocator has left over would hide it."""
+    memory.write(b"x" * len(memory))
+    KEPT.append(memory)
+
+
 LEAKS = {
     "tensor": lambda monkeypatch: lambda turn: KEPT.append(torch.zeros(3)),
     "object": lambda monkeypatch: lambda turn: KEPT.append([turn]),
     "file": lambda monkeypatch: lambda turn: KEPT.append(open(__file__)),  # noqa: SIM115
-    "memory": lambda monkeypatch: lambda turn: KEPT.append(b"x" * 2**20),
+    "memory": lambda monkeypatch: lambda turn: _touch(mmap.mmap(-1, 2**20)),
     "cache": _remembered,
     "cycle": lambda monkeypatch: _cycle,
 }
@@ -403,6 +410,7 @@ def test_a_leak_is_seen(leak, monkeypatch):
         }
     finally:
         for each in KEPT:
-            getattr(each, "close", list)()
+            if hasattr(each, "close"):
+                each.close()
         KEPT.clear()
     assert seen[leak] and seen["cycle"] == (leak == "cycle")
