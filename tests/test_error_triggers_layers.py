@@ -64,6 +64,17 @@ def after(method, family="llama", **more):
     model.add_adapter("b", lora(**more))
 
 
+def an_encoder_s_prefix_of_an_encoder(path):
+    encoder = tiny("bart", "SEQ_2_SEQ_LM").get_encoder()
+    config = fastpeft.PrefixTuningConfig(num_virtual_tokens=2, task_type="SEQ_2_SEQ_LM", encoder_prefix=True)
+    fastpeft.patch(encoder, config)
+
+
+def a_part_of_what_is_saved(path):
+    model = patched(modules_to_save=["mlp"])
+    model.add_adapter("b", lora(modules_to_save=["gate_proj"]))
+
+
 def modules_saved_in_part(path):
     model = patched(modules_to_save=["gate_proj"])
     model.add_adapter("b", lora(modules_to_save=["mlp"]))
@@ -142,6 +153,8 @@ TRIGGERS = {
         "modules_to_save has model.layers.0.mlp, but another adapter trains model.layers.0.mlp.gate_proj in it whole",
         modules_saved_in_part,
     ),
+    "a part of what is saved": (TargetError, "already trains whole as part of more; leave it", a_part_of_what_is_saved),
+    "an encoder's prefix of an encoder": (ConfigError, "has the prefix; leave it", an_encoder_s_prefix_of_an_encoder),
     "one module of two names": (TargetError, "which are one module; name one of them", one_module_of_two_names),
     "weighted biases": (PatchError, "has bias='all', and trained biases cannot be added up", weighted_biases),
     "an offloaded value": (PatchError, "f has a value for w, which accelerate has offloaded", an_offloaded_value),
