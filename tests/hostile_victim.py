@@ -100,7 +100,8 @@ def memory(key):
 
 
 def forget_peak():
-    with open("/proc/self/clear_refs", "w") as file:
+    """Where that is not permitted the peak is that of all adapters so far, which is no less."""
+    with contextlib.suppress(PermissionError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 

@@ -162,7 +162,7 @@ def some_of(cases, quick):
     return cases[:: how_many(max(len(cases) // quick, 1), 1)]
 
 
-@pytest.mark.parametrize("name", some_of(CASES, 20))
+@pytest.mark.parametrize("name", some_of(CASES, 12))
 @pytest.mark.parametrize("verb", ["beside", "restore"])
 def test_refused_by_patched_models(child, directory, name, verb):
     method, _, _ = laid_out(directory, name)
@@ -177,13 +177,19 @@ def test_refused_by_hotswap_adapter(child, directory, name):
     count("hostile files refused")
 
 
+# What a program that hands over tensors may replace, as with peft: the embeddings of a resized vocabulary.
+EMBEDDINGS = [f"overwrites base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")]
+
+
 @pytest.mark.parametrize("name", TENSORS)
 def test_refused_by_set_peft_model_state_dict(child, directory, name):
     method, errors, _ = laid_out(directory, name)
     answer = child.ask(directory, method, "set")
-    if not (name.startswith("overwrites") and answer["error"] is None):
-        check_refused(answer, directory, errors)
-        count("hostile files refused")
+    if name in EMBEDDINGS:
+        assert answer["error"] is None
+        return
+    check_refused(answer, directory, errors)
+    count("hostile files refused")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +201,7 @@ def base(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", some_of(CASES, 20))
+@pytest.mark.parametrize("name", some_of(CASES, 10))
 def test_refused_by_auto_classes(child, base, directory, name):
     method, damage, *_ = CASES[name]
     lay_out(directory, method)
@@ -302,7 +308,7 @@ def test_files_that_are_damaged_at_random(child, directory, method):
     chance = random.Random(f"damage of {method}")
     contents = sound(method)
     refused = loaded = 0
-    for _ in range(how_many(20, 600)):
+    for _ in range(how_many(12, 600)):
         shutil.rmtree(directory, ignore_errors=True)
         lay_out(directory, method)
         for name in chance.sample(sorted(contents), chance.choice([1, 1, 1, 2])):
