@@ -52,13 +52,14 @@ def fuzz(minutes: float, examples: int, seed: int, selection: Sequence[str]) -> 
     while rounds == 0 or time.time() < until:
         rounds, seed = rounds + 1, seed if rounds == 0 else random.Random(seed).randrange(2**32)
         status, output, counts = one_round(seed, examples, until, selection)
-        total += counts
-        print(
-            f"round {rounds}, seed {seed}: {counts['examples']} examples of {counts['properties']} properties held; "
-            f"{total['examples']} in all, in {(time.time() - begun) / 60:.1f} minutes",
-            flush=True,
+        total.update(counts)
+        tried = ", ".join(f"{number} {what}" for what, number in sorted(counts.items())) or "nothing"
+        sums = (
+            ", ".join(f"{number} {what}" for what, number in sorted(total.items()) if what != "properties") or "nothing"
         )
-        if status == NO_TESTS or status == PASSED and not counts["examples"]:
+        minutes_taken = (time.time() - begun) / 60
+        print(f"round {rounds}, seed {seed}: {tried} held; {sums} in all, in {minutes_taken:.1f} minutes", flush=True)
+        if status == NO_TESTS or status == PASSED and not counts["properties"]:
             print(output, "No property was tried.", sep="\n")
             return 2
         if status != PASSED:

@@ -10,6 +10,7 @@ from tests.fuzz.models_life import TARGETS, Life
 from tests.fuzz.profiles import tried
 
 
+@pytest.mark.hypothesis  # so that `make fuzz` takes it
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("family", TARGETS)
 def test_lives(family):
