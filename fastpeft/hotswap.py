@@ -239,7 +239,10 @@ def _check_alike(model: nn.Module, name: str, config: LoraConfig, quirky: bool) 
                 "weights were changed; load the new one as another adapter"
             )
     if task_class(config) is not task_class(before):
-        raise ConfigError(f"hotswap_adapter: task_type is {config.task_type!r}, and {before.task_type!r} of {name!r}")
+        raise ConfigError(
+            f"hotswap_adapter: task_type is {config.task_type!r}, and {before.task_type!r} of {name!r}; load it as "
+            "another adapter"
+        )
     _check_here(f"hotswap_adapter: {name!r}", _live(model, name).values())
     if config.bias != "none":
         raise ConfigError(f"hotswap_adapter: bias={config.bias!r} trains the base model's biases, which stay; load it")
