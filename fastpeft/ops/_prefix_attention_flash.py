@@ -196,7 +196,9 @@ def forward(tensors: Tensors, scores: Scores) -> tuple[Tensor, Tensor]:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float64)
     if sinks is not None:
         sink = sinks.double()[:, None]
-        share = torch.sigmoid(lse - sink).nan_to_num_(0.0)  # of a row that sees nothing, and no sink either
+        sink = sink.masked_fill(sink == torch.inf, torch.nan)  # as a softmax has it
+        share = torch.sigmoid(lse - sink)
+        share = share.masked_fill_((lse == -torch.inf) & (sink == -torch.inf), 0.0)
         out = out.to(wide).mul_(share.to(wide).unsqueeze(-1))
         lse = torch.logaddexp(lse, sink)
     return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.to(wide).contiguous()
@@ -229,8 +231,17 @@ def _attend(tensors: Tensors, scores: Scores, piece: Piece) -> tuple[Tensor, Ten
         out, lse = out.reshape(batch, heads, 1, depth), lse.reshape(batch, heads, 1)
     else:
         out, lse = _flash(q, k, v, is_causal=piece.causal, scale=scores.scale, attn_mask=mask)
+    lse = lse.masked_fill(lse == torch.inf, torch.nan)  # a score was infinite
+    # Of a row of nothing but NaN the op says out = 0, L = 0, as of one that sees nothing.
+    lost = lse == 0
     if mask is not None:
-        lse = lse.masked_fill(_empty_rows(mask, piece), -torch.inf)
+        empty = _empty_rows(mask, piece)
+        lse, lost = lse.masked_fill(empty, -torch.inf), lost & ~empty
+    if lost.any():
+        q, k, *_ = _operands(tensors, scores, piece)
+        spoilt = q.isnan().any(-1) | k.isnan().flatten(1).any(1)[:, None, None]
+        lost = (lost & spoilt & (out == 0).all(-1)).expand_as(lse)
+        out, lse = out.masked_fill(lost.unsqueeze(-1), torch.nan), lse.masked_fill(lost, torch.nan)
     return out, lse
 
 
