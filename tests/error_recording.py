@@ -31,13 +31,15 @@ _skipped: set[str] = set()
 
 
 def _recording_init(self, *args):
-    BaseException.__init__(self, *args)
+    self.args = args  # all that BaseException's does, whose name torch.compile does not trace
     if not torch.compiler.is_compiling() and os.environ.get(RECORDING):
         _record(str(self), sys._getframe(1))
 
 
 def install() -> None:
-    FastpeftError.__init__ = _recording_init
+    """Record in this process, if FASTPEFT_ERROR_TEXTS is set."""
+    if os.environ.get(RECORDING):
+        FastpeftError.__init__ = _recording_init
 
 
 def _record(said: str, frame) -> None:
@@ -57,7 +59,7 @@ def _text(said: str, frame) -> Text | None:
         if frame is None:
             return None
         for text in _texts_at(frame.f_code.co_filename, frame.f_lineno):
-            if error_texts.pattern(text.template).search(said):
+            if error_texts.says(text.template, said):
                 return text
         frame = frame.f_back
     return None
@@ -73,11 +75,13 @@ def _texts_at(file: str, line: int) -> list[Text]:
 
 
 def pytest_configure(config):
-    install()
     config.stash[_whole] = os.environ.pop(WHOLE, "") == "1"  # not for the runs that tests start
     if config.stash[_whole]:
         handle, os.environ[RECORDING] = tempfile.mkstemp(prefix="fastpeft-error-texts-")
         os.close(handle)
+    install()
+    if os.environ.get(RECORDING):
+        error_texts.all_texts()  # read now, not while a test is timed
 
 
 def pytest_runtest_logreport(report):

@@ -5,13 +5,17 @@ That the tests raise what the table says is checked at the end of a whole run, b
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import torch
 
+from fastpeft.errors import OpError
+from fastpeft.tuners.mixed import WrongRows
 from tests import error_recording, error_texts
 from tests.counting import count
 from tests.error_texts import HOW, NOBODY, ROOT, UNREACHED, Row, Text
@@ -151,6 +155,20 @@ def test_texts_are_found_in_all_their_forms(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("template", "said", "found"),
+    [
+        ("{}={}: use {}", "a=3: use b", True),
+        ("use {}", "a=3: use b", True),
+        ("{} is {}", "a is", False),
+        ("use {}={}", "a=3: use b", False),
+        ("{", "{'a': 1}", True),
+    ],
+)
+def test_a_text_is_of_its_template(template, said, found):
+    assert error_texts.says(template, said) is found
+
+
 def test_the_table_reads_as_it_was_written(tmp_path):
     rows = [Row(Text("a.py::f", "OpError", "a\tb \\n {}\n"), "tests/test_a.py::test_a")]
     error_texts.write_table(rows, tmp_path / "table.tsv")
@@ -244,6 +262,7 @@ def test_a_recording_has_the_text_the_test_and_what_was_said(tmp_path, monkeypat
 
     monkeypatch.setenv(error_recording.RECORDING, str(tmp_path / "recording"))
     monkeypatch.setattr(error_recording, "_seen", set())
+    monkeypatch.setattr(error_recording.FastpeftError, "__init__", error_recording._recording_init)
     for rank in (0, -1):
         with pytest.raises(ValueError, match="the rank"):
             LoraConfig(r=rank).validate()
@@ -255,3 +274,22 @@ def test_a_recording_has_the_text_the_test_and_what_was_said(tmp_path, monkeypat
         "r=0: the rank must be an int of at least 1",
     )
     assert test == "tests/test_error_texts.py::test_a_recording_has_the_text_the_test_and_what_was_said"
+
+
+def test_recording_changes_neither_errors_nor_what_torch_compiles(tmp_path, monkeypatch):
+    monkeypatch.setenv(error_recording.RECORDING, str(tmp_path / "recording"))
+    monkeypatch.setattr(error_recording.FastpeftError, "__init__", error_recording._recording_init)
+
+    def falls_back(x):
+        try:
+            raise OpError(f"x has {x.ndim}")
+        except OpError:
+            return x + 1
+
+    assert torch.compile(falls_back, backend="eager", fullgraph=True)(torch.zeros(1)).tolist() == [1]
+    torch._dynamo.reset()
+    error = WrongRows("a layer", "an input")
+    assert (str(error), error.args, error.layer) == ("an input", ("an input",), "a layer")
+    copied = pickle.loads(pickle.dumps(OpError("x", 3)))
+    assert type(copied) is OpError and copied.args == ("x", 3)
+    assert not (tmp_path / "recording").exists(), "none of them is made by fastpeft"
