@@ -54,7 +54,7 @@ from fastpeft.errors import (
     PatchError,
     TargetError,
 )
-from fastpeft.fallback import failures as kernel_failures
+from fastpeft.fallback import kernel_failures
 from fastpeft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from fastpeft.kbit_training import prepare_model_for_kbit_training
 from fastpeft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING

@@ -50,8 +50,9 @@ def no_fallback():
         _strict.reset(token)
 
 
-def failures() -> dict[str, str]:
-    """What has fallen back in this process: op, phase, device and what the call was -> why."""
+def kernel_failures() -> dict[str, str]:
+    """What has fallen back in this process: op, phase, device and what the call was -> why. Empty where nothing has; it
+    raises nothing."""
     return {_words(kind): reason for kind, reason in _failed.items()}
 
 

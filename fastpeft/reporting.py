@@ -9,7 +9,7 @@ from torch import nn
 from fastpeft import tables
 from fastpeft.dispatch import choose_backend, lora_linear_plan_for
 from fastpeft.errors import BackendError
-from fastpeft.fallback import failures
+from fastpeft.fallback import kernel_failures
 from fastpeft.patching import layers, state_of
 from fastpeft.preconditions import adapted_by_peft
 from fastpeft.quantised import stand_in
@@ -44,7 +44,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     active: tuple[str, ...]
     merged: tuple[str, ...]
-    failures: dict[str, str] = field(default_factory=failures)  # of kernels, in this process: `kernel_failures`
+    failures: dict[str, str] = field(default_factory=kernel_failures)  # of kernels, in this process: `kernel_failures`
 
     def __str__(self) -> str:
         patched = sum(layer.op != LEFT for layer in self.layers)

@@ -25,7 +25,7 @@ def _forward(
     seeds: Tensor | None, rows: list[int], scalings: list[float], dropouts: list[float], dtype: str, patched: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, S, how it was served): the last for backward, see `fastpeft.fallback.served`."""
-    call = decide(x, getattr(torch, dtype), rows, [len(each) for each in a], scalings, dropouts, patched or None)
+    call = decide(x, getattr(torch, dtype), rows, b, scalings, dropouts, patched or None)
     y, s, call = run_forward(x, weight, bias, residual, a, b, seeds, call)
     return y, s, torch.tensor([code_of(call.triton, call)])
 
@@ -46,7 +46,7 @@ def _backward(
     dx_dtype: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dX, dW, dbias, every dA, every dB), the last two one behind the other; empty where `needs` does not ask."""
-    call = decide(dy, getattr(torch, dtype), rows, [len(each) for each in a], scalings, dropouts, "torch")
+    call = decide(dy, getattr(torch, dtype), rows, b, scalings, dropouts, "torch")
     triton, fields = served(how.item())
     call = call._replace(triton=triton, dx_dtype=getattr(torch, dx_dtype), **fields)
     dx, dw, dbias, da, db = run_backward(dy, x, weight, a, b, s, seeds, call, tuple(needs))

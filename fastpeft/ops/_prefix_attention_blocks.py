@@ -116,7 +116,8 @@ class Rows:
 
     def unfold(self, matrices: Tensor, block: Block) -> Tensor:
         """(B', H, S', n), a view."""
-        return matrices.view(-1, self.heads, block.rows.stop - block.rows.start, matrices.shape[-1])
+        samples, rows = block.batch.stop - block.batch.start, block.rows.stop - block.rows.start
+        return matrices.view(samples, self.heads, rows, matrices.shape[-1])
 
     def scored(self, q: Tensor, regions, block: Block, keep_slope: bool = False) -> tuple[Tensor, Tensor | None]:
         """The scores (B'·G, g·S', P + columns) of a block, -inf where masked, and the derivative of the softcap."""

@@ -38,9 +38,11 @@ class Piece(NamedTuple):
 
 def serves_forward(tensors: Tensors, call) -> bool:
     """Whether this path serves the forward of a call, and its backward but for the gradient of a bias. Over nothing at
-    all the op divides by zero."""
+    all the op divides by zero, and it masks before it scales, so that a hidden score times a scale that is not positive
+    is seen."""
     q = tensors.q_BHSD
-    return q.numel() > 0 and q.device.type == "cpu" and call.scores.softcap is None and not call.dropout
+    scores = call.scores
+    return q.numel() > 0 and q.device.type == "cpu" and scores.softcap is None and scores.scale > 0 and not call.dropout
 
 
 # Which pieces
@@ -172,12 +174,18 @@ def _unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def _as_the_op_reads(tensors: Tensors) -> Tensors:
+    """It lays out its result as the queries are, which must not lie one over the other."""
+    q, *keys = (_unit_stride(t) for t in tensors[:5])
+    return Tensors(q.contiguous() if 0 in q.stride() else q, *keys, *tensors[5:])
+
+
 # Forward
 
 
 def forward(tensors: Tensors, scores: Scores) -> tuple[Tensor, Tensor]:
     """(out, L) as in `_prefix_attention_torch`."""
-    tensors = Tensors(*(_unit_stride(t) for t in tensors[:5]), *tensors[5:])
+    tensors = _as_the_op_reads(tensors)
     q, sinks = tensors.q_BHSD, tensors.sinks_H
     batch, heads, queries, depth = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -285,7 +293,7 @@ class Total:
 
 def backward(dout, tensors: Tensors, out, lse, scores: Scores, needs: Tensors) -> tuple[Tensor | None, ...]:
     """The gradients of `Tensors` but for biases, None where not needed."""
-    operands = Tensors(*(_unit_stride(t) for t in tensors[:5]), *tensors[5:])
+    operands = _as_the_op_reads(tensors)
     dout = _unit_stride(dout)
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # then every score is -inf, and its weight 0
     dsinks = _sink_gradient(dout, tensors.sinks_H, out, lse) if needs.sinks_H else None

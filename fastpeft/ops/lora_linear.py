@@ -172,10 +172,15 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
     return dx, dy.t() @ x if need_w else None, dbias, da, db
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(M, K) of (..., K)."""
+    return x[None] if x.ndim == 1 else x.flatten(0, -2)
+
+
 def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, dropout: float, patched) -> Call:
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
-    no rows are zeros: without elements it is the torch path."""
-    triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, len(a_RK), patched).backend == "triton"
+    no rows are zeros: without elements, or a rank, it is the torch path."""
+    triton = x_MK.numel() * b_NR.numel() > 0 and choose_backend(x_MK, dtype, len(a_RK), patched).backend == "triton"
     dx_dtype = torch.promote_types(x_MK.dtype, dtype)
     plan = lora_linear_plan(x_MK, dtype, a_RK, b_NR, dropout) if triton else None
     return Call(scaling, dropout, dtype, dx_dtype, plan, triton and is_demanded(patched))
@@ -192,8 +197,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     if weight is not None and not autocast and weight.dtype != dtype:
         raise OpError(f"lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), dtype)
-    x_MK = x.reshape(-1, x.shape[-1])
-    residual_MN = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    x_MK, residual_MN = as_rows(x), None if residual is None else as_rows(residual)
     tensors = (x_MK, weight, bias, residual_MN, lora_A.to(wide), lora_B.to(wide))
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_linear_compiled import compiled_lora_linear
@@ -235,6 +239,8 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):
                 f"for x of shape {tuple(x.shape)}"
             )
         sizes.update({want: have for want, have in zip(shape, tensor.shape, strict=True) if isinstance(want, str)})
+    if sizes["r"] == 0:
+        raise OpError("lora_linear: lora_A and lora_B have rank 0; a rank of at least 1 is needed")
     if not _is_number(scaling) or not -math.inf < scaling < math.inf:
         raise OpError(f"lora_linear: scaling is {scaling!r}; a finite number is needed")
     if not _is_number(dropout) or not 0.0 <= dropout < 1.0:

@@ -24,6 +24,7 @@ from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _mixed_lora_linear_torch as torch_path
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops.lora_linear import _check as check_lora
+from fastpeft.ops.lora_linear import as_rows
 
 # Letters of the shape suffixes: B samples, M rows (B times all dimensions between), K inputs, N outputs, R rank.
 
@@ -209,11 +210,13 @@ def run_backward(dy_MN, x_MK, weight_NK, a, b, s, seeds, call: Call, needs: tupl
     return dx, dy.t() @ x if need_w else None, dy.sum(0) if need_bias else None, da, db
 
 
-def decide(x_MK: Tensor, dtype: torch.dtype, rows, ranks, scalings, dropouts, patched: str | None) -> Call:
-    """The call's numbers, and its backend by `dispatch`; without elements the torch path, as a kernel has no grid over
-    nothing."""
+def decide(x_MK: Tensor, dtype: torch.dtype, rows, b, scalings, dropouts, patched: str | None) -> Call:
+    """The call's numbers, and its backend by `dispatch`; without elements, or a rank, the torch path, as a kernel has
+    no grid over nothing."""
+    ranks = [each.shape[1] for each in b]
     width = max(ranks)
-    triton = x_MK.numel() > 0 and choose_backend(x_MK, dtype, width, patched).backend == "triton"
+    something = x_MK.numel() * min(each.numel() for each in b) > 0
+    triton = something and choose_backend(x_MK, dtype, width, patched).backend == "triton"
     dx_dtype = torch.promote_types(x_MK.dtype, dtype)
     samples, tokens = samples_of(rows, len(ranks)), len(x_MK) // len(rows)
     numbers = tuple(ranks), tuple(scalings), tuple(dropouts)
@@ -242,15 +245,15 @@ def apply_mixed_lora(
     for each in adapters:
         wide = torch.promote_types(wide, torch.promote_types(each.lora_A.dtype, each.lora_B.dtype))
     matrices = [each.lora_A.to(wide) for each in adapters], [each.lora_B.to(wide) for each in adapters]
-    x_MK = x.reshape(-1, x.shape[-1])
-    tensors = (x_MK, weight, bias, None if residual is None else residual.reshape(-1, residual.shape[-1]))
+    x_MK = as_rows(x)
+    tensors = (x_MK, weight, bias, None if residual is None else as_rows(residual))
     numbers = [float(each.scaling) for each in adapters], [float(each.dropout) for each in adapters]
     if torch.compiler.is_compiling():
         from fastpeft.ops._mixed_lora_linear_compiled import compiled_mixed_lora_linear
 
         y_MN = compiled_mixed_lora_linear(*tensors, *matrices, rows, *numbers, dtype, patched_backend)
         return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
-    call = decide(x_MK, dtype, rows, [len(a) for a in matrices[0]], *numbers, patched_backend)
+    call = decide(x_MK, dtype, rows, matrices[1], *numbers, patched_backend)
     with torch.autocast(device_type, enabled=False):
         y_MN = MixedLoraLinearFunction.apply(*tensors, call, *matrices[0], *matrices[1])
     return y_MN.view(*x.shape[:-1], y_MN.shape[-1])

@@ -112,7 +112,7 @@ SIZES = st.sampled_from((*EDGES, 63, 64, 65, 100, 129))
 ON_TORCH = cases(SIZES, st.just(0) | SIZES, st.sampled_from((*EDGES, 64, 300)), list(DTYPES), st.none())
 ON_TRITON = cases(
     st.sampled_from(EDGES),
-    st.sampled_from(EDGES),
+    st.just(0) | st.sampled_from(EDGES),
     st.sampled_from((*EDGES, 65)),
     [*EXACT_IN_INTERPRETER, "fp32-fp16"],
     st.sampled_from(STRATEGIES),
