@@ -25,7 +25,7 @@ from fastpeft.in_place import Before, give_back, is_bias, note, trains_biases, u
 from fastpeft.mapping import task_class, tuner_of
 from fastpeft.model import PatchedModel
 from fastpeft.neighbours import check_head
-from fastpeft.preconditions import adapted_by_peft, check_model, check_not_wrapped
+from fastpeft.preconditions import adapted_by_peft, check_model, check_not_wrapped, check_transformers
 from fastpeft.quantised import stand_in
 from fastpeft.selection import CarriedCheckpoint
 from fastpeft.tuners.attention_layer import AdaptedAttention
@@ -150,9 +150,10 @@ def _patch_peft(model: nn.Module, config: Any, backend: str | None, name: str, a
 
 
 def check_plan(model: nn.Module, plan, backend: str | None) -> None:
-    """Raises PatchError if another library would pass the planned adapter by, BackendError if `patch(backend="triton")`
-    asks for what the first call would refuse."""
+    """Raises PatchError if another library would pass the planned adapter by or get it wrong, BackendError if
+    `patch(backend="triton")` asks for what the first call would refuse."""
     check_head(model, plan)
+    check_transformers(plan.config)
     if backend != "triton":
         return
     if isinstance(plan.config, LoraConfig):

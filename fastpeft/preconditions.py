@@ -1,10 +1,12 @@
 """What must hold of a model before `patch` touches it: refusals name the library, or the order, that is in the way."""
 
+import re
 import sys
 from typing import Any
 
 from torch import nn
 
+from fastpeft.config_base import PeftConfig, PeftType
 from fastpeft.errors import PatchError
 from fastpeft.neighbours import check_neighbours
 
@@ -31,6 +33,22 @@ def check_model(model: Any) -> None:
         raise PatchError("patch: the model has lazy modules without shapes; run a batch through it first")
     _check_owners(model)
     check_neighbours(model)
+
+
+# From here on transformers' caches have other names, and virtual tokens in `generate` come out wrong without a word.
+MOVED = (5, 24)
+VIRTUAL = (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.ADAPTION_PROMPT)
+
+
+def check_transformers(config: PeftConfig) -> None:
+    """Raises PatchError for virtual tokens with a release of transformers in which they are known to go wrong."""
+    version = getattr(sys.modules.get("transformers"), "__version__", "0.0")
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if config.peft_type in VIRTUAL and release >= MOVED:
+        raise PatchError(
+            f"{config.peft_type.value} with transformers {version}, which has renamed caches, would generate wrong "
+            "tokens; install transformers>=5.17,<5.24"
+        )
 
 
 def check_not_wrapped(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import fastpeft
 from fastpeft import neighbours
 from fastpeft.integrations.trainer import Trainer
 from fastpeft.tuners import lora_injection
-from tests.models import batch, tiny
+from tests.models import batch, differences, snapshot, tiny
 from tests.peft_pair import close, quietly
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -115,3 +115,20 @@ def test_ligers_cross_entropy_goes_on_beside_adapters(config, first):
     greatest = max(float(grad.abs().max()) for grad in found[0][1].values())
     for name, grad in found[0][1].items():
         close(found[1][1][name], grad, 1e-4, floor=1e-6 * greatest)
+
+
+@pytest.mark.parametrize("version", ["5.24.0", "5.24.0.dev0", "6.0"])
+def test_virtual_tokens_are_refused_where_transformers_would_get_them_wrong(version, monkeypatch):
+    import transformers
+
+    model = tiny()
+    before = snapshot(model)
+    monkeypatch.setattr(transformers, "__version__", version)
+    for config in (
+        fastpeft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        fastpeft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ):
+        with pytest.raises(fastpeft.PatchError, match=f"with transformers {version}, which has renamed caches"):
+            fastpeft.patch(model, config)
+    assert differences(before, snapshot(model)) == []
+    fastpeft.patch(model, fastpeft.LoraConfig(r=2, target_modules=["q_proj"]))
