@@ -94,6 +94,7 @@ def call(**changes):
         ({"lora_A": torch.zeros(RANK, INPUTS - 1)}, r"lora_A has shape \(5, 68\), expected \(r, 69\)"),
         ({"lora_B": torch.zeros(RANK, OUTPUTS)}, r"lora_B has shape \(5, 71\), expected \(71, 5\)"),
         ({"lora_B": torch.zeros(OUTPUTS, RANK + 1)}, r"lora_B has shape \(71, 6\), expected \(71, 5\)"),
+        ({"lora_A": torch.zeros(0, INPUTS), "lora_B": torch.zeros(OUTPUTS, 0)}, "have rank 0; a rank of at least 1 is"),
         ({"x": torch.tensor(1.0)}, r"x of shape \(\)"),
         ({"weight": torch.tensor(1.0)}, r"weight has shape \(\), expected \(N, 69\)"),
         ({"lora_A": torch.tensor(1.0)}, r"lora_A has shape \(\), expected \(r, 69\)"),
