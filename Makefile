@@ -6,11 +6,10 @@ MINUTES ?= 30
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test test-all reliability lint demo bench aot matrix compat tables docs fuzz
+.PHONY: help test reliability lint demo bench aot matrix compat tables docs fuzz
 
 help:
 	@echo "make test    all tests            PYTEST_ARGS='tests/ops -k lora' for some of them"
-	@echo "make test-all    with those that are left out of make test for their time: compiling, trainers of PeftModels"
 	@echo "make reliability    faults, hostile files, kills, long runs: as many as are promised, counted (an hour)"
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make demo    train and compare adapters on a small model"
@@ -33,10 +32,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 # One thread in each of the two workers: more only compete, the models are tiny. A run without PYTEST_ARGS is a whole one,
 # which must have raised every text in tests/error_texts.tsv.
 test: $(INSTALLED)
-	$(if $(PYTEST_ARGS),,FASTPEFT_WHOLE_RUN=1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --benchmark-disable -m "not long" $(PYTEST_ARGS)
-
-test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --benchmark-disable $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,FASTPEFT_WHOLE_RUN=1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --benchmark-disable $(PYTEST_ARGS)
 
 reliability: $(INSTALLED)
 	$(BIN)/python -m tests.reliability $(PARTS)

@@ -9,8 +9,6 @@ from tests.models import batch
 from tests.peft_pair import close
 from tests.prefix_pair import task_of
 
-pytestmark = pytest.mark.long
-
 ONE_GRAPH = [method for method in METHODS if method != "p-tuning-lstm"]
 
 

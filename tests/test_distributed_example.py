@@ -11,8 +11,6 @@ import torch
 from tests.distributed import ROOT, run
 from tests.peft_pair import WEIGHTS, close
 
-pytestmark = pytest.mark.long
-
 SCRIPT = ROOT / "examples/train_fsdp.py"
 
 

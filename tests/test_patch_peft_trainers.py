@@ -24,8 +24,6 @@ from tests.peft_pair import close
 from tests.test_integrations_trainer_checkpoints import MODES, arguments, contents, quiet, rows_of
 from tests.test_trl import PAIRS, TEXTS, reward, settings_for
 
-pytestmark = pytest.mark.long
-
 tokenizer = test_trl.tokenizer
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
