@@ -203,23 +203,16 @@ def _unescaped(template: str) -> str:
 
 
 @cache
-def tests_of(path: str) -> dict[str, bool]:
-    """The tests of a file, and which of them are `long`, so that `make test` leaves them out."""
-    if not (ROOT / path).is_file():
-        return {}
-    tree = _parsed(ROOT / path)
-    whole = any("mark.long" in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign))
-    return {
-        node.name: whole or any("mark.long" in ast.unparse(each) for each in node.decorator_list)
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    }
+def tests_of(path: str) -> frozenset[str]:
+    """The names of a file's tests."""
+    body = _parsed(ROOT / path).body if (ROOT / path).is_file() else []
+    return frozenset(node.name for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
 
 
 def is_test(name: str) -> bool:
-    """Whether `file::function` is a test that `make test` runs."""
+    """Whether `file::function` is a test."""
     path, _, function = name.partition("::")
-    return tests_of(path).get(function) is False
+    return function in tests_of(path)
 
 
 def recorded(paths: Iterable[str]) -> dict[Text, set[str]]:

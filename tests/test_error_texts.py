@@ -79,7 +79,7 @@ def test_every_text_of_the_sources_is_in_the_table_and_nothing_else():
 def test_a_text_has_a_test_and_is_of_help(row):
     assert row.test != NOBODY, f"no test raises it. {HOW}"
     if not row.test.startswith(UNREACHED):
-        assert error_texts.is_test(row.test), f"{row.test} is no test that `make test` runs. {HOW}"
+        assert error_texts.is_test(row.test), f"{row.test} is no test. {HOW}"
     assert of_no_help(row.text) == []
 
 
@@ -235,7 +235,7 @@ def test_a_whole_run_that_misses_a_text_fails_and_names_it(tmp_path):
     missed = Text("fastpeft/a.py::f", "OpError", "no test raises {}")
     error_texts.write_table([Row(rank, "t.py::a"), Row(missed, "t.py::b")], tmp_path / "table.tsv")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "FASTPEFT_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "tests.error_recording", "--rootdir", tmp_path]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "tests.error_recording", "--rootdir", tmp_path]
     done = subprocess.run(
         [*command, "-c", os.devnull, tmp_path],
         env={**env, "FASTPEFT_WHOLE_RUN": "1", "PYTHONPATH": str(ROOT)},
