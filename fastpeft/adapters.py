@@ -36,6 +36,7 @@ from fastpeft.selection import override
 from fastpeft.state import adapter_state_dict, ends_of, only_adapter, whole_embeddings, whole_tensors
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.saved_modules import SavedModule
+from fastpeft.untrusted import shown
 
 
 def save_adapter(
@@ -103,7 +104,7 @@ def check_arguments(method: str, **given) -> None:
     for name, value in given.items():
         neutral, advice = _ADVICE.get(name, ((False, None), "leave it out"))
         if not any(value is each or value == each for each in neutral):
-            raise PatchError(f"{method}: {name}={value!r} cannot be honoured; {advice}")
+            raise PatchError(f"{method}: {name}={shown(value)} cannot be honoured; {advice}")
 
 
 def save_all(model: nn.Module, directory, selected_adapters=None, state_dict=None, embeddings: bool = False) -> None:
@@ -241,7 +242,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     state = state_of(model)
     if not isinstance(name, str):
-        raise PatchError(f"delete_adapter: {name!r} names no adapter; give the name of one")
+        raise PatchError(f"delete_adapter: {shown(name)} names no adapter; give the name of one")
     only_adapter(state, name)
     if name in state.merged:
         raise PatchError(f"delete_adapter: {name!r} is merged into the base weights; unmerge first")

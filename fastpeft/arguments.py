@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastpeft.errors import PatchError
+from fastpeft.untrusted import shown
 
 
 def names_of(given: Any, where: str) -> tuple[str, ...]:
@@ -11,7 +12,7 @@ def names_of(given: Any, where: str) -> tuple[str, ...]:
     if isinstance(given, str):
         return (given,)
     if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-        raise PatchError(f"{where}: {given!r} names no adapter; give a name, or a list of names")
+        raise PatchError(f"{where}: {shown(given)} names no adapter; give a name, or a list of names")
     return tuple(given)
 
 
@@ -19,4 +20,4 @@ def check_flags(where: str, **given: Any) -> None:
     """Raises PatchError unless each argument is True or False itself."""
     for name, value in given.items():
         if not isinstance(value, bool):
-            raise PatchError(f"{where}: {name}={value!r} must be True or False")
+            raise PatchError(f"{where}: {name}={shown(value)} must be True or False")

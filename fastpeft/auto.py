@@ -68,7 +68,7 @@ class AutoPeftModel:
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if library.partition(".")[0] != "transformers" or not hasattr(found, "from_pretrained"):
             raise ConfigError(
-                f"{directory}: auto_mapping={config.auto_mapping!r} names no model of transformers; load the "
+                f"{directory}: auto_mapping={shown(config.auto_mapping)} names no model of transformers; load the "
                 "base model, and fastpeft.load_adapter(model, directory)"
             )
         return found

@@ -20,6 +20,7 @@ from fastpeft.errors import BackendError
 from fastpeft.plans import ATTENTION_STRATEGIES as ATTENTION_STRATEGIES
 from fastpeft.plans import GATED_STRATEGIES, LORA_STRATEGIES
 from fastpeft.plans import Plan as Plan
+from fastpeft.untrusted import shown
 
 BACKENDS = ("auto", "triton", "torch")
 MAX_RANK = 256
@@ -52,7 +53,7 @@ _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("fastpeft_pl
 def checked_backend(name: str, where: str) -> str:
     """`name`, if it is a backend's. Raises BackendError."""
     if name not in BACKENDS:
-        raise BackendError(f"{where}: unknown backend {name!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+        raise BackendError(f"{where}: unknown backend {shown(name)}; choose one of {', '.join(map(repr, BACKENDS))}")
     return name
 
 

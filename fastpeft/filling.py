@@ -191,7 +191,8 @@ def check_names_and_shapes(places: dict[str, Place], found: dict[str, tuple], wh
 
 
 def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    short = (name if len(name) <= 120 else f"{name[:100]}... ({len(name)} characters)" for name in names[:limit])
+    return ", ".join(short) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def fill(

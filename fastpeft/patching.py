@@ -32,6 +32,7 @@ from fastpeft.tuners.attention_layer import AdaptedAttention
 from fastpeft.tuners.layer import AdapterLayer, attached, detach, give_back_forward, offloaded_to, take_forward
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.prompt_call import argument_names
+from fastpeft.untrusted import shown
 
 
 @dataclass
@@ -386,7 +387,7 @@ def check_names(state: PatchState, names: tuple[str, ...], where: str) -> None:
     for name in names:
         if name not in state.configs:
             known = ", ".join(map(repr, state.configs)) or "none"
-            raise PatchError(f"{where}: there is no adapter {name!r}; there are {known}")
+            raise PatchError(f"{where}: there is no adapter {shown(name)}; there are {known}")
         if names.count(name) > 1:
             raise PatchError(f"{where}: {name!r} is named twice, which would add it twice; name it once")
 

@@ -15,6 +15,7 @@ from fastpeft.patterns import matches_name
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.saved_modules import SavedModule, own_tensors
+from fastpeft.untrusted import shown
 
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the names for which HF peft also saves a targeted module's base weight
@@ -28,7 +29,7 @@ def only_adapter(state, adapter_name: str | None) -> str:
             raise PatchError(f"which adapter? There are {', '.join(map(repr, state.configs)) or 'none'}; name one")
         return names[0]
     if not isinstance(adapter_name, str) or adapter_name not in state.configs:
-        raise PatchError(f"no adapter {adapter_name!r}; there are {', '.join(map(repr, state.configs)) or 'none'}")
+        raise PatchError(f"no adapter {shown(adapter_name)}; there are {', '.join(map(repr, state.configs)) or 'none'}")
     return adapter_name
 
 

@@ -13,6 +13,7 @@ from fastpeft.mapping import tuner_of
 from fastpeft.patching import layers, state_of
 from fastpeft.restoring import in_place
 from fastpeft.state import adapter_state_dict, file_key, only_adapter, whole_embeddings, whole_tensors
+from fastpeft.untrusted import shown
 
 
 class Filled(NamedTuple):
@@ -105,7 +106,7 @@ def set_peft_model_state_dict(
     state = state_of(model)
     if adapter_name not in state.configs:
         have = ", ".join(map(repr, state.configs)) or "none"
-        raise PatchError(f"set_peft_model_state_dict: there is no adapter {adapter_name!r}; there are {have}")
+        raise PatchError(f"set_peft_model_state_dict: there is no adapter {shown(adapter_name)}; there are {have}")
     if ignore_mismatched_sizes:
         raise PatchError("set_peft_model_state_dict: ignore_mismatched_sizes=True cannot be honoured; leave it out")
     if state.merged:

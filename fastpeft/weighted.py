@@ -25,6 +25,7 @@ from fastpeft.mapping import tuner_of
 from fastpeft.patching import add_planned, adding, check_names, layers, state_of
 from fastpeft.tuners.lora import LoraLayer
 from fastpeft.tuners.saved_modules import SavedModule
+from fastpeft.untrusted import shown
 
 _SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 KINDS = ("cat", "svd", *_SAME_RANK, *(f"{kind}_svd" for kind in _SAME_RANK[1:]))
@@ -92,6 +93,8 @@ def add_weighted_adapter(
     check_names(state, names, "add_weighted_adapter")
     if adapter_name in state.configs:
         _refuse(f"there is already an adapter {adapter_name!r}; choose another name")
+    if combination_type not in KINDS:
+        _refuse(f"combination_type={shown(combination_type)}; choose one of {', '.join(KINDS)}")
     kind = "linear" if len(names) == 1 else combination_type
     _check(model, names, weights, kind, density, majority_sign_method)
     _check_clamp(svd_clamp)
@@ -114,14 +117,12 @@ def _check(model: nn.Module, names, weights, kind: str, density, sign: str) -> N
     if not names:
         _refuse("no adapters are named; give their names and weights")
     if len(weights) != len(names) or not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
-        _refuse(f"weights={list(weights)!r}; give a finite number for each of the {len(names)} adapters")
-    if kind not in KINDS:
-        _refuse(f"combination_type={kind!r}; choose one of {', '.join(KINDS)}")
+        _refuse(f"weights={shown(list(weights))}; give a finite number for each of the {len(names)} adapters")
     if sign not in ("total", "frequency"):
-        _refuse(f"majority_sign_method={sign!r}; choose 'total' or 'frequency'")
+        _refuse(f"majority_sign_method={shown(sign)}; choose 'total' or 'frequency'")
     needs = kind.startswith(("ties", "dare", "magnitude"))
     if needs and not (isinstance(density, int | float) and 0 < density <= 1):
-        _refuse(f"density={density!r}; {kind} keeps a share of the values, above 0 and up to 1")
+        _refuse(f"density={shown(density)}; {kind} keeps a share of the values, above 0 and up to 1")
     for name in names:
         config = state.configs[name]
         if type(config) is not LoraConfig:

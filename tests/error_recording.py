@@ -21,7 +21,7 @@ from tests.error_texts import HOW, ROOT, UNREACHED, Row, Text
 
 RECORDING = "FASTPEFT_ERROR_TEXTS"
 WHOLE = "FASTPEFT_WHOLE_RUN"
-LONGEST = 1000  # characters; with the longest words and paths there are some 500
+LONGEST = 2000  # characters: room for the longest words and a few values, each cut at 100
 DEEPEST = 5  # frames from the error's own up to the one that has the text
 
 _faults = pytest.StashKey[list[str]]()

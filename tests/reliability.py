@@ -30,7 +30,8 @@ PARTS = {  # what it shows -> the tests that show it
     "failing kernels": ["tests/test_fallback.py"],
     "planted faults": sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/ops/test_*_mutants.py")),
     "error texts": [
-        *("tests/test_error_texts.py", "tests/test_error_triggers.py", "tests/test_error_triggers_layers.py"),
+        *("tests/test_error_texts.py", "tests/test_error_lengths.py"),
+        *("tests/test_error_triggers.py", "tests/test_error_triggers_layers.py"),
     ],
 }
 

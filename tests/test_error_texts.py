@@ -18,6 +18,7 @@ from fastpeft.errors import OpError
 from fastpeft.tuners.mixed import WrongRows
 from tests import error_recording, error_texts
 from tests.counting import count
+from tests.error_recording import LONGEST
 from tests.error_texts import HOW, NOBODY, ROOT, UNREACHED, Row, Text
 
 ROWS = error_texts.read_table()
@@ -251,7 +252,7 @@ def test_a_whole_run_that_misses_a_text_fails_and_names_it(tmp_path):
 
 
 def test_a_text_with_a_value_that_nobody_can_read_is_found(tmp_path):
-    texts = [["a.py::f", "OpError", "{}", "t.py::a", "x" * length] for length in (10, 1000, 1001)]
+    texts = [["a.py::f", "OpError", "{}", "t.py::a", "x" * length] for length in (10, LONGEST, LONGEST + 1)]
     (tmp_path / "recording").write_text("\n".join(map(json.dumps, texts)))
     (found,) = error_recording.overlong(str(tmp_path / "recording"))
     assert found.startswith("a.py::f: xxx") and found.endswith("(t.py::a)")
