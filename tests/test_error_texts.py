@@ -200,6 +200,20 @@ def test_a_test_that_is_named_stays_while_it_raises_its_text(named, raised, chos
     assert all(row.test == NOBODY for row in rows[1:])
 
 
+def test_recordings_make_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(error_texts, "TABLE", tmp_path / "table.tsv")
+    first, *others = error_texts.all_texts()
+    lines = [json.dumps([*text, HERE, "what was said"]) for text in others]
+    (tmp_path / "one").write_text("\n".join(lines[:9]))
+    (tmp_path / "two").write_text("\n".join(lines[9:]))
+    assert error_texts.main([str(tmp_path / "one"), str(tmp_path / "two")]) == 1
+    assert capsys.readouterr().out.startswith("\t".join(first))
+    assert error_texts.read_table() == [Row(first, NOBODY), *(Row(text, HERE) for text in others)]
+    (tmp_path / "one").write_text(json.dumps([*first, OTHER, "what was said"]))
+    assert error_texts.main([str(tmp_path / "one")]) == 0
+    assert error_texts.read_table()[0] == Row(first, OTHER)
+
+
 def test_only_what_a_run_could_have_raised_is_missed(monkeypatch):
     texts = [Text("a.py::f", "OpError", f"{number}") for number in range(5)]
     tests = ["t.py::a", "t.py::b", "t.py::c", "u.py::d", f"{UNREACHED}needs a GPU"]
@@ -229,6 +243,7 @@ RUN = {
 }
 
 
+@pytest.mark.slow
 def test_a_whole_run_that_misses_a_text_fails_and_names_it(tmp_path):
     for path, source in RUN.items():
         (tmp_path / path).write_text(textwrap.dedent(source))
