@@ -5,7 +5,6 @@ The root writes them into the rows of a batch, and everything that a model makes
 of a class, the decoder's shifted input) is made as for any other token. Only embeddings look them up elsewhere.
 """
 
-import contextlib
 import contextvars
 import types
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.errors import PatchError
+from fastpeft.scoped import scoped
 
 # The id of the first virtual token: behind every vocabulary, so that a wrong id of the caller's is none of these.
 FIRST = 2**30
@@ -49,29 +49,20 @@ class Call:
 
 
 # Per patched model, the call in progress: {id of its PatchState: Call}.
-_current: contextvars.ContextVar[dict[int, Call]] = contextvars.ContextVar("fastpeft_call")
+_current: contextvars.ContextVar[dict[int, Call] | None] = contextvars.ContextVar("fastpeft_call", default=None)
 
 # The same as attributes of a module, None where there is none: torch.compile reads them as in `fastpeft.selection`,
 # where it compiles a part of a model whose root is not compiled. Whether it traces is asked by `is_dynamo_compiling`:
 # `is_compiling` is true in all threads while one compiles.
 _here = types.ModuleType("fastpeft.calls.here")
-_here.__getattr__ = lambda key: _current.get({}).get(int(key.removeprefix("of_")))
+_here.__getattr__ = lambda key: (_current.get() or {}).get(int(key.removeprefix("of_")))
 
 
 def current_call(state) -> Call | None:
     """What the model's root has handed over, in this thread."""
     if torch.compiler.is_dynamo_compiling():
         return getattr(_here, f"of_{id(state)}") if state.traced_call is None else state.traced_call
-    return _current.get({}).get(id(state))
-
-
-@contextlib.contextmanager
-def _handing(state, call: Call):
-    token = _current.set({**_current.get({}), id(state): call})
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return (_current.get() or {}).get(id(state))
 
 
 def calling(state, call: Call, function, /, *args, **kwargs):
@@ -82,7 +73,7 @@ def calling(state, call: Call, function, /, *args, **kwargs):
             return function(*args, **kwargs)
         finally:
             state.traced_call = None
-    with _handing(state, call):
+    with scoped(_current, {**(_current.get() or {}), id(state): call}):
         return function(*args, **kwargs)
 
 

@@ -20,6 +20,7 @@ from fastpeft.errors import BackendError
 from fastpeft.plans import ATTENTION_STRATEGIES as ATTENTION_STRATEGIES
 from fastpeft.plans import GATED_STRATEGIES, LORA_STRATEGIES
 from fastpeft.plans import Plan as Plan
+from fastpeft.scoped import scoped
 from fastpeft.untrusted import shown
 
 BACKENDS = ("auto", "triton", "torch")
@@ -70,11 +71,8 @@ def backend(name: str):
     "auto": Triton on GPU tensors, torch elsewhere. "triton": demand it; a call it cannot serve raises BackendError
     with the reason. "torch": the pure-PyTorch path. A backward pass uses what its forward used.
     """
-    token = _context.set(checked_backend(name, "backend"))
-    try:
+    with scoped(_context, checked_backend(name, "backend")):
         yield
-    finally:
-        _context.reset(token)
 
 
 def requested_backend(patched: str | None = None) -> str:
@@ -270,8 +268,5 @@ def predicted_lora_plan(device: torch.device, rows: int) -> Plan:
 def override_plan(plan: Plan):
     """Force one strategy within the block, for benchmarks and tests, on the ops that know it; an attention op that
     knows it and cannot serve a call by it raises BackendError with the reason."""
-    token = _plan.set(plan)
-    try:
+    with scoped(_plan, plan):
         yield
-    finally:
-        _plan.reset(token)

@@ -20,6 +20,7 @@ import torch
 
 from fastpeft.dispatch import requested_backend
 from fastpeft.errors import BackendError
+from fastpeft.scoped import scoped
 
 # What CUDA and HIP say at the next launch of a kernel that has failed before.
 LATE = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
@@ -43,11 +44,8 @@ def is_demanded(patched: str | None) -> bool:
 def no_fallback():
     """Within the block, in this thread, a kernel that fails is a BackendError, whichever backend was asked for: of what
     is measured or checked it has to be known who has computed it."""
-    token = _strict.set(True)
-    try:
+    with scoped(_strict, True):
         yield
-    finally:
-        _strict.reset(token)
 
 
 def kernel_failures() -> dict[str, str]:

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 
 from fastpeft.errors import ConfigError
+from fastpeft.scoped import scoped
 
 try:
     from re import _parser as parser
@@ -99,11 +100,8 @@ def _trees(argument) -> Iterator[parser.SubPattern]:
 def in_bounded_time() -> Iterator[None]:
     """Inside, all matches together have the time that one has outside, but for FREE_S each: a pattern that takes a
     little less than the limit for each of a thousand names takes minutes. Not for generators."""
-    token = _left.set([TIMEOUT_S])
-    try:
+    with scoped(_left, [TIMEOUT_S]):
         yield
-    finally:
-        _left.reset(token)
 
 
 def matches_name(pattern: str, name: str) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from fastpeft.config_base import PeftType
 from fastpeft.distributed import check_reentrant
+from fastpeft.scoped import scoped
 
 # The methods whose parameters are read by several layers, or by a layer and for the loss.
 IN_SEVERAL_SEGMENTS = (PeftType.PREFIX_TUNING, PeftType.ADALORA)
@@ -27,7 +28,8 @@ BASE = "__base__"
 
 # Per patched model, the names in force: {_key of its PatchState: names}; and those of rows: {_key(state, ROWS): names}.
 ROWS = "rows_"
-_overrides: contextvars.ContextVar[dict[str, tuple[str, ...]]] = contextvars.ContextVar("fastpeft_adapters")
+_overrides: contextvars.ContextVar[dict[str, tuple[str, ...]] | None]
+_overrides = contextvars.ContextVar("fastpeft_adapters", default=None)
 
 # Whether any override block is open in the process. While none is, a layer reads a plain attribute and nothing else.
 _any_open = False
@@ -38,7 +40,7 @@ _changing = threading.Lock()
 # but of a module it reads an attribute as Python does, and again in the guard that precedes every compiled call, in the
 # thread that makes it. So each choice has code of its own, and finds it.
 _here = types.ModuleType("fastpeft.selection.here")
-_here.__getattr__ = lambda key: _overrides.get({}).get(key)
+_here.__getattr__ = lambda key: (_overrides.get() or {}).get(key)
 
 
 def _key(state, kind: str = "") -> str:
@@ -75,15 +77,13 @@ def disabled(state) -> bool:
 @contextlib.contextmanager
 def override(state, names: tuple[str, ...], rows: tuple[str, ...] | None = None):
     """Within the block, calls of this thread use `names`; with `rows`, each sample that of its own."""
-    token, block = _overrides.set({**_overrides.get({}), _key(state): names, _key(state, ROWS): rows}), object()
-    try:
-        _note(_open.add, block)
-        yield
-    finally:
+    block = object()
+    with scoped(_overrides, {**(_overrides.get() or {}), _key(state): names, _key(state, ROWS): rows}):
         try:
-            _note(_open.discard, block)
+            _note(_open.add, block)
+            yield
         finally:
-            _overrides.reset(token)
+            _note(_open.discard, block)  # an interruption of which leaves layers slower, and no choice
 
 
 def by_rows(state, rows: tuple[str, ...], function, /, *args, **kwargs):

@@ -4,6 +4,7 @@ import dis
 import linecache
 import os
 import sys
+import types
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from fastpeft import calls, dispatch, selection
 
 ROOT = os.path.dirname(os.path.abspath(fastpeft.__file__)) + os.sep
 LOAD_CONST = bytes([dis.opmap["LOAD_CONST"]])
+SILENT = {dis.opmap[name] for name in ("NOP", "PUSH_EXC_INFO") if name in dis.opmap}
 Place = tuple[str, int, str]  # file, line, function
 
 
@@ -41,15 +43,40 @@ class _Lines:
 
 def _may_raise(frame) -> bool:
     """Two things are lines to a trace, and yet nothing is ever raised there: `try:`, which does nothing, and the end of
-    a `with` block, which calls __exit__(None, None, None) at once. And before the one line that ends a choice for a
-    block no Python code can be sure to come to it."""
+    a `with` block, which calls __exit__(None, None, None) at once."""
     code, at = frame.f_code.co_code, frame.f_lasti
     for start in (at, at + 2):
         first, second, third = (code[start + step : start + step + 2] for step in (0, 2, 4))
         if first == second == third and first[:1] == LOAD_CONST and frame.f_code.co_consts[first[1]] is None:
             return False
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    return line != "try:" and not line.endswith(".reset(token)")
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() != "try:"
+
+
+def interrupted_in(code: types.CodeType, action: Callable, at: int) -> bool:
+    """Call `action`, with an Interrupted before the instruction number `at`, from 1 up, that frames of `code` execute,
+    but for those at which Python looks for no signal; whether there was one."""
+    seen = 0
+
+    def inside(frame, event, arg):
+        nonlocal seen
+        if event == "opcode" and code.co_code[frame.f_lasti] not in SILENT:
+            seen += 1
+            if seen == at:
+                sys.settrace(None)
+                raise Interrupted(f"instruction {frame.f_lasti}, line {frame.f_lineno}")
+        return inside
+
+    def entered(frame, event, arg):
+        if frame.f_code is not code:
+            return None
+        frame.f_trace_opcodes = True
+        return inside
+
+    try:
+        _traced(entered, action)
+    except Interrupted:
+        return True
+    return False
 
 
 def lines_of(action: Callable) -> list[Place]:
@@ -68,7 +95,7 @@ def interrupted(action: Callable, at: int) -> bool:
     return False
 
 
-def _traced(tracer: _Lines, action: Callable) -> None:
+def _traced(tracer: Callable, action: Callable) -> None:
     before = sys.gettrace()
     sys.settrace(tracer)
     try:
@@ -124,9 +151,9 @@ def unlike(first: dict, second: dict) -> list[str]:
 def left_behind() -> list[str]:
     """What of this thread's choices is not as when nothing has been called."""
     found = {
-        "selection": selection._overrides.get({}),
+        "selection": selection._overrides.get(),
         "backend": dispatch._context.get(),
         "plan": dispatch._plan.get(),
-        "calls": calls._current.get({}),
+        "calls": calls._current.get(),
     }
     return [f"{name}: {value!r}" for name, value in found.items() if value]

@@ -4,7 +4,9 @@ more; and `unpatch` always gives the base back bit for bit."""
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import pytest
@@ -13,8 +15,9 @@ from torch import nn
 
 import fastpeft
 from fastpeft.restoring import restore_adapter
+from fastpeft.scoped import scoped
 from tests.counting import count, how_many
-from tests.interrupted import interrupted, left_behind, lines_of, portrait, spread, telling, unlike
+from tests.interrupted import interrupted, interrupted_in, left_behind, lines_of, portrait, spread, telling, unlike
 from tests.models import batch, differences, snapshot, tiny
 from tests.peft_pair import quietly, randomise, result
 
@@ -300,6 +303,29 @@ def test_an_interrupted_call_leaves_nothing(kinds, act):
 
 class Raised(Exception):
     pass
+
+
+@pytest.mark.parametrize("error", [None, Raised], ids=["ends", "raises"])
+def test_a_choice_interrupted_at_any_instruction_is_what_it_was(error):
+    """What a line's interruption cannot tell: one between a call and the next step of the same line, as in `token =
+    variable.set(value)`."""
+    variable, seen = ContextVar("chosen", default=None), []
+
+    def act(value):
+        with contextlib.suppress(Raised), scoped(variable, value):
+            seen.append(variable.get())
+            if error is not None:
+                raise error
+
+    for before in (None, "a choice"):
+        variable.set(before)
+        for at in itertools.count(1):
+            hit = interrupted_in(scoped.__wrapped__.__code__, lambda: act("another"), at)
+            assert variable.get() == before, at
+            if not hit:
+                break
+            count("interruptions survived")
+        assert at > 25 and seen[-1] == "another"
 
 
 def _raising(*_):
