@@ -6,6 +6,7 @@ be wrong by ε times the sum of their magnitudes, a few times over, and by the a
 That is no statistic: it holds for every element of every example, and in float64 leaves room for no mistake.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,6 +21,16 @@ ROUNDINGS = 4.0
 def unit(dtype: torch.dtype) -> float:
     """The relative error of a rounding."""
     return torch.finfo(dtype).eps / 2
+
+
+def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    """The one with the largest rounding."""
+    return max(dtypes, key=unit)
+
+
+def autocast_to(dtype: torch.dtype | None):
+    """What autocast to this dtype does on a CPU; None: nothing."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
 def outcome(function: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], wanted, dout: Tensor) -> dict:
@@ -75,7 +86,7 @@ def assert_rounded(
         assert t.shape == truth[name].shape, f"{name}: shape {tuple(t.shape)} instead of {tuple(truth[name].shape)}"
         if not t.numel():
             continue
-        coarse = max(dtype, t.dtype, key=unit)
+        coarse = coarsest(dtype, t.dtype)
         fine = min(torch.float32, coarse, key=unit)  # of accumulators
         relative = ROUNDINGS * unit(coarse) + terms * unit(fine)
         tiny = 4 * torch.finfo(coarse).smallest_normal * torch.finfo(coarse).eps * max(1.0, terms)

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastpeft.plans import GATED_STRATEGIES
-from tests.fuzz.attention import DTYPES, Case, cases, holds
+from tests.fuzz.attention import DTYPES, KINDS, Case, cases, holds
 from tests.fuzz.layouts import Layout
 from tests.fuzz.profiles import shown, tried
 
@@ -23,6 +23,17 @@ ON_TRITON = cases(
     st.none() | st.sampled_from(GATED_STRATEGIES),
     GATES,
 )
+CAST_ON_TORCH = cases(
+    *(st.sampled_from(EDGES), st.sampled_from((1, 3, 8, 20)), list(DTYPES), st.none(), GATES),
+    autocasts=("bf16", "fp16"),
+    prefix_dtypes=(None, *KINDS),
+)
+CAST_ON_TRITON = cases(
+    *(st.sampled_from(EDGES), st.sampled_from((1, 8, 20)), ["fp32", "fp16"]),
+    *(st.none() | st.sampled_from(GATED_STRATEGIES), GATES),
+    autocasts=("fp16",),
+    prefix_dtypes=(None, "fp32", "fp16"),
+)
 
 
 @tried(150, 1000)
@@ -37,5 +48,20 @@ def test_gated_prompt_attention_on_torch(case):
 @given(ON_TRITON)
 @example(Case(heads_of_group=2, queries=3, keys=3, gate=1, sinks=True, layouts={"sinks": Layout(step=0)}))
 def test_gated_prompt_attention_on_the_kernels(case):
+    shown(case)
+    holds(case, "triton")
+
+
+@tried(40, 600)
+@given(CAST_ON_TORCH)
+def test_gated_prompt_attention_under_autocast_on_torch(case):
+    shown(case)
+    holds(case, "torch")
+
+
+@pytest.mark.interpreter
+@tried(6, 300)
+@given(CAST_ON_TRITON)
+def test_gated_prompt_attention_under_autocast_on_the_kernels(case):
     shown(case)
     holds(case, "triton")

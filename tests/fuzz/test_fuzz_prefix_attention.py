@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastpeft.plans import ATTENTION_STRATEGIES
-from tests.fuzz.attention import DTYPES, Case, cases, holds
+from tests.fuzz.attention import DTYPES, KINDS, Case, cases, holds
 from tests.fuzz.layouts import Layout
 from tests.fuzz.profiles import shown, tried
 
@@ -22,6 +22,17 @@ ON_TRITON = cases(
     ["fp32", "fp16"],
     st.none() | st.sampled_from(ATTENTION_STRATEGIES),
     GATES,
+)
+CAST_ON_TORCH = cases(
+    *(st.sampled_from(EDGES), st.sampled_from((1, 3, 8, 20)), list(DTYPES), st.none(), GATES),
+    autocasts=("bf16", "fp16"),
+    prefix_dtypes=(None, *KINDS),
+)
+CAST_ON_TRITON = cases(
+    *(st.sampled_from(EDGES), st.sampled_from((1, 8, 20)), ["fp32", "fp16"]),
+    *(st.none() | st.sampled_from(ATTENTION_STRATEGIES), GATES),
+    autocasts=("fp16",),
+    prefix_dtypes=(None, "fp32", "fp16"),
 )
 
 
@@ -40,5 +51,20 @@ def test_prefix_attention_on_torch(case):
 @example(Case(keys=2, causal=False, start=0, positions=True, window=6, seed=2))
 @example(Case(queries=2, keys=2, positions=True, window=6, wanted=("query", "prefix_key"), seed=2))
 def test_prefix_attention_on_the_kernels(case):
+    shown(case)
+    holds(case, "triton")
+
+
+@tried(40, 600)
+@given(CAST_ON_TORCH)
+def test_prefix_attention_under_autocast_on_torch(case):
+    shown(case)
+    holds(case, "torch")
+
+
+@pytest.mark.interpreter
+@tried(6, 300)
+@given(CAST_ON_TRITON)
+def test_prefix_attention_under_autocast_on_the_kernels(case):
     shown(case)
     holds(case, "triton")

@@ -1,4 +1,5 @@
-"""`prompt_embedding` and `prepend_prompt` on examples that nobody chose: any shapes, ids, strides, storages, starts."""
+"""`prompt_embedding` and `prepend_prompt` on examples that nobody chose: any shapes, ids, strides, storages, starts,
+under autocast too."""
 
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from fastpeft.dispatch import backend as backend_of
 from fastpeft.ops import prepend_prompt, prepend_prompt_reference, prompt_embedding, prompt_embedding_reference
 from tests.counting import count
-from tests.fuzz.judging import assert_rounded, in_double, magnitudes, outcome, tried_on, unit
+from tests.fuzz.judging import assert_rounded, autocast_to, in_double, magnitudes, outcome, tried_on, unit
 from tests.fuzz.layouts import CONTIGUOUS, Layout, changed, laid_out, layouts_of
 from tests.fuzz.profiles import shown, tried
 
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     ids: str = "int64"
     start: str | None = None
     padding: int | None = None
+    autocast: str | None = None
     wanted: tuple[str, ...] = ()
     layouts: dict[str, Layout] = {}
     seed: int = 0
@@ -61,6 +63,7 @@ def cases(draw, hidden, dtypes):
         ids=draw(st.sampled_from(list(IDS))),
         start=draw(st.none() | st.sampled_from(list(IDS))),
         padding=draw(padding),
+        autocast=draw(st.sampled_from((None, "bf16", "fp16"))),
         wanted=draw(st.lists(st.sampled_from(("prompt", "rows")), unique=True).map(tuple)),
         layouts=draw(layouts_of(LAID_OUT)),
         seed=draw(st.integers(0, 2**32 - 1)),
@@ -71,7 +74,17 @@ def _of(start: str, results: dict) -> dict:
     return {name: each for name, each in results.items() if name.startswith(start)}
 
 
-def holds(case: Case, backend: str) -> None:
+class Given(NamedTuple):
+    """The tensors that may want gradients, by name; the others of a call; the gradient of its result."""
+
+    tensors: dict[str, torch.Tensor]
+    ids: torch.Tensor | None
+    start: torch.Tensor | None
+    dout: torch.Tensor
+
+
+def given_of(case: Case) -> Given:
+    """Laid out."""
     generator = torch.Generator().manual_seed(case.seed)
     dtype, batch = DTYPES[case.dtype], (case.batch, case.tokens)
 
@@ -82,19 +95,30 @@ def holds(case: Case, backend: str) -> None:
         values = torch.randint(max(1, below), shape, generator=generator).to(IDS[dtype])
         return laid_out(values, case.layouts.get(name, CONTIGUOUS))
 
-    tensors = {
-        "rows": normal("rows", *(batch if case.entries is None else (case.entries,)), case.hidden, dtype=dtype),
-        "prompt": normal("prompt", *((case.batch,) * case.by_sample), case.count, case.hidden,
-                         dtype=DTYPES[case.prompt_dtype]),
-    }  # fmt: skip
+    rows = normal("rows", *(batch if case.entries is None else (case.entries,)), case.hidden, dtype=dtype)
+    own = (case.batch,) * case.by_sample
+    prompt = normal("prompt", *own, case.count, case.hidden, dtype=DTYPES[case.prompt_dtype])
     dout = normal("dout", case.batch, case.count + case.tokens, case.hidden, dtype=dtype)
     ids = None if case.entries is None else integers("ids", case.entries, batch, case.ids)
     start = None if case.start is None else integers("start", case.tokens + 1, (case.batch,), case.start)
+    return Given({"rows": rows, "prompt": prompt}, ids, start, dout)
+
+
+def op_of(case: Case, of: Given):
+    """The call, as a function of its tensors by name."""
 
     def op(rows, prompt):
-        if ids is None:
-            return prepend_prompt(rows, prompt, start=start)
-        return prompt_embedding(ids, rows, prompt, padding_idx=case.padding, start=start)
+        with autocast_to(case.autocast and DTYPES[case.autocast]):
+            if of.ids is None:
+                return prepend_prompt(rows, prompt, start=of.start)
+            return prompt_embedding(of.ids, rows, prompt, padding_idx=case.padding, start=of.start)
+
+    return op
+
+
+def holds(case: Case, backend: str) -> None:
+    of = given_of(case)
+    tensors, ids, start, dout = of
 
     def definition(rows, prompt):
         if not case.batch:  # nothing to put next to each other
@@ -104,11 +128,13 @@ def holds(case: Case, backend: str) -> None:
         return prompt_embedding_reference(ids.long(), rows, prompt, case.padding, start)
 
     with backend_of(backend):
-        got = tried_on(op, tensors, case.wanted, dout, [t for t in (ids, start) if t is not None])
-    assert got["out"].is_contiguous() and torch.equal(got["out"], definition(**tensors))
+        got = tried_on(op_of(case, of), tensors, case.wanted, dout, [t for t in (ids, start) if t is not None])
+    eager = definition(**tensors)  # autocast changes nothing, and fails in torch's own cat if that meets the other half
+    assert got["out"].is_contiguous() and got["out"].dtype == eager.dtype and torch.equal(got["out"], eager)
     truth = outcome(definition, in_double(tensors), case.wanted, dout.double())
     sizes = outcome(definition, magnitudes(tensors), case.wanted, dout.double().abs())
     own = [_of("dprompt", each) for each in (got, truth, sizes)]
+    dtype = DTYPES[case.dtype]
     assert_rounded(*own, torch.promote_types(dtype, torch.float32), case.batch)  # it is summed in fp32, rounded once
     own = [_of("drows", each) for each in (got, truth, sizes)]
     if ids is None:
