@@ -57,6 +57,8 @@ from fastpeft.errors import (
 from fastpeft.fallback import kernel_failures
 from fastpeft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from fastpeft.kbit_training import prepare_model_for_kbit_training
+from fastpeft.lora_fa import freeze_lora_A
+from fastpeft.lora_plus import param_groups
 from fastpeft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from fastpeft.patching import patch, unpatch
 from fastpeft.prefix_init import (
@@ -108,6 +110,7 @@ __all__ = [
     "count_parameters",
     "delete_adapter",
     "disable_adapter",
+    "freeze_lora_A",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -121,6 +124,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "ops",
+    "param_groups",
     "patch",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",

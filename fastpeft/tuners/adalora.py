@@ -92,6 +92,9 @@ class AdaLoraLayer(LoraLayer):
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_A[name] * self.lora_E[name], self.lora_B[name]
 
+    def scaled(self, name: str, tensor: torch.Tensor | float) -> torch.Tensor | float:
+        return tensor
+
     def is_offloaded(self, name: str) -> bool:
         return self.lora_A[name].is_meta
 

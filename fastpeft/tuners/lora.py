@@ -59,10 +59,15 @@ class LoraLayer(AdapterLayer):
         """(A [r, K], B [N, r]); the latter times the scaling, where that is a tensor."""
         return self.lora_A[name].weight, self.scaled(name, self.lora_B[name].weight)
 
-    def scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def scaled(self, name: str, tensor: torch.Tensor | float) -> torch.Tensor | float:
         """`tensor` times the scaling that may change between compiled calls, if there is one (`fastpeft.hotswap`)."""
         buffers = self.lora_B[name]._buffers
         return tensor * buffers[SCALING].view(torch.float32) if SCALING in buffers else tensor
+
+    @property
+    def scaling(self) -> dict[str, float | torch.Tensor]:
+        """Adapter -> its scaling, as a layer of HF peft has it for peft's optimizers."""
+        return {name: self.scaled(name, each.scaling) for name, each in self._fastpeft.adapters.items()}
 
     def is_offloaded(self, name: str) -> bool:
         return self.factors(name)[0].is_meta
@@ -364,7 +369,7 @@ class LinearArithmetic:
         p = self.dropout_of(name)
         backend = self.backend()
         if settings.use_dora:
-            return self._add_dora(name, x, result, p, backend)
+            return dora.add(self, name, x, result, p, backend)
         if result is None:
             bias = self._bias_with(name, settings)
             return apply_lora(x, self.matrix(), bias, None, a, b, settings.scaling, p, backend)
@@ -376,25 +381,6 @@ class LinearArithmetic:
             return self.base_bias()
         extra, bias = settings.scaling * self._bias_of(name), self.base_bias()
         return extra if bias is None else bias + extra
-
-    def _add_dora(self, name: str, x: torch.Tensor, result: torch.Tensor | None, p: float, backend) -> torch.Tensor:
-        """y = m/‖V‖ ⊙ (W + s·B A) x + bias. Under dropout the base's share is that of the dropped x, as in HF peft:
-        y = x Wᵀ + bias + (m/‖V‖ - 1) ⊙ W drop(x) + m/‖V‖ ⊙ s·B A drop(x)."""
-        settings = self.settings(name)
-        a, b = self.factors(name)
-        weight = self.matrix()
-        factor = dora.factor(weight, a, b, settings.scaling, self.magnitude(name))
-        dropped = F.dropout(x, p) if p else x
-        bias = 0 if self.base_bias() is None else self.base_bias()
-        base = self.product(dropped, weight) if p or result is None else result - bias
-        dtype = base.dtype if result is None else result.dtype
-        # The sum is in the factor's dtype, as HF peft's: on a half-precision base rounding W x + s·B A x before it is
-        # multiplied made the error 1.2 to 1.4 times as large.
-        if p:
-            start = (self.base_forward(x) if result is None else result) + (factor - 1) * base
-        else:
-            start = factor * base + bias
-        return apply_lora(dropped, None, None, start, a, b * factor[:, None], settings.scaling, 0.0, backend).to(dtype)
 
 
 class LoraLinear(LinearArithmetic, LoraLayer):

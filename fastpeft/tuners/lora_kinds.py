@@ -59,6 +59,9 @@ class LoraEmbedding(LoraLayer):
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
+    def scaled(self, name: str, tensor: torch.Tensor | float) -> torch.Tensor | float:
+        return tensor
+
     def _bias_of(self, name: str) -> None:
         return None
 
