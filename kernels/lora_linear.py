@@ -1,14 +1,15 @@
-"""Kernels of `lora_linear`: y = x Wᵀ + bias + S Bᵀ with S = s·drop(x) Aᵀ, and all its gradients.
+"""Kernels of `lora_linear`: y = x Wᵀ + bias + s·S Bᵀ with S = drop(x) Aᵀ, and all its gradients.
 
-    _shrink         S = s·drop(x) Aᵀ             one read of x        (also T = s·dY B where dY is read twice)
-    _tail           x Wᵀ + bias + S Bᵀ           the base product with the rank-r term inside
+    _shrink         S = drop(x) Aᵀ               one read of x        (also T = s·dY B where dY is read twice)
+    _tail           x Wᵀ + bias + s·S Bᵀ         the base product with the rank-r term inside
                     dY W + mask⊙(T A)            the same kernel, other strides
-                    residual + S Bᵀ              the same kernel without the base product
-    _grad_b_and_t   dB = dYᵀ S, T = s·dY B       one read of dY
+                    residual + s·S Bᵀ            the same kernel without the base product
+    _grad_b_and_t   dB = s·dYᵀ S, T = s·dY B     one read of dY
     _grad_columns   dA = Tᵀ drop(x)              one read of x; on request also mask⊙(T A), which then seeds dX
     _sum_partials   the deterministic end of the split reductions
 
-The scale s is folded into S and T in fp32, before either is rounded. Shapes: x [M, K], W [N, K], A [R, K], B [N, R],
+The scale s multiplies fp32 sums, before they are rounded, and only those of products with B or for it: S is kept as
+the definition has it, and is finite in fp16 where the definition's is. Shapes: x [M, K], W [N, K], A [R, K], B [N, R],
 dY [M, N]; S and T [M, R]. Every offset is computed in 64 bits. The decomposition at the rank-r tensors follows
 LoRAFusion (arXiv 2510.00206, section 4), without its atomics and its stored masks.
 
@@ -82,14 +83,14 @@ def _shrink_kernel(
 
 @triton.jit
 def _tail_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, p_ptr, q_ptr, out_ptr, seed_ptr, keep_scale, threshold, M, N, K, R,
+    x_ptr, w_ptr, bias_ptr, residual_ptr, p_ptr, q_ptr, out_ptr, seed_ptr, scale, threshold, M, N, K, R,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_qn, stride_qr, stride_rm, stride_rn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, BASE_MODE: tl.constexpr, HALF: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a [BLOCK_M, BLOCK_N] tile of x wᵀ + bias + residual + mask⊙(p qᵀ), rounded once.
+    """One program computes a [BLOCK_M, BLOCK_N] tile of x wᵀ + bias + residual + scale·mask⊙(p qᵀ), rounded once.
 
     Tiles are walked in groups of GROUP rows of tiles, so that neighbours find x and w in L2.
     """
@@ -110,9 +111,10 @@ def _tail_kernel(
         p_q = q_ptr + columns[None, :] * stride_qn + ranks[:, None] * stride_qr
         q = tl.load(p_q, mask=(ranks < R)[:, None] & m_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
         acc = dot(p, q, acc, MODE, HALF, UPCAST)
+    acc *= scale
     if DROPOUT:
         keep = keep_mask(seed_ptr, row_start, column_start, threshold, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep, acc * keep_scale, 0.0)
+        acc = tl.where(keep, acc, 0.0)
     if HAS_BASE:
         stride_xk, stride_wk = tl.cast(stride_xk, tl.int64), tl.cast(stride_wk, tl.int64)
         inner = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -294,11 +296,12 @@ def tail(
     base: tuple[torch.Tensor, torch.Tensor] | None = None,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    scale: float = 1.0,
     dropout: Dropout | None = None,
     out_dtype: torch.dtype | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """x wᵀ + bias + residual + mask⊙(p qᵀ), rounded once: p [M, R], q [N, R], base = x [M, K], w [N, K].
+    """x wᵀ + bias + residual + scale·mask⊙(p qᵀ), rounded once: p [M, R], q [N, R], base = x [M, K], w [N, K].
 
     `dtype` is the data's, which is what the products are made for; the result is of that type or of `out_dtype`.
     """
@@ -313,7 +316,7 @@ def tail(
     grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)
     with on_device_of(p):
         _tail_kernel[grid](
-            x, w, bias, residual, p, q, out, seed, keep_scale, threshold,
+            x, w, bias, residual, p, q, out, seed, scale * keep_scale, threshold,
             rows, columns, x.shape[1] if base else 0, rank,
             *(x.stride() if base else (0, 0)), *(w.stride() if base else (0, 0)), *q.stride(),
             *(residual.stride() if residual is not None else (0, 0)),
@@ -327,7 +330,8 @@ def tail(
 def grad_b_and_t(
     dy: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, with_bias: bool, tiles: Tiles | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dB = dyᵀ s [N, R] like b, T = scale·dy b [M, R] like s, Σ dy [N] in fp32 or None) from one read of dy [M, N]."""
+    """(dB = scale·dyᵀ s [N, R] like b, T = scale·dy b [M, R] like s, Σ dy [N] in fp32 or None) from one read of dy
+    [M, N]."""
     (rows, columns), rank = dy.shape, b.shape[1]
     modes = _modes(rank, dy.dtype, b.dtype)
     tiles = tiles or _tiles("grad_b_and_t", rank, modes, None, dy)
@@ -344,7 +348,7 @@ def grad_b_and_t(
             **modes, **tiles.options,
         )  # fmt: skip
     dbias = sum_partials(bias_parts, torch.float32) if with_bias else None
-    return sum_partials(db_parts, b.dtype), sum_partials(t_parts, s.dtype, scale), dbias
+    return sum_partials(db_parts, b.dtype, scale), sum_partials(t_parts, s.dtype, scale), dbias
 
 
 def grad_columns(
@@ -355,10 +359,11 @@ def grad_columns(
     tail_of: torch.Tensor | None = None,
     with_sum: bool = False,
     transposed: bool = False,
+    scale: float = 1.0,
     dropout: Dropout | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(tᵀ drop(x) in `dtype`, mask⊙(t·tail_of) like x, Σ x [K] in fp32) from one read of x [M, K]; t [M, R].
+    """(scale·tᵀ drop(x) in `dtype`, mask⊙(t·tail_of) like x, Σ x [K] in fp32) from one read of x [M, K]; t [M, R].
 
     The first is [R, K], or [K, R] if `transposed`; each is None where it was not asked for.
     """
@@ -384,5 +389,5 @@ def grad_columns(
         )  # fmt: skip
     if tail_of is not None and not fuse:
         tail_out = tail(t, tail_of.t(), x.dtype, dropout=dropout)
-    product = sum_partials(parts, dtype, keep_scale) if t is not None else None
+    product = sum_partials(parts, dtype, scale * keep_scale) if t is not None else None
     return product, tail_out, sum_partials(sums, torch.float32) if with_sum else None

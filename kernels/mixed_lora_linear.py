@@ -1,15 +1,16 @@
 """Kernels of `mixed_lora_linear`: the rank-r terms of a batch whose samples have adapters of their own, and their
 gradients, all adapters in one launch.
 
-    _mixed_shrink         S = s·drop(x) Aᵀ, or T = s·dY B          one read of x, or of dY
-    _mixed_expand         y + S Bᵀ, or dX + mask⊙(T A)             in place on adapters' rows alone, or made anew
-    _mixed_grad_columns   dA = Tᵀ drop(x), or dB = dYᵀ S           one read of x, or of dY
+    _mixed_shrink         S = drop(x) Aᵀ, or T = s·dY B            one read of x, or of dY
+    _mixed_expand         y + s·S Bᵀ, or dX + mask⊙(T A)           in place on adapters' rows alone, or made anew
+    _mixed_grad_columns   dA = Tᵀ drop(x), or dB = s·dYᵀ S         one read of x, or of dY
     _mixed_sum            the deterministic end of the split reductions
 
 A program has a block of rows of one adapter (`_segments`), wherever in the batch its samples are: it looks up where
 each sorted row lies, and reads the adapter's matrices once for the block. Ranks differ: the tile is that of the
 greatest, and lanes beyond an adapter's own are masked. Adapters lie one behind the other, A as (r, K) and B as (N, r),
-row by row, and so do the segments of S and T, as (rows, r).
+row by row, and so do the segments of S and T, as (rows, r). OF_B: the matrix is a B or its gradient, with whose
+products the scaling goes; else an A.
 
 Shapes: x [M, K], dY [M, N], M = samples·S. Every offset is computed in 64 bits. The grouping is that of Punica's and
 S-LoRA's kernels (arXiv 2310.18547, 2311.03285); training through it, dropout and mixed precision are `lora_linear`'s.
@@ -56,13 +57,13 @@ def _rows_at(order_ptr, sorted_rows, mask, S):
 def _mixed_shrink_kernel(
     x_ptr, a_ptr, out_ptr, seed_ptr, order_ptr, blocks_ptr, segments_ptr, factors_ptr, S, K, elements,
     depth_per_program, stride_xm, stride_xk,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OF_B: tl.constexpr,
     DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program reads depth_per_program columns of BLOCK_M rows of an adapter, once, and keeps their products.
 
-    RANK_LAST: the matrix is (K, r), as B is, instead of (r, K). out [depth runs, elements]: with more than one run,
-    partial sums for `sum_partials`.
+    OF_B: the matrix is (K, r) instead of (r, K). out [depth runs, elements]: with more than one run, partial sums for
+    `sum_partials`.
     """
     block, depth_run = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     stride_xk, K = tl.cast(stride_xk, tl.int64), tl.cast(K, tl.int64)
@@ -79,7 +80,7 @@ def _mixed_shrink_kernel(
     inner = first + tl.arange(0, BLOCK_K)
     p_x = x_ptr + rows[:, None] * stride_xm + inner[None, :] * stride_xk
     p_a = a_ptr + _multiple(tl.load(p_segment + RANKS_BEFORE), RANK_UNIT) * K
-    if RANK_LAST:
+    if OF_B:
         p_a = p_a + inner[:, None] * R + ranks[None, :]
         step = BLOCK_K * R
     else:
@@ -96,23 +97,24 @@ def _mixed_shrink_kernel(
         acc = dot(x, a, acc, MODE, HALF, UPCAST)
         p_x += BLOCK_K * stride_xk
         p_a += step
-    scale = tl.load(factors_ptr + 2 * segment)
+    if OF_B:
+        acc *= tl.load(factors_ptr + 2 * segment)
     if DROPOUT:
-        scale *= tl.load(factors_ptr + 2 * segment + 1)
+        acc *= tl.load(factors_ptr + 2 * segment + 1)
     start = depth_run * elements + _multiple(tl.load(p_segment + ELEMENTS_BEFORE), RANK_UNIT)
-    tl.store(out_ptr + start + inside[:, None] * R + ranks[None, :], acc * scale, mask=m_m[:, None] & m_r[None, :])
+    tl.store(out_ptr + start + inside[:, None] * R + ranks[None, :], acc, mask=m_m[:, None] & m_r[None, :])
 
 
 @triton.jit
 def _mixed_expand_kernel(
     p_ptr, q_ptr, residual_ptr, out_ptr, seed_ptr, order_ptr, blocks_ptr, segments_ptr, factors_ptr, S, N,
     stride_rm, stride_rn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, OF_B: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr,
     HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program computes residual + mask⊙(p qᵀ) of BLOCK_M rows of an adapter in BLOCK_N columns, rounded once; of
-    rows of no adapter, whose rank is 0, the residual. RANK_LAST: q is (N, r), as B is, instead of (r, N)."""
+    rows of no adapter, whose rank is 0, the residual. OF_B: q is (N, r) instead of (r, N)."""
     block, column_start = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * BLOCK_N
     N = tl.cast(N, tl.int64)
     segment, local = tl.load(blocks_ptr + 2 * block), tl.load(blocks_ptr + 2 * block + 1)
@@ -129,11 +131,13 @@ def _mixed_expand_kernel(
         ranks = r + tl.arange(0, BLOCK_R).to(tl.int64)
         m_r = ranks < R
         p = tl.load(p_p + ranks[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        if RANK_LAST:
+        if OF_B:
             q = tl.load(p_q + columns[None, :] * R + ranks[:, None], mask=m_r[:, None] & m_n[None, :], other=0.0)
         else:
             q = tl.load(p_q + ranks[:, None] * N + columns[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
         acc = dot(p, q, acc, MODE, HALF, UPCAST)
+    if OF_B:
+        acc *= tl.load(factors_ptr + 2 * segment)
     if DROPOUT:
         threshold = tl.load(p_segment + THRESHOLD).to(tl.int32)
         keep = keep_mask(seed_ptr, first_row, column_start, threshold, BLOCK_M, BLOCK_N)
@@ -148,12 +152,12 @@ def _mixed_expand_kernel(
 @triton.jit
 def _mixed_grad_columns_kernel(
     t_ptr, x_ptr, parts_ptr, seed_ptr, order_ptr, runs_ptr, segments_ptr, S, K, size, stride_xm, stride_xk,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OF_B: tl.constexpr,
     DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program reads BLOCK_K columns of x over a run of an adapter's rows, once, and keeps tᵀ drop(x) in registers.
 
-    parts [runs, size]: fp32 sums for `_mixed_sum`, laid out as an (r, K) matrix, or with RANK_LAST as a (K, r) one.
+    parts [runs, size]: fp32 sums for `_mixed_sum`, laid out as an (r, K) matrix, or with OF_B as a (K, r) one.
     """
     column_start, run = tl.program_id(0).to(tl.int64) * BLOCK_K, tl.program_id(1).to(tl.int64)
     K = tl.cast(K, tl.int64)
@@ -179,7 +183,7 @@ def _mixed_grad_columns_kernel(
         t = tl.load(p_t + inside[None, :] * R + ranks[:, None], mask=m_r[:, None] & m_m[None, :], other=0.0)
         acc = dot(t, x, acc, MODE, HALF, UPCAST)
     p_part = parts_ptr + run * size
-    if RANK_LAST:
+    if OF_B:
         p_part = p_part + columns[None, :] * R + ranks[:, None]
     else:
         p_part = p_part + ranks[:, None] * K + columns[None, :]
@@ -189,7 +193,7 @@ def _mixed_grad_columns_kernel(
 @triton.jit
 def _mixed_sum_kernel(
     parts_ptr, out_ptr, firsts_ptr, segments_ptr, factors_ptr, K, size,
-    BLOCK: tl.constexpr, DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, OF_B: tl.constexpr, DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program sums BLOCK places of an adapter's matrix over its runs, always in the same order, and rounds once."""
     segment, K = tl.program_id(1).to(tl.int64), tl.cast(K, tl.int64)
@@ -202,6 +206,8 @@ def _mixed_sum_kernel(
     for _ in range((after - first).to(tl.int32)):
         acc += tl.load(p_part, mask=mask, other=0.0)
         p_part += size
+    if OF_B:
+        acc *= tl.load(factors_ptr + 2 * segment)
     if DROPOUT:
         acc *= tl.load(factors_ptr + 2 * segment + 1)
     start = _multiple(tl.load(p_segment + RANKS_BEFORE), RANK_UNIT) * K
@@ -223,10 +229,10 @@ def _tiles(kernel: str, layout: Layout, mode: str, burden: bool, data: torch.Ten
 
 def shrink(
     x: torch.Tensor, matrices: torch.Tensor, layout: Layout, seed: torch.Tensor | None = None, *,
-    rank_last: bool = False, tiles: Tiles | None = None,
+    of_b: bool = False, tiles: Tiles | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """scaling·drop(x) aᵀ of every adapter's rows, [elements] in the matrices' dtype: x [M, K]; matrices, one behind the
-    other, (r, K) each, or with rank_last (K, r). `seed` None: nothing is dropped."""
+    """drop(x) aᵀ of every adapter's rows, [elements] in the matrices' dtype: x [M, K]; matrices, one behind the other,
+    (r, K) each, or with of_b (K, r), and then times the scaling. `seed` None: nothing is dropped."""
     depth, device, dropout = x.shape[1], x.device, seed is not None
     modes = _modes(layout, x.dtype, matrices.dtype)
     tiles = tiles or _tiles("shrink", layout, modes["MODE"], dropout, x)
@@ -238,7 +244,7 @@ def shrink(
         _mixed_shrink_kernel[(len(blocks), runs)](
             x, matrices, out, seed, _segments.order(layout, device), blocks, _segments.segments(layout, device),
             _segments.factors(layout, device), layout.tokens, depth, layout.elements, run, *x.stride(),
-            BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(max(layout.ranks)), RANK_LAST=rank_last,
+            BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(max(layout.ranks)), OF_B=of_b,
             DROPOUT=dropout, **modes, **tiles.options,
         )  # fmt: skip
     return out[0] if runs == 1 else sum_partials(out, matrices.dtype)
@@ -246,11 +252,12 @@ def shrink(
 
 def expand(
     p: torch.Tensor, matrices: torch.Tensor, layout: Layout, out: torch.Tensor, dtype: torch.dtype, *,
-    residual: torch.Tensor | None = None, seed: torch.Tensor | None = None, rank_last: bool = False,
+    residual: torch.Tensor | None = None, seed: torch.Tensor | None = None, of_b: bool = False,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`out` [M, N], contiguous, filled with residual + mask⊙(p qᵀ), rounded once: p [elements]; matrices, one behind
-    the other, (r, N) each, or with rank_last (N, r). `dtype` is the data's, which the products are made for.
+    the other, (r, N) each, or with of_b (N, r), and then times the scaling. `dtype` is the data's, which the products
+    are made for.
 
     Where the residual is `out` itself, rows of no adapter are not touched.
     """
@@ -265,17 +272,17 @@ def expand(
             _segments.segments(layout, device), _segments.factors(layout, device), layout.tokens, columns,
             *(residual.stride() if residual is not None else (0, 0)),
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(max(layout.ranks)), tiles.ranks),
-            RANK_LAST=rank_last, HAS_RESIDUAL=residual is not None, DROPOUT=dropout, **modes, **tiles.options,
+            OF_B=of_b, HAS_RESIDUAL=residual is not None, DROPOUT=dropout, **modes, **tiles.options,
         )  # fmt: skip
     return out
 
 
 def grad_columns(
-    t: torch.Tensor, x: torch.Tensor, layout: Layout, seed: torch.Tensor | None = None, *, rank_last: bool = False,
+    t: torch.Tensor, x: torch.Tensor, layout: Layout, seed: torch.Tensor | None = None, *, of_b: bool = False,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """tᵀ drop(x) of every adapter's rows, in t's dtype: matrices one behind the other, (r, K) each, or with rank_last
-    (K, r); t [elements], x [M, K]."""
+    """tᵀ drop(x) of every adapter's rows, in t's dtype: matrices one behind the other, (r, K) each, or with of_b
+    (K, r), and then times the scaling; t [elements], x [M, K]."""
     columns, device, dropout = x.shape[1], x.device, seed is not None
     modes = _modes(layout, x.dtype, t.dtype)
     tiles = tiles or _tiles("grad_columns", layout, modes["MODE"], dropout, x)
@@ -290,10 +297,10 @@ def grad_columns(
         _mixed_grad_columns_kernel[(column_blocks, count)](
             t, x, sums, seed, _segments.order(layout, device), runs, segments, layout.tokens, columns, size,
             *x.stride(), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(max(layout.ranks)),
-            RANK_LAST=rank_last, DROPOUT=dropout, **modes, **tiles.options,
+            OF_B=of_b, DROPOUT=dropout, **modes, **tiles.options,
         )  # fmt: skip
         _mixed_sum_kernel[(triton.cdiv(size, block), len(layout.ranks))](
-            sums, out, firsts, segments, _segments.factors(layout, device), columns, size, block, dropout,
-            layout.rank_unit, enable_fp_fusion=True,
+            sums, out, firsts, segments, _segments.factors(layout, device), columns, size, block, of_b,
+            dropout, layout.rank_unit, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -92,14 +92,17 @@ def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: tor
 
 
 def shrink(x: torch.Tensor, a: torch.Tensor, scale: float, dropout: Dropout | Given | None = None) -> torch.Tensor:
-    """scale·drop(x) aᵀ [M, R] in a's dtype: x [M, K], a [R, K]."""
+    """scale·drop(x) aᵀ [M, R] in a's dtype, rounded once: x [M, K], a [R, K]."""
     if dropout is None and x.dtype == a.dtype:
-        return (x @ a.t()).mul_(scale)
+        return product(x, a.t(), scale)
     out = torch.empty(len(x), len(a), dtype=a.dtype, device=x.device)
     for block in row_blocks(*x.shape, masked=dropout is not None):
-        z = x[block].to(a.dtype) if dropout is None else dropped(x[block], a.dtype, dropout.next(*x[block].shape))
-        torch.mm(z, a.t(), out=out[block])
-    return out.mul_(scale if dropout is None else scale * dropout.scale)
+        if dropout is None:
+            product(x[block].to(a.dtype), a.t(), scale, out[block])
+        else:
+            z = dropped(x[block], a.dtype, dropout.next(*x[block].shape))
+            product(z, a.t(), scale * dropout.scale, out[block])
+    return out
 
 
 def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> torch.Tensor:
@@ -107,37 +110,50 @@ def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> to
     return drop(block.to(dtype, copy=True, memory_format=torch.contiguous_format), places)
 
 
-def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """out += p q, in place, rounded once: out [M, N], p [M, R], q [R, N]."""
+def _factors(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """(q, scale), or of the same product what does not leave out its NaN, as BLAS does with a product times 0."""
+    return (q, scale) if scale else (q * 0, 1.0)
+
+
+def product(p: torch.Tensor, q: torch.Tensor, scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """scale·p q [M, N], rounded once: p [M, R], q [R, N]."""
+    q, scale = _factors(q, scale)
+    return torch.addmm(p.new_zeros(1), p, q, beta=0, alpha=scale, out=out)
+
+
+def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """out += scale·p q, in place, rounded once: out [M, N], p [M, R], q [R, N]."""
+    q, scale = _factors(q, scale)
     if out.dtype == q.dtype:
-        return out.addmm_(p, q)
+        return out.addmm_(p, q, alpha=scale)
     wide = torch.promote_types(out.dtype, q.dtype)
     q = q.to(wide)
     for block in row_blocks(*out.shape):
-        out[block] = torch.addmm(out[block].to(wide), p[block].to(wide), q)
+        out[block] = torch.addmm(out[block].to(wide), p[block].to(wide), q, alpha=scale)
     return out
 
 
-def transposed_product(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """tᵀ x [R, K] in t's dtype: t [M, R], x [M, K]."""
+def transposed_product(t: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale·tᵀ x [R, K] in t's dtype, rounded once: t [M, R], x [M, K]."""
     if x.dtype == t.dtype:
-        return t.t() @ x
+        return product(t.t(), x, scale)
+    t, scale = _factors(t, scale)
     out = torch.zeros(t.shape[1], x.shape[1], dtype=t.dtype, device=x.device)
     for block in row_blocks(*x.shape):
-        out.addmm_(t[block].t(), x[block].to(t.dtype))
+        out.addmm_(t[block].t(), x[block].to(t.dtype), alpha=scale)
     return out
 
 
 def forward(x, weight, bias, residual, a, b, scale, seed, p):
-    """(y [M, N], S [M, R]): shapes as in `lora_linear`, flattened; `weight` None means y = residual + S Bᵀ."""
+    """(y [M, N], S [M, R]): shapes as in `lora_linear`, flattened; `weight` None means y = residual + s·S Bᵀ."""
     y = residual.clone() if weight is None else torch.nn.functional.linear(x, weight, bias)
-    s = shrink(x, a, scale, dropout_of(seed, p, x.device))
-    return add_product(y, s, b.t()), s
+    s = shrink(x, a, 1.0, dropout_of(seed, p, x.device))
+    return add_product(y, s, b.t(), scale), s
 
 
 def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool):
-    """(dB = dYᵀ S [N, R] or None, T = s·dY B [M, R] or None)."""
-    db = transposed_product(s, dy).t() if need_b else None
+    """(dB = s·dYᵀ S [N, R] or None, T = s·dY B [M, R] or None)."""
+    db = transposed_product(s, dy, scale).t() if need_b else None
     return db, shrink(dy, b.t(), scale) if need_t else None
 
 
@@ -159,15 +175,14 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bo
 def _masked_grads(dy, x, t, weight, a, dropout: Dropout, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
     """`grad_a_and_x` under dropout: one drawing of the mask serves both, and the masked term is written first, for the
     base product to accumulate onto."""
-    t = t * dropout.scale
     da = torch.zeros_like(a, dtype=t.dtype) if need_a else None
     dx = torch.empty(len(t), a.shape[1], dtype=dx_dtype, device=dy.device) if need_x else None
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
-            da.addmm_(t[block].t(), dropped(x[block], t.dtype, places))
+            da.addmm_(t[block].t(), dropped(x[block], t.dtype, places), alpha=dropout.scale)
         if need_x:
-            dx[block] = drop(t[block] @ a, places)
+            dx[block] = drop(product(t[block], a, dropout.scale), places)
     if weight is None or dx is None:
         return da, dx
     return da, dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)

@@ -9,6 +9,7 @@ import torch
 from fastpeft.dispatch import Plan
 from fastpeft.kernels import lora_linear as kernels
 from fastpeft.kernels._common import DROPOUT_LEVELS, Dropout, dropout_threshold
+from fastpeft.ops._lora_linear_torch import add_product
 
 # Above this rank a rectangle of dB no longer stays in registers beside T: dY is then read twice.
 ONE_READ_RANK = 64
@@ -36,18 +37,25 @@ def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: tor
 
 def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
     """(y [M, N], S [M, R]): as the torch path's."""
-    s = kernels.shrink(x, a, scale, a.dtype, _dropout(seed, p))
+    s = kernels.shrink(x, a, 1.0, a.dtype, _dropout(seed, p))
     if weight is None:
-        return kernels.tail(s, b, residual.dtype, residual=residual), s
+        return kernels.tail(s, b, residual.dtype, residual=residual, scale=scale), s
+    return expand(s, x, weight, bias, b, scale, plan), s
+
+
+def expand(s, x, weight, bias, b, scale, plan: Plan):
+    """x Wᵀ + bias + s·S Bᵀ [M, N], S in hand."""
     if plan.forward == "fused":
-        return kernels.tail(s, b, x.dtype, base=(x, weight), bias=bias), s
+        return kernels.tail(s, b, x.dtype, base=(x, weight), bias=bias, scale=scale)
     wide = s.dtype != x.dtype
-    if plan.forward == "augment" and not wide:
-        return torch.nn.functional.linear(_beside(x, s, 1), _beside(weight, b, 1), bias), s
+    if plan.forward == "augment" and not wide and (abs(scale) <= 1 or s.dtype != torch.float16):  # s·S is in its range
+        return torch.nn.functional.linear(_beside(x, s * scale, 1), _beside(weight, b, 1), bias)
     if plan.forward == "addmm" or wide:  # an fp32 term that was rounded before the product would be HF peft's no more
         y = torch.nn.functional.linear(x, weight, bias)
-        return kernels.tail(s, b, y.dtype, residual=y) if wide else y.addmm_(s, b.t()), s
-    return kernels.tail(s, b, x.dtype, bias=bias).addmm_(x, weight.t()), s
+        if wide:
+            return kernels.tail(s, b, y.dtype, residual=y, scale=scale)
+        return add_product(y, s, b.t(), scale)
+    return kernels.tail(s, b, x.dtype, bias=bias, scale=scale).addmm_(x, weight.t())
 
 
 def _beside(wide: torch.Tensor, narrow: torch.Tensor, dim: int) -> torch.Tensor:
@@ -67,7 +75,7 @@ def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool, r
     if not (need_b or need_bias):
         return None, t, None
     db, _, dbias = kernels.grad_columns(
-        s if need_b else None, dy, s.dtype if need_b else dy.dtype, with_sum=need_bias, transposed=True
+        s if need_b else None, dy, s.dtype if need_b else dy.dtype, with_sum=need_bias, transposed=True, scale=scale
     )
     return db, t, dbias
 

@@ -6,7 +6,6 @@ and T are kept one behind the other, as the kernels keep them.
 
 import torch
 
-from fastpeft.ops import _lora_linear_torch as alone
 from fastpeft.ops._lora_linear_torch import (
     Dropout,
     Given,
@@ -14,7 +13,9 @@ from fastpeft.ops._lora_linear_torch import (
     drop,
     dropped,
     given_mask,
+    product,
     row_blocks,
+    shrink,
     transposed_product,
 )
 
@@ -79,13 +80,6 @@ def keep_mask(
     return mask
 
 
-def shrink(x: torch.Tensor, a: torch.Tensor, scale: float, dropout: Dropout | None = None) -> torch.Tensor:
-    """scale·drop(x) aᵀ [M, R] in a's dtype, rounded once: x [M, K], a [R, K]."""
-    if dropout is None and x.dtype == a.dtype:
-        return torch.addmm(x.new_zeros(1), x, a.t(), beta=0, alpha=scale)
-    return alone.shrink(x, a, scale, dropout)
-
-
 def _segments(t: torch.Tensor, samples, tokens: int, ranks) -> list[torch.Tensor]:
     """The (rows, r) matrices that lie one behind the other in t."""
     counts = [len(each) * tokens for each in samples]
@@ -100,9 +94,9 @@ def forward(x, weight, bias, residual, a, b, seeds, call):
     s = [a[0].new_empty(0)] if a else [x.new_empty(0)]
     for i, dropout in enumerate(_dropouts(seeds, call.dropouts, x.device)):
         rows = Rows(call.samples[i], call.tokens, x.device)
-        s.append(shrink(rows.of(x), a[i], call.scalings[i], dropout))
+        s.append(shrink(rows.of(x), a[i], 1.0, dropout))
         own = rows.of(y)
-        rows.put(y, add_product(own, s[-1], b[i].t()))
+        rows.put(y, add_product(own, s[-1], b[i].t(), call.scalings[i]))
         s[-1] = s[-1].flatten()
     return y, torch.cat(s)
 
@@ -114,7 +108,7 @@ def grad_b_and_t(dy, s, b, call, need_b: bool, need_t: bool):
     for i, s_i in enumerate(shrunk):
         own = Rows(call.samples[i], call.tokens, dy.device).of(dy)
         if need_b:
-            db.append(transposed_product(s_i, own).t())
+            db.append(transposed_product(s_i, own, call.scalings[i]).t())
         if need_t:
             t.append(shrink(own, b[i].t(), call.scalings[i]).flatten())
     return db if need_b else None, torch.cat(t) if need_t else None
@@ -132,7 +126,7 @@ def grad_a_and_x(dy, x, t, weight, a, seeds, call, need_a: bool, need_x: bool):
         rows = Rows(call.samples[i], call.tokens, dy.device)
         x_i, dx_i = rows.of(x) if need_a else None, rows.of(dx) if need_x else None
         if dropout is not None:
-            da_i = _masked_grads(x_i, dx_i, parts[i] * dropout.scale, a[i], dropout)
+            da_i = _masked_grads(x_i, dx_i, parts[i], a[i], dropout)
         else:
             da_i = transposed_product(parts[i], x_i) if need_a else None
             if need_x:
@@ -149,7 +143,7 @@ def _masked_grads(x, dx, t, a, dropout: Dropout):
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if da is not None:
-            da.addmm_(t[block].t(), dropped(x[block], t.dtype, places))
+            da.addmm_(t[block].t(), dropped(x[block], t.dtype, places), alpha=dropout.scale)
         if dx is not None:
-            dx[block] = (dx[block].to(t.dtype) + drop(t[block] @ a, places)).to(dx.dtype)
+            dx[block] = (dx[block].to(t.dtype) + drop(product(t[block], a, dropout.scale), places)).to(dx.dtype)
     return da

@@ -50,18 +50,18 @@ def forward(x, weight, bias, residual, a, b, seeds, call):
     s = kernels.shrink(x, _behind(a), layout, seeds)
     if weight is None:
         y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-        return kernels.expand(s, b_all, layout, y, y.dtype, residual=residual, rank_last=True), s
+        return kernels.expand(s, b_all, layout, y, y.dtype, residual=residual, of_b=True), s
     y = torch.nn.functional.linear(x, weight, bias)
-    return kernels.expand(s, b_all, layout, y, y.dtype, residual=y, rank_last=True), s
+    return kernels.expand(s, b_all, layout, y, y.dtype, residual=y, of_b=True), s
 
 
 def grad_b_and_t(dy, s, b, call, need_b: bool, need_t: bool):
     """([dB, ...], T), each None where not wanted."""
     layout, db = layout_of(call, len(dy)), None
     if need_b:
-        db = kernels.grad_columns(s, dy, layout, rank_last=True)
+        db = kernels.grad_columns(s, dy, layout, of_b=True)
         db = [part.view(-1, rank) for part, rank in _split(db, call.ranks)]
-    return db, kernels.shrink(dy, _behind(b), layout, rank_last=True) if need_t else None
+    return db, kernels.shrink(dy, _behind(b), layout, of_b=True) if need_t else None
 
 
 def _split(matrices: torch.Tensor, ranks: tuple[int, ...]):

@@ -2,9 +2,9 @@
 
     y = x Wᵀ + bias + s·drop(x) Aᵀ Bᵀ
 
-With S = s·drop(x) Aᵀ and T = s·dY B, drop(x) = mask⊙x/(1 - p):
+With S = drop(x) Aᵀ and T = s·dY B, drop(x) = mask⊙x/(1 - p):
 
-    dX = dY W + mask⊙(T A)/(1 - p)      dA = Tᵀ drop(x)      dB = dYᵀ S      dbias = Σ dY      dW = dYᵀ x
+    dX = dY W + mask⊙(T A)/(1 - p)      dA = Tᵀ drop(x)      dB = s·dYᵀ S      dbias = Σ dY      dW = dYᵀ x
 
 Saved for backward: x where A wants a gradient, S where B does, and a seed in place of the mask. The adapter's matrices
 are never rounded: in fp32 on a half-precision x (HF peft's default) the kernels multiply them in fp32 precision.

@@ -3,9 +3,9 @@
 
     y_b = x_b Wᵀ + bias + s_g·drop_g(x_b) A_gᵀ B_gᵀ      g = rows[b], or without the last term where that is -1
 
-With S = s·drop(x) Aᵀ and T = s·dY B of each sample's adapter, drop(x) = mask⊙x/(1 - p), and X_g the samples of g:
+With S = drop(x) Aᵀ and T = s·dY B of each sample's adapter, drop(x) = mask⊙x/(1 - p), and X_g the samples of g:
 
-    dX = dY W + mask⊙(T A)/(1 - p)      dA_g = Σ_{X_g} Tᵀ drop(x)      dB_g = Σ_{X_g} dYᵀ S      dbias = Σ dY
+    dX = dY W + mask⊙(T A)/(1 - p)      dA_g = Σ_{X_g} Tᵀ drop(x)      dB_g = Σ_{X_g} s·dYᵀ S      dbias = Σ dY
 
 Ranks, scalings and probabilities differ from adapter to adapter. Saved for backward are x, S and a seed in place of the
 masks; the matrices are never rounded, and an adapter that no sample has gets no gradient. Which sample has which is

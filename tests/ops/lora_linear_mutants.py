@@ -31,6 +31,7 @@ SHRINK = [
     ("_shrink_kernel", "start of a run", "depth_run * depth_per_program", "depth_run * BLOCK_K"),
     ("_shrink_kernel", "S of one run", "(depth_run * M + rows)", "(depth_run * 0 + rows)"),
     ("shrink", "kept values not scaled", "scale * keep_scale", "scale"),
+    ("tail", "kept values not scaled", "scale * keep_scale", "scale"),
     ("shrink", "last block of rows", "triton.cdiv(rows, tiles.rows)", "max(1, rows // tiles.rows)"),
 ]
 
@@ -41,8 +42,9 @@ TAIL = [
     ("_tail_kernel", "last chunk of ranks", "(0, R, BLOCK_R,", "(0, min(R, BLOCK_R), BLOCK_R,"),
     ("_tail_kernel", "last input", "inner < K - k", "inner < K - k - 1"),
     ("_tail_kernel", "last block of inputs", "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
-    ("_tail_kernel", "kept values not scaled", "acc * keep_scale", "acc"),
-    ("_tail_kernel", "mask inverted", "tl.where(keep, acc * keep_scale, 0.0)", "tl.where(keep, 0.0, acc * keep_scale)"),
+    ("_tail_kernel", "no scale", "acc *= scale", "acc *= 1"),
+    ("_tail_kernel", "scale off by 1 %", "acc *= scale", "acc *= scale * 0.99"),
+    ("_tail_kernel", "mask inverted", "tl.where(keep, acc, 0.0)", "tl.where(keep, 0.0, acc)"),
     ("_tail_kernel", "mask of other rows", "row_start, column_start, th", "row_start + BLOCK_M, column_start, th"),
     ("_tail_kernel", "mask of other columns", "column_start, threshold", "column_start + 8, threshold"),
     ("_tail_kernel", "no bias", "if HAS_BIAS:", "if False:"),
@@ -84,8 +86,10 @@ GRAD_B_AND_T = [
         "dy, acc, MODE, HALF, UPCAST)",
         f"dy, acc, MODE, HALF, UPCAST){ROUND_TO_HALF}",
     ),
-    ("grad_b_and_t", "no scale", "s.dtype, scale)", "s.dtype)"),
-    ("grad_b_and_t", "scale off by 1 %", "s.dtype, scale)", "s.dtype, scale * 0.99)"),
+    ("grad_b_and_t", "no scale of T", "s.dtype, scale)", "s.dtype)"),
+    ("grad_b_and_t", "scale of T off by 1 %", "s.dtype, scale)", "s.dtype, scale * 0.99)"),
+    ("grad_b_and_t", "no scale of dB", "b.dtype, scale)", "b.dtype)"),
+    ("grad_b_and_t", "scale of dB off by 1 %", "b.dtype, scale)", "b.dtype, scale * 0.99)"),
 ]
 
 GRAD_COLUMNS = [
@@ -112,7 +116,8 @@ GRAD_COLUMNS = [
     ("_grad_columns_kernel", "dA of one run", "row_run * R * K", "row_run * 0"),
     ("_grad_columns_kernel", "bias' sum forgotten", "total += ", "total = "),
     ("_grad_columns_kernel", "fp16 sums", "x, acc, MODE, HALF, UPCAST)", f"x, acc, MODE, HALF, UPCAST){ROUND_TO_HALF}"),
-    ("grad_columns", "kept values not scaled", "sum_partials(parts, dtype, keep_scale)", "sum_partials(parts, dtype)"),
+    ("grad_columns", "kept values not scaled", "scale * keep_scale)", "scale)"),
+    ("grad_columns", "no scale", "scale * keep_scale)", "keep_scale)"),
     ("grad_columns", "dB not transposed", "(1, rank) if transposed", "(columns, 1) if transposed"),
 ]
 

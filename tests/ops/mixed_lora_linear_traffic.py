@@ -21,8 +21,9 @@ def blocks_of(counts, rows) -> list[int]:
     return [ceil(count / rows) for count in counts]
 
 
-def shrink(counts, k, ranks, tiles, data, adapter, processors, dropout=False):
-    """S of every adapter: x once, A once for each block of rows; few rows are read in runs of columns."""
+def shrink(counts, k, ranks, tiles, data, adapter, processors, dropout=False, scaled=False):
+    """S or (`scaled`) T of every adapter: x once, A once for each block of rows; few rows are read in runs of
+    columns."""
     blocks = blocks_of(counts, tiles.rows)
     programs, rows, elements = sum(blocks), sum(counts), sum(c * r for c, r in zip(counts, ranks, strict=True))
     parts = runs(k, tiles.depth, processors // programs)
@@ -34,13 +35,13 @@ def shrink(counts, k, ranks, tiles, data, adapter, processors, dropout=False):
         "order_ptr": rows * parts * INT,
         "blocks_ptr": programs * parts * BLOCK_FIELDS * INT,
         "segments_ptr": programs * parts * 6 * INT,
-        "factors_ptr": programs * parts * (1 + dropout) * FACTOR,
+        "factors_ptr": programs * parts * (scaled + dropout) * FACTOR,
     }
     return without_nothing(loads, {"out_ptr": elements * adapter if parts == 1 else parts * elements * FP32})
 
 
 def expand(counts, n, ranks, tiles, data, adapter, rest=0, residual=False, dropout=False):
-    """S Bᵀ on top of a residual: the residual and the result once, S once for each block of columns, B once for each
+    """s·S Bᵀ on top of a residual: the residual and the result once, S once for each block of columns, B once for each
     block of rows. `rest`: rows of no adapter, whose residual is copied; in place they are not touched."""
     blocks_n, blocks = ceil(n / tiles.columns), blocks_of(counts, tiles.rows)
     programs = (sum(blocks) + ceil(rest / tiles.rows)) * blocks_n
@@ -53,7 +54,7 @@ def expand(counts, n, ranks, tiles, data, adapter, rest=0, residual=False, dropo
         "order_ptr": blocks_n * rows * INT,
         "blocks_ptr": programs * BLOCK_FIELDS * INT,
         "segments_ptr": programs * (5 + dropout) * INT,
-        "factors_ptr": programs * FACTOR * dropout,
+        "factors_ptr": programs * (1 + dropout) * FACTOR,
     }
     return without_nothing(loads, {"out_ptr": rows * n * data})
 

@@ -119,7 +119,8 @@ def test_torch_path_at_shape(shape, outputs, dtypes, dropout):
 def test_single_elements(dropout, backend):
     # No sums to speak of: eager's whole error is one or two roundings, and one more is no fault.
     with on(backend):
-        assert_right(draws(24, (1, 1), 1, dropout=dropout), bounds=Bounds(rms=2.5, peak=5.0, row=2.5))
+        problems = draws(24 if backend == "triton" else 96, (1, 1), 1, dropout=dropout)
+        assert_right(problems, bounds=Bounds(rms=2.5, peak=5.0, row=2.5))
 
 
 def subsets(names):

@@ -53,14 +53,14 @@ def seed(dropout):
 @layouts
 @dropping
 @processors
-@pytest.mark.parametrize("rank_last", [False, True], ids=["A", "B"])
-def test_shrink_reads_x_once_and_a_matrix_once_for_each_block(shape, dropout, processors, rank_last, monkeypatch):
+@pytest.mark.parametrize("of_b", [False, True], ids=["A", "B"])
+def test_shrink_reads_x_once_and_a_matrix_once_for_each_block(shape, dropout, processors, of_b, monkeypatch):
     monkeypatch.setattr(kernels, "processor_count", lambda tensor: processors)
     layout, width = layout_of(shape, dropout), 100
     with count_traffic() as traffic:
         x = data(rows_of(layout), width)
-        kernels.shrink(x, matrices(layout, width), layout, seed(dropout), rank_last=rank_last, tiles=TILES)
-    found = expected.shrink(layout.counts, width, layout.ranks, TILES, 2, 4, processors, dropout)
+        kernels.shrink(x, matrices(layout, width), layout, seed(dropout), of_b=of_b, tiles=TILES)
+    found = expected.shrink(layout.counts, width, layout.ranks, TILES, 2, 4, processors, dropout, of_b)
     assert traffic.of("_mixed_shrink_kernel") == found
     assert traffic.atomics == 0
 
@@ -75,7 +75,7 @@ def test_expand_touches_only_what_it_must(shape, dropout, kind):
     residual = {"in place": out, "residual": data(rows, width), "alone": None}[kind]
     with count_traffic() as traffic:
         p, q = torch.randn(layout.elements), matrices(layout, width)
-        kernels.expand(p, q, layout, out, DATA, residual=residual, seed=seed(dropout), rank_last=True, tiles=TILES)
+        kernels.expand(p, q, layout, out, DATA, residual=residual, seed=seed(dropout), of_b=True, tiles=TILES)
     rest = 0 if kind == "in place" else len(layout.rest) * layout.tokens
     found = expected.expand(layout.counts, width, layout.ranks, TILES, 2, 4, rest, kind != "alone", dropout)
     if kind == "in place":  # one tensor, of which the first argument is charged

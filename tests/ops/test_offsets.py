@@ -143,10 +143,10 @@ def test_the_end_of_a_large_mixed_product():
     p, q = normal(rows, 3), normal(columns * 3)
     out = torch.empty(rows, columns, dtype=HALF)
     with last_programs():
-        mixed_lora_linear.expand(p.view(-1), q, layout, out, HALF, rank_last=True)
+        mixed_lora_linear.expand(p.view(-1), q, layout, out, HALF, of_b=True)
     assert out.numel() > 1 << 31
     expected = torch.empty(16, 32, dtype=HALF)
-    mixed_lora_linear.expand(p[-16:].reshape(-1), q[-32 * 3 :], small, expected, HALF, rank_last=True)
+    mixed_lora_linear.expand(p[-16:].reshape(-1), q[-32 * 3 :], small, expected, HALF, of_b=True)
     assert torch.equal(out[-16:, -32:], expected)
 
 
