@@ -11,6 +11,7 @@ from torch import nn
 
 from fastpeft import files
 from fastpeft.arguments import check_flags, names_of
+from fastpeft.base_names import read_for
 from fastpeft.configs import as_config
 from fastpeft.distributed import first_writes
 from fastpeft.encoders import check_encoder, encoder_tensors, fill_encoder, forget_encoder
@@ -166,7 +167,7 @@ def load_adapter(
         check_plan(model, plan, state_of(model).backend if patched else None)
         planned.append((plan, places))
 
-    found = files.read_adapter(directory, validate)
+    found = read_for(model, directory, validate)
     hf_quirks = _quirks_of(found) if hf_quirks is None else hf_quirks
     begun = {"autocast": autocast_adapter_dtype, "hf_quirks": hf_quirks}
     with adding(model, adapter_name) if patched else beginning(model, None, **begun) as state:

@@ -45,6 +45,8 @@ _TAKEN = frozenset(
     | {"prompt_encoder", "ranknum", "token_adapter", "weight"}
 )
 
+Validate = Callable[[dict[str, Any], dict[str, TensorInfo], dict[str, Any] | None], object]
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -131,13 +133,15 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_adapter(
     directory: str | os.PathLike[str],
-    validate: Callable[[dict[str, Any], dict[str, TensorInfo], dict[str, Any] | None], object] | None = None,
+    validate: Validate | None = None,
+    max_tensors: int = MAX_TENSORS,
 ) -> AdapterFiles:
     """The adapter in `directory`, from one and the same save even while another process replaces it.
 
     `validate(config, header, side)` is called before the data is read, and raises if they are not what the caller
     expects: only then a file of many gigabytes costs nothing. It may be called again, with other side data too, so it
-    must have no effects. Nothing is mapped: what happens to the files afterwards does not reach the tensors.
+    must have no effects. `max_tensors`: the most that the model could need; a file of more is refused before its header
+    is parsed. Nothing is mapped: what happens to the files afterwards does not reach the tensors.
 
     Raises AdapterFileError if anything is missing, damaged, not a regular file, or not a safetensors file of finite
     floating-point values; every message names the file. Nothing is ever downloaded.
@@ -149,7 +153,7 @@ def read_adapter(
         weights, where = files[WEIGHTS], os.path.join(path, WEIGHTS)
         if weights is None:
             raise AdapterFileError(_why_no_weights(path))
-        header = parse_header(weights, where)
+        header = parse_header(weights, where, max_tensors)
         side = _read_side(files[SIDE], os.path.join(path, SIDE))
         digests = {key: side.pop(key, None) for key in (SIDE_DIGEST, ENCODER_DIGEST)} if side is not None else {}
         problem = None
@@ -157,9 +161,11 @@ def read_adapter(
             try:
                 validate(config, header, side)
             except FastpeftError as error:
-                if not (side and side.get(OPTIONS)):
+                # The options may belong to other weights, which only their digest tells; it is not worth reading what
+                # does not fit without them either.
+                if not (side and side.get(OPTIONS) and _passes(validate, config, header)):
                     raise
-                problem = error  # unless the options belong to other weights
+                problem = error
         data = _read_all(weights, where)
         stale = side is not None and digests[SIDE_DIGEST] != hashlib.sha256(data).hexdigest()
         if stale:
@@ -169,13 +175,21 @@ def read_adapter(
         elif problem is not None:
             raise problem
         tensors = _decode_tensors(data, header, where)
-        encoder = None if side is None else _read_encoder(files[ENCODER], digests[ENCODER_DIGEST], path)
+        encoder = None if side is None else _read_encoder(files[ENCODER], digests[ENCODER_DIGEST], path, max_tensors)
         return AdapterFiles(path, config, header, tensors, side, encoder), stale
 
     adapter, stale = read_files(path, [CONFIG, WEIGHTS, ENCODER, SIDE], read)
     if stale:
         warn(f"{path}: {SIDE} is ignored, as another program has replaced {WEIGHTS} since. Delete it.", stacklevel=2)
     return adapter
+
+
+def _passes(validate: Validate, config: dict[str, Any], header: dict[str, TensorInfo]) -> bool:
+    try:
+        validate(config, header, None)
+    except FastpeftError:
+        return False
+    return True
 
 
 def _path_of(directory: str | os.PathLike[str]) -> str:
@@ -211,8 +225,8 @@ def _encode_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
     from safetensors.torch import save
 
     where = f"cannot save {WEIGHTS}"
-    if not 0 < len(tensors) <= MAX_TENSORS:
-        raise AdapterFileError(f"{where}: {len(tensors)} tensors; an adapter has 1 to {MAX_TENSORS}.")
+    if not tensors:
+        raise AdapterFileError(f"{where}: 0 tensors; an adapter has one at least.")
     ready: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -316,14 +330,14 @@ def _read_side(file: BinaryIO | None, where: str) -> dict[str, Any] | None:
     return side
 
 
-def _read_encoder(file: BinaryIO | None, digest: Any, path: str) -> dict[str, torch.Tensor] | None:
+def _read_encoder(file: BinaryIO | None, digest: Any, path: str, max_tensors: int) -> dict[str, torch.Tensor] | None:
     """The encoder that the side data name."""
     where = os.path.join(path, ENCODER)
     if digest is None:
         return None
     if file is None:
         raise AdapterFileError(f"{where} is missing, and {SIDE} names it. Fetch it, or delete {SIDE}.")
-    header = parse_header(file, where)
+    header = parse_header(file, where, max_tensors)
     data = _read_all(file, where)
     if hashlib.sha256(data).hexdigest() != digest:
         raise AdapterFileError(f"{where} is not the one that {SIDE} was written with. Fetch it again, or delete both.")

@@ -51,6 +51,20 @@ def config_of(raw_config: dict, side: dict | None) -> PeftConfig:
     return config.with_side_values({**config.of_peft_s_files, **options})
 
 
+FEW_TENSORS = 2_000  # of any model; they are read in less than 50 ms
+
+
+def most_tensors(model: nn.Module) -> int:
+    """More tensors than a file for the model may hold, so that one of a larger model is still told what does not fit.
+
+    A targeted module has up to six: A, B, its bias, E or a magnitude, the module's own weight and bias. A module that
+    is trained whole has each of its parameters up to three times.
+    """
+    modules = sum(1 for _ in model.modules())
+    tensors = sum(len(module._parameters) + len(module._buffers) for module in model.modules())
+    return max(FEW_TENSORS, 6 * modules + 3 * tensors)
+
+
 def places_in_file(model: nn.Module, plan, embeddings: bool = False) -> dict[str, Place]:
     """Every tensor that the file of a planned adapter may hold, by its name there.
 
@@ -164,7 +178,8 @@ def check_names_and_shapes(places: dict[str, Place], found: dict[str, tuple], wh
     missing, extra = sorted(expected - found.keys()), sorted(found.keys() - known.keys())
     if missing and extra and not expected & found.keys():
         raise AdapterFileError(
-            f"{where}: none of its {len(found)} tensors fits this model; it has {extra[0]!r}, expected {missing[0]!r}"
+            f"{where}: none of its {len(found)} tensors fits this model; it has {shown(extra[0])}, "
+            f"expected {missing[0]!r}"
         )
     if missing:
         raise AdapterFileError(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastpeft import files
+from fastpeft.base_names import read_for
 from fastpeft.configs import LoraConfig, PeftType
 from fastpeft.errors import AdapterFileError, ConfigError, PatchError
 from fastpeft.filling import check_names_and_shapes, config_of, places_in_file
@@ -157,7 +157,7 @@ def hotswap_adapter(model: nn.Module, directory: str | Path, adapter_name: str =
         _check_fits(model, name, plan, header, directory)
         planned.append((config, plan))
 
-    found = files.read_adapter(directory, validate)
+    found = read_for(model, directory, validate)
     config, plan = planned[-1]
     own = _live(model, name)
     for key, tensor in found.tensors.items():

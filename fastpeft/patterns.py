@@ -25,7 +25,7 @@ except ImportError:  # Python 3.10
 MAX_LENGTH = 2000
 MAX_PARTS = 20_000  # of a field's patterns with their repeats written out: 50 ms and 30 megabytes
 MAX_PATTERNS, MAX_EXPRESSIONS = 10_000, 200  # in one field; the second counts what is more than a name
-TIMEOUT_S = 0.5  # of the processor, for one module name; a pattern in daily use takes microseconds
+TIMEOUT_S = 0.4  # of the processor, for one module name; a pattern in daily use takes microseconds
 FREE_S = 20e-6  # what a match may take without being counted against the time of all
 
 _NAME = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastpeft import files
+from fastpeft.base_names import read_for
 from fastpeft.configs import PeftConfig
 from fastpeft.encoders import fill_encoder, has_network
 from fastpeft.errors import AdapterFileError, ConfigError, PatchError
@@ -19,6 +19,7 @@ from fastpeft.mapping import tuner_of
 from fastpeft.patching import layers, state_of
 from fastpeft.state import keeps_embeddings, only_adapter, own_tensors_of
 from fastpeft.tuners.adalora import AdaLoraLayer, settings_of
+from fastpeft.untrusted import shown
 
 # The fields in which a directory's configuration may differ: where it comes from, and how its targets are written, of
 # which the names and shapes of the tensors tell more.
@@ -59,7 +60,7 @@ def restore_adapter(model: nn.Module, directory: str | Path, *, adapter_name: st
         _check_same_layers(own_tensors_of(model, name).keys(), places, name, directory)
         planned.append((plan, places))
 
-    found = files.read_adapter(directory, validate)
+    found = read_for(model, directory, validate)
     plan, places = planned[-1]
     network = has_network(model, name)
     if network and found.encoder is None:
@@ -97,7 +98,7 @@ def _check_same_layers(mine, places: dict[str, Place], name: str, directory) -> 
 
 def _differs(field: str, theirs: object, mine: object, name: str, directory) -> str:
     return (
-        f"{directory} was saved with {field}={theirs!r}, and adapter {name!r} has {field}={mine!r}; "
+        f"{directory} was saved with {field}={shown(theirs)}, and adapter {name!r} has {field}={shown(mine)}; "
         f"make the adapter with the configuration that it was trained with"
     )
 

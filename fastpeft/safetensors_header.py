@@ -17,13 +17,12 @@ import torch
 from fastpeft.errors import AdapterFileError
 from fastpeft.untrusted import open_regular, parse_json_object, shown
 
-MAX_TENSORS = 50_000
-MAX_HEADER_BYTES = 25_000_000  # 500 for each tensor; the official reader's limit is four times as high
+MAX_TENSORS = 50_000  # where no model says how many it could need
+MAX_BYTES_EACH = 500  # of the header, for each tensor that it may have
 MAX_NAME = 1024
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Per tensor 21 quotes, commas and brackets, and one comma for each dimension beyond the second.
-_MAX_MARKS = 25 * MAX_TENSORS
+_MAX_MARKS_EACH = 25  # 21 quotes, commas and brackets, and one comma for each dimension beyond the second
 _ZERO_NUMEL = "holds no values (saved under ZeRO-3 or FSDP without gathering the parameters first?)"
 _TRIPLETS = re.compile(r"\.lora_[AEB]$")
 _DISGUISES = {
@@ -43,35 +42,44 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+def read_header(path: str | os.PathLike[str], max_tensors: int = MAX_TENSORS) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes in the safetensors file `path`, in the order of their data; reads no data.
 
     Raises AdapterFileError if the file is missing, is not a regular safetensors file, or holds what an adapter cannot:
-    no tensors or more than MAX_TENSORS, a dtype outside F64, F32, F16 and BF16, a tensor without values.
+    no tensors or more than `max_tensors`, or MAX_BYTES_EACH of a header for each of these; a dtype outside F64, F32,
+    F16 and BF16; a tensor without values. How long that takes is bounded by `max_tensors`, not by the file.
     """
     where = os.fspath(path)
     file = open_regular(where, os.path.dirname(where) or ".")
     if file is None:
         raise AdapterFileError(f"{where} does not exist. Give the path of a safetensors file.")
     with file:
-        return parse_header(file, where)
+        return parse_header(file, where, max_tensors)
 
 
-def parse_header(file: BinaryIO, where: str) -> dict[str, TensorInfo]:
+def parse_header(file: BinaryIO, where: str, max_tensors: int = MAX_TENSORS) -> dict[str, TensorInfo]:
     """As `read_header`, from an open file, whose position it moves; `where` names it in errors."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(9)
     if size < 9 or len(start) < 9:
         raise AdapterFileError(f"{where} is cut off: it has {size} bytes, less than a header. Fetch or save it again.")
     length = int.from_bytes(start[:8], "little")
-    if start[8:] != b"{" or length > min(size - 8, MAX_HEADER_BYTES):
-        raise AdapterFileError(f"{where} {_why_no_header(start, length, size)}.")
+    max_bytes = max_tensors * MAX_BYTES_EACH
+    if start[8:] != b"{" or length > min(size - 8, max_bytes):
+        raise AdapterFileError(f"{where} {_why_no_header(start, length, size, max_bytes)}.")
     file.seek(8)
     data = file.read(length)
-    if data.count(b'"data_offsets"') > MAX_TENSORS:
-        raise AdapterFileError(f"{where} has more than {MAX_TENSORS} tensors, the limit for an adapter.")
-    found = parse_json_object(data, f"the header of {where}", max_bytes=MAX_HEADER_BYTES, max_marks=_MAX_MARKS)
-    _check_metadata(found.pop("__metadata__", {}), where)
+    count = data.count(b'"data_offsets"')  # of those that are not hidden behind escapes
+    if count <= max_tensors:
+        max_marks = max_tensors * _MAX_MARKS_EACH
+        found = parse_json_object(data, f"the header of {where}", max_bytes=max_bytes, max_marks=max_marks)
+        _check_metadata(found.pop("__metadata__", {}), where)
+        count = len(found)
+    if count > max_tensors:
+        raise AdapterFileError(
+            f"{where} has more than {max_tensors} tensors, {count}, and no adapter of this model needs as many. Is it "
+            "the right base model?"
+        )
     if not found:
         raise AdapterFileError(f"{where} has no tensors, so it is not a trained adapter. Save it again.")
     return _check_tensors(found, size - 8 - length, where)
@@ -100,12 +108,12 @@ def check_tensor_kind(name: str, dtype: object, allowed: bool, shape: Sequence[i
         raise AdapterFileError(f"{where}: tensor {shown(name)} {_ZERO_NUMEL}. Gather, then save again.")
 
 
-def _why_no_header(start: bytes, length: int, size: int) -> str:
+def _why_no_header(start: bytes, length: int, size: int, max_bytes: int) -> str:
     for magic, words in _DISGUISES.items():
         if start.startswith(magic):
             return f"is {words}"
-    if length > MAX_HEADER_BYTES:
-        return f"is not a safetensors file: its header would be {length} bytes long, the limit is {MAX_HEADER_BYTES}"
+    if length > max_bytes:
+        return f"is not a safetensors file: its header would be {length} bytes long, the limit is {max_bytes}"
     if length > size - 8:
         return f"is cut off or damaged: its header should have {length} bytes, {size - 8} are there. Fetch it again"
     return f"is not a safetensors file: its header begins with {start[8:]!r}, not with '{{'. Give another"

@@ -62,6 +62,15 @@ def _billions(found):
     found[A].update(shape=[10**9, 10**9])
 
 
+def _tensors(count, offsets="data_offsets", name="t"):
+    entries = (
+        f'"{name}{i}":{{"dtype":"F32","shape":[1],"{offsets}":[{4 * i},{4 * i + 4}]}}'.encode() for i in range(count)
+    )
+    return put(WEIGHTS, blob(b"{" + b",".join(entries) + b"}", bytes(4 * count)))
+
+
+_BIG = blob({"a": {"dtype": "F32", "shape": [10**8], "data_offsets": [0, 4 * 10**8]}})
+
 WEIGHT_FILES = {
     "weights missing": (without(WEIGHTS), "is missing"),
     "weights only a pickle": (both(without(WEIGHTS), pickled("adapter_model.bin")), "adapter_model.bin", "a pickle"),
@@ -72,9 +81,17 @@ WEIGHT_FILES = {
     "weights with more behind": (lambda d: (d / WEIGHTS).open("ab").write(b"evil"), "4 bytes after its last tensor"),
     "header of 2^63 bytes": (put(WEIGHTS, blob(b"{}", length=2**63)), "9223372036854775808 bytes"),
     "header of 100 MB": (put(WEIGHTS, blob(b'{"' + b"a" * 100_000_000 + b'": 1}')), "the limit is"),
-    "header of 24 MB of marks": (put(WEIGHTS, blob(b"{" + b'"a":[],' * 3_400_000 + b'"b":1}')), "too many values"),
-    "header of 24 MB of spaces": (put(WEIGHTS, blob(b"{" + b" " * 24_000_000 + b"}")), "has no tensors"),
-    "header deep": (put(WEIGHTS, blob(b'{"a":' * DEEP + b"1" + b"}" * DEEP)), "64 levels"),
+    "header of 24 MB of marks": (put(WEIGHTS, blob(b"{" + b'"a":[],' * 3_400_000 + b'"b":1}')), "the limit is 1000000"),
+    "header of 24 MB of spaces": (put(WEIGHTS, blob(b"{" + b" " * 24_000_000 + b"}")), "the limit is 1000000"),
+    "header of 1 MB of marks": (put(WEIGHTS, blob(b"{" + b'"a":[],' * 140_000 + b'"b":1}')), "too many values"),
+    "header of 1 MB of spaces": (put(WEIGHTS, blob(b"{" + b" " * 999_998 + b"}")), "has no tensors"),
+    "header of as many marks as there may be": (
+        put(WEIGHTS, blob(b"{" + b",".join(b'"%d":0' % i for i in range(16_666)) + b"}")),
+        "more than 2000 tensors",
+    ),
+    "header of brackets": (put(WEIGHTS, blob(b'{"a":[' + b"[]," * 24_000 + b"0]}")), "is not described by"),
+    "header deep": (put(WEIGHTS, blob(b'{"a":' * 16_000 + b"1" + b"}" * 16_000)), "64 levels"),
+    "header deeper": (put(WEIGHTS, blob(b'{"a":' * DEEP + b"1" + b"}" * DEEP)), "too many values"),
     "header not UTF-8": (put(WEIGHTS, blob(b'{"\xff": 1}')), "not UTF-8"),
     "header a list": (put(WEIGHTS, blob(b"[1]")), "begins with"),
     "header with a key twice": (put(WEIGHTS, blob(b'{"a": 1, "a": 2}')), "'a' occurs twice"),
@@ -107,26 +124,12 @@ WEIGHT_FILES = {
         ),
         WEIGHTS,
     ),
-    "100,000 tensors": (
-        put(
-            WEIGHTS,
-            blob(
-                {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(100_000)},
-                bytes(400_000),
-            ),
-        ),
-        "more than 50000 tensors",
-    ),
-    "50,000 tensors": (
-        put(
-            WEIGHTS,
-            blob(
-                {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(50_000)},
-                bytes(200_000),
-            ),
-        ),
-        "none of its 50000 tensors",
-    ),
+    "100,000 tensors": (_tensors(100_000), "the limit is 1000000"),
+    "50,000 tensors": (_tensors(50_000), "the limit is 1000000"),
+    "10,000 tensors": (_tensors(10_000), "more than 2000 tensors, 10000"),
+    "2,001 tensors behind escapes": (_tensors(2_001, "data_\\u006fffsets"), "more than 2000 tensors, 2001"),
+    "2,000 tensors": (_tensors(2_000), "none of its 2000 tensors fits"),
+    "2,000 tensors of long names": (_tensors(2_000, name="x" * 400), "none of its 2000 tensors fits"),
     **{
         f"name {name[:12]!r}": (header(lambda found, name=name: found.update({name: found.pop(B)})), "tensor named")
         for name in ("../../evil", "/etc/passwd", "a\\b", "a\0b", "a\nb", "\x1b[31m", "a\u202eb", "x" * 5000, "a..b")
@@ -216,6 +219,12 @@ SIDES = {
     "options that set the method": ("prefix", options(peft_type="LORA"), Config, "no such option"),
     "options unknown": ("prefix", options(evil=1), Config, "evil=1"),
     "options of the wrong type": ("prefix", options(prefix_window=["pin"]), Config, "prefix_window"),
+    "options unknown beside 400 MB of another model": (
+        "lora",
+        both(put(WEIGHTS, _BIG), sparse(WEIGHTS, len(_BIG) + 4 * 10**8), options(evil=1)),
+        Config,
+        "evil=1",
+    ),
     "options for an encoder that is not there": ("prefix", options(encoder_prefix=True), (Config, Target), ""),
     "network missing": ("p-tuning", without(ENCODER), File, ENCODER, "is missing"),
     "network another": ("p-tuning", _without_side_s_leave(lambda found: found.popitem()), File, "is not the one"),

@@ -93,7 +93,9 @@ METHODS = {
     "megatron": ("lora", config(megatron_config={"a": 1}, megatron_core="evil.core"), Config, "megatron_config"),
     "megatron core to import": ("lora", config(megatron_core="evil.core"), Config, "megatron_core='evil.core'"),
     "layers replicated a billion times": ("lora", config(layer_replication=[[0, 10**9]]), Config, "layer_replication"),
-    "target parameters": ("lora", config(target_parameters=["q_proj.weight"]), Config, "target_parameters"),
+    "target parameters": ("lora", config(target_parameters=["q_proj.weight"]), Target, "target_parameters"),
+    "target parameters that are not there": ("lora", config(target_parameters=["k_proj.weight"]), File, "are missing"),
+    "target parameters a string": ("lora", config(target_parameters="k_proj.weight"), Config, "target_parameters="),
     "trainable tokens": ("lora", config(trainable_token_indices=[0, 1]), Config, "trainable_token_indices"),
     "runtime": ("lora", config(runtime_config={"ephemeral_gpu_offload": True}), Config, "runtime_config"),
     "loftq": ("lora", config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), Config, "loftq"),
@@ -174,6 +176,14 @@ GROWING = [
     "(?:" * n + "a|b" + f"|c){repeat}" * n for n, repeat in ((100, "+"), (20, "{2}"), (40, "{1,}?"), (3, "{900}"))
 ]
 MANY = [f"l{i}" for i in range(60_000)]
+LARGE = [f"(?:a{i}|b){{14}}" for i in range(190)]  # almost as many, and as much of them, as there may be in a field
+MOST = {
+    "exclude_modules": MANY[:20_000],
+    "rank_pattern": dict.fromkeys([*LARGE, *MANY[:9_000]], 4),
+    "alpha_pattern": dict.fromkeys([*reversed(LARGE), *MANY[:9_000]], 8),
+    "layers_pattern": [*(f"{each}?" for each in LARGE), "layers"],
+    "layers_to_transform": [0],
+}
 
 PATTERNS = {
     **{
@@ -192,6 +202,13 @@ PATTERNS = {
         for pattern in GROWING
     },
     "a pattern that grows in rank_pattern": ("lora", config(rank_pattern={GROWING[0]: 4}), Config, "parts, more than"),
+    "as much as there may be of everything": ("lora", config(**MOST), File, "does not declare"),
+    "as much as there may be, and a slow pattern": (
+        "lora",
+        config(**{**MOST, "rank_pattern": {**MOST["rank_pattern"], SLOW: 4}}),
+        Config,
+        "takes more than",
+    ),
     "groups in groups": ("lora", config(target_modules="(" * 999 + ")" * 999), Config, "too deep"),
     "a pattern that misspells": ("lora", config(target_modules="(?:q_prok|v_prok){e<=1}"), Config, "braces"),
     "60,000 ranks": ("lora", config(rank_pattern=dict.fromkeys(MANY, 4)), Config, "more than 10000"),

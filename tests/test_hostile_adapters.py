@@ -21,7 +21,7 @@ from tests.hostile import CONFIG, SIDE, SOUND, config, lay_out, mined, options, 
 from tests.hostile_cases import CASES, TENSORS, TOKENIZERS
 from tests.hostile_victim import DEEDS, SPOILS
 
-SECONDS = 2.0  # of the processor: a second where nothing else runs beside
+SECONDS = 1.0  # of the processor
 MEGABYTES = 200
 PATIENCE = 120  # on the clock, where many processes share a core
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,7 +331,7 @@ def test_a_pickle_is_what_it_would_have_been(tmp_path):
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [("changes a bit", "lm_head.weight"), ("takes 300 megabytes", "< 200"), ("takes 2.5 seconds", "< 2.0")],
+    [("changes a bit", "lm_head.weight"), ("takes 300 megabytes", "< 200"), ("takes 2.5 seconds", "< 1.0")],
 )
 def test_what_is_measured_is_measured(child, directory, spoil, words):
     assert spoil in SPOILS

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastpeft.distributed import placed_as, plain_path, whole
 from fastpeft.errors import AdapterFileError
+from fastpeft.filling import most_tensors
 from fastpeft.integrations.peft.swapping import Swapped
 from fastpeft.journal import WEIGHTS
 from fastpeft.safetensors_header import read_header
@@ -74,7 +75,7 @@ def restore_training(model: nn.Module, path: str) -> None:
 
     directory, parameters = os.path.dirname(path), _trained(model)
     mine = {name: tuple(each.shape) for name, each in parameters.items()}
-    header = {name: tuple(each.shape) for name, each in read_header(path).items()}
+    header = {name: tuple(each.shape) for name, each in read_header(path, most_tensors(model)).items()}
     theirs = {name.removeprefix(_PARAMETER): each for name, each in header.items() if name.startswith(_PARAMETER)}
     if differing := sorted(mine.items() ^ theirs.items()):
         name = differing[0][0]
