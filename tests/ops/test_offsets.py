@@ -69,10 +69,14 @@ def test_lora_linear(leaves, name, dim):
     assert_far_as_near(lora, leaves, normal(N, N), name, dim, "fused")
 
 
-@pytest.mark.parametrize("dim", [0, 2])
-@pytest.mark.parametrize("name", ["x", "residual", "dout"])
-def test_mixed_lora_linear(name, dim):
-    problem = mixed.draw("fp16", shape=(1, N), outputs=N, ranks=(2, 3), rows=(1, 0, -1), dropout=True, base=False)
+STREAMED = [(name, dim, False) for name in ("x", "residual", "dout") for dim in (0, 2)]
+SHARED = [(name, dim, True) for name in ("weight", "A1", "B1") for dim in (0, 1)]
+SHARED += [("bias", 0, True), ("A0", 1, True), ("B0", 0, True)]  # the first adapter has rank 2
+
+
+@pytest.mark.parametrize(("name", "dim", "base"), STREAMED + SHARED)
+def test_mixed_lora_linear(name, dim, base):
+    problem = mixed.draw("fp16", shape=(1, N), outputs=N, ranks=(2, 3), rows=(1, 0, -1), dropout=True, base=base)
     leaves = {each: t.detach() for each, t in problem.leaves().items()}
     assert_far_as_near(lambda given: mixed.call(problem, given), leaves, normal(N, 1, N), name, dim, None)
 
@@ -148,6 +152,78 @@ def test_the_end_of_a_large_mixed_product():
     expected = torch.empty(16, 32, dtype=HALF)
     mixed_lora_linear.expand(p[-16:].reshape(-1), q[-32 * 3 :], small, expected, HALF, of_b=True)
     assert torch.equal(out[-16:, -32:], expected)
+
+
+WIDE = (1 << 23) + 32  # columns, which times 256 ranks are more than 2**31
+OF_B = pytest.mark.parametrize("of_b", [False, True], ids=["A", "B"])
+
+
+def _one_adapter(rank: int, tokens: int) -> _segments.Layout:
+    return _segments.Layout(((0,),), (), tokens, (rank,), (0.5,), (0.0,))
+
+
+def _behind_a_wide_one(of_b: bool) -> tuple[_segments.Layout, torch.Tensor, torch.Tensor]:
+    """(a layout of an adapter of rank 256 and one of rank 3, on a row each; their matrices of WIDE columns, of which
+    only the second's last 32 are made; these alone)."""
+    layout = _segments.Layout(((0,), (1,)), (), 1, (256, 3), (2.0, 0.5), (0.0, 0.0))
+    matrices, end = torch.empty(259 * WIDE, dtype=HALF), normal(3 * 32)
+    if of_b:
+        matrices[-3 * 32 :] = end
+    else:
+        matrices.view(259, WIDE)[256:, -32:] = end.view(3, 32)
+    return layout, matrices, end
+
+
+@OF_B
+def test_the_end_of_large_mixed_matrices_expanded(of_b):
+    layout, matrices, end = _behind_a_wide_one(of_b)
+    p, out, expected = normal(259), torch.empty(2, WIDE, dtype=HALF), torch.empty(1, 32, dtype=HALF)
+    with last_programs():
+        mixed_lora_linear.expand(p, matrices, layout, out, HALF, of_b=of_b)
+    mixed_lora_linear.expand(p[256:], end, _one_adapter(3, 1), expected, HALF, of_b=of_b)
+    assert expected.all() and torch.equal(out[1:, -32:], expected)
+
+
+@OF_B
+def test_the_end_of_large_mixed_matrices_shrunk(of_b, monkeypatch):
+    layout, matrices, end = _behind_a_wide_one(of_b)
+    x = torch.empty(2, WIDE, dtype=HALF)
+    x[1, -32:] = normal(32)
+    expected = mixed_lora_linear.shrink(x[1:, -32:], end, _one_adapter(3, 1), of_b=of_b)
+    monkeypatch.setattr(mixed_lora_linear, "processor_count", lambda tensor: WIDE)  # a run for every block of columns
+    monkeypatch.setattr(mixed_lora_linear, "sum_partials", lambda parts, dtype: parts[-1].to(dtype))
+    with last_programs():
+        out = mixed_lora_linear.shrink(x, matrices, layout, of_b=of_b)
+    assert expected.all() and torch.equal(out[256:], expected)
+
+
+@OF_B
+def test_the_end_of_a_large_gradient_of_mixed_matrices(of_b):
+    t, x = normal(256), torch.empty(1, WIDE, dtype=HALF)
+    x[:, -32:] = normal(32)
+    with last_programs():
+        out = mixed_lora_linear.grad_columns(t, x, _one_adapter(256, 1), of_b=of_b)
+    assert out.numel() > 1 << 31
+    expected = mixed_lora_linear.grad_columns(t, x[:, -32:], _one_adapter(256, 1), of_b=of_b)
+    assert expected.all() and torch.equal(out[-32:], expected[-32:])
+
+
+def test_the_end_of_a_large_mixed_low_rank_product():
+    """S or T of 2**23 rows of rank 256 and behind them 16 of rank 3: written, and read twice."""
+    samples = 1 << 19
+    layout = _segments.Layout((tuple(range(samples)), (samples,)), (), 16, (256, 3), (2.0, 0.5), (0.0, 0.0))
+    small, rows = _one_adapter(3, 16), 16 * (samples + 1)
+    x, matrices = normal(1, 1).expand(rows, -1), normal(259)
+    with last_programs():
+        s = mixed_lora_linear.shrink(x, matrices, layout)
+        out = mixed_lora_linear.expand(s, matrices, layout, torch.empty(rows, 1, dtype=HALF), HALF)
+        gradient = mixed_lora_linear.grad_columns(s, x, layout)
+    assert s.numel() > 1 << 31
+    expected = mixed_lora_linear.shrink(x[-16:], matrices[256:], small)
+    assert expected.all() and torch.equal(s[-48:], expected)
+    last = mixed_lora_linear.expand(expected, matrices[256:], small, torch.empty(16, 1, dtype=HALF), HALF)
+    assert last.all() and torch.equal(out[-16:], last)
+    assert torch.equal(gradient[256:], mixed_lora_linear.grad_columns(expected, x[-16:], small))
 
 
 def _many_samples(samples: int) -> tuple[Tensors, torch.Tensor]:
