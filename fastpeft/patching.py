@@ -446,4 +446,4 @@ def _take_out(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
 
 def _leave(model: nn.Module, state: PatchState) -> None:
     give_back_forward(model, state.original_class, state.original_forward)
-    del model.__dict__["_fastpeft"]
+    model.__dict__.pop("_fastpeft", None)

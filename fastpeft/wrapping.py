@@ -9,6 +9,7 @@ from fastpeft.configs import as_config
 from fastpeft.dispatch import checked_backend
 from fastpeft.errors import ConfigError
 from fastpeft.patching import patch
+from fastpeft.rollback import put_back_on_failure
 
 
 def get_peft_model(
@@ -37,6 +38,7 @@ def get_peft_model(
     Raises:
         ConfigError: no configuration, or two; or one with an option of fastpeft's own, which peft does not know:
             `fastpeft.patch(model, config)` does. Besides, what peft or `fastpeft.patch` raises.
+        The model is then as it was.
     """
     if (config is None) == (peft_config is None):
         raise ConfigError("get_peft_model: one configuration is needed, for example LoraConfig(r=16)")
@@ -47,10 +49,9 @@ def get_peft_model(
         from fastpeft.integrations.peft import wrapped_by_peft
 
         options = {"revision": revision, "low_cpu_mem_usage": low_cpu_mem_usage, "mixed": mixed}
-        peft_model = wrapped_by_peft(
-            model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, **options
-        )
-        return patch(peft_model, backend=backend)
+        options["autocast_adapter_dtype"] = autocast_adapter_dtype
+        with put_back_on_failure(model, values=_changes_base(config)):
+            return patch(wrapped_by_peft(model, config, adapter_name, **options), backend=backend)
     if mixed:
         raise ConfigError(
             "get_peft_model: mixed=True is peft's; fastpeft.patch takes adapters of several methods as it is"
@@ -60,3 +61,9 @@ def get_peft_model(
     return patch(
         model, config, adapter_name=adapter_name, backend=backend, autocast_adapter_dtype=autocast_adapter_dtype
     )
+
+
+def _changes_base(config: Any) -> bool:
+    """Whether an adapter's initialisation may change the base weights, as PiSSA's does."""
+    config = config if isinstance(config, dict) else vars(config)
+    return config.get("init_lora_weights") not in (None, True, False, "gaussian")

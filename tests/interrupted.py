@@ -12,6 +12,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft import calls, dispatch, selection
+from fastpeft.tuners.layer import LayerState
 
 ROOT = os.path.dirname(os.path.abspath(fastpeft.__file__)) + os.sep
 LOAD_CONST = bytes([dis.opmap["LOAD_CONST"]])
@@ -126,9 +127,9 @@ def portrait(model: nn.Module) -> dict:
     out = {}
     for path, module in model.named_modules():
         hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        out[f"module {path}"] = (type(module).__name__, tuple(module._modules), module.training, hooks)
+        out[f"module {path}"] = (type(module), tuple(module._modules), module.training, hooks)
         layer = module.__dict__.get("_fastpeft")
-        if layer is not None and module is not model:
+        if isinstance(layer, LayerState):
             out[f"layer {path}"] = (tuple(layer.adapters), tuple(layer.kept), tuple(layer.unmerged))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         out[f"tensor {name}"] = (tensor.dtype, tensor.requires_grad, _bits(tensor))

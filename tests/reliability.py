@@ -24,7 +24,10 @@ PARTS = {  # what it shows -> the tests that show it
         *("tests/test_files_crash.py", "tests/test_saving_processes.py", "tests/test_journal.py"),
         "tests/test_kill_and_resume.py",
     ],
-    "concurrency": ["tests/test_concurrency.py", "tests/test_exceptions_leave_nothing.py"],
+    "concurrency": [
+        *("tests/test_concurrency.py", "tests/test_exceptions_leave_nothing.py"),
+        "tests/test_interrupted_peft.py",
+    ],
     "long runs": ["tests/test_long_runs.py"],
     "contracts": ["tests/test_contracts.py", "tests/test_supply.py"],
     "failing kernels": ["tests/test_fallback.py"],

@@ -21,7 +21,7 @@ SHIPPED = ("kernels/", "fastpeft/", "benchmarks/")
 MAY_KNOW = {
     "kernels/": ("fastpeft.kernels",),
     "fastpeft/errors.py": (),
-    "fastpeft/fallback.py": ("fastpeft.dispatch", "fastpeft.errors"),
+    "fastpeft/fallback.py": ("fastpeft.dispatch", "fastpeft.errors", "fastpeft.scoped"),
     "fastpeft/ops/": (
         "fastpeft.kernels",
         "fastpeft.ops",
@@ -42,6 +42,7 @@ MAY_KNOW = {
         "fastpeft.prefix_geometry",  # the sizes of virtual tokens
         "fastpeft.selection",  # which adapters a call uses
         "fastpeft.prefix_geometry",  # which sizes a configuration takes from the model
+        "fastpeft.scoped",  # values that hold inside a block
         "fastpeft.quantised",  # what is known of other libraries' quantised layers
         "fastpeft.targets",  # which modules a configuration asks for
     ),

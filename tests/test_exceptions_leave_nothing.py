@@ -154,7 +154,7 @@ def places_of(case: Case, directory: str | None) -> tuple[list[int], dict]:
     models = case.make(), case.make()
     for model in models:  # the first time some things are found that are kept for the second
         places = lines_of(lambda model=model: quietly(case.act, model, directory))
-    return spread(telling(places), how_many(5, 300)), portrait(models[1])
+    return spread(telling(places), how_many(5, 60)), portrait(models[1])
 
 
 @functools.cache
@@ -200,6 +200,26 @@ def test_what_is_interrupted_can_be_done_once_more(name):
         count("interruptions survived")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: having("lora"), lambda: having("dora"), lambda: merged("dora"), lambda: having("lora", "prefix")],
+    ids=["lora", "dora", "merged", "beside-prefix"],
+)
+def test_an_interrupted_merge_and_unload_is_done_once_more(make):
+    def act(model: nn.Module) -> None:
+        if "_fastpeft" in model.__dict__:
+            model.merge_and_unload()
+
+    places, after = places_of(Case(make, lambda model, _: act(model)), None)
+    for at in places:
+        model = make()
+        assert interrupted(lambda model=model: quietly(act, model), at), at
+        quietly(act, model)
+        assert unlike(portrait(model), after) == [] and left_behind() == [], at
+        assert "_fastpeft" not in model.__dict__ and type(model) is type(tiny())
+        count("interruptions survived")
+
+
 def test_an_interrupted_save_leaves_the_model_and_the_old_files(tmp_path):
     model, other = having("lora"), having("lora", swapped=True)
     fastpeft.save_adapter(other, tmp_path)
@@ -207,7 +227,7 @@ def test_an_interrupted_save_leaves_the_model_and_the_old_files(tmp_path):
     for _ in range(2):
         places = lines_of(lambda: fastpeft.save_adapter(model, tmp_path))
     seen = []
-    for at in spread(telling(places), how_many(12, 300)):
+    for at in spread(telling(places), how_many(12, 200)):
         fastpeft.save_adapter(other, tmp_path)
         before = snapshot(model)
         assert interrupted(lambda: fastpeft.save_adapter(model, tmp_path), at)
@@ -228,7 +248,7 @@ def test_an_interrupted_step_of_adalora_s_schedule_is_taken_again():
     fastpeft.update_and_allocate(after, 6)
     model = stepped()
     places = telling(lines_of(lambda: fastpeft.update_and_allocate(model, 6)))
-    for at in spread(places, how_many(5, 300)):
+    for at in spread(places, how_many(5, 60)):
         model = stepped()
         assert interrupted(lambda model=model: fastpeft.update_and_allocate(model, 6), at)
         for parameter in model.parameters():
@@ -252,7 +272,7 @@ def test_a_block_that_disables_what_is_merged_leaves_it_merged_or_not():
         places = lines_of(lambda model=model: quietly(act, model))
     allowed = [portrait(merged("dora")), portrait(having("dora"))]
     allowed = [{key: value for key, value in each.items() if not key.startswith("layer")} for each in allowed]
-    for at in spread(telling(places), how_many(16, 300)):
+    for at in spread(telling(places), how_many(16, 100)):
         model = merged("dora")
         assert interrupted(lambda model=model: quietly(act, model), at)
         found = {key: value for key, value in portrait(model).items() if not key.startswith("layer")}

@@ -21,7 +21,8 @@ from fastpeft.encoders import has_network
 from fastpeft.errors import PatchError
 from fastpeft.integrations.trainer_checkpoints import AdapterCheckpoints, is_patched
 from fastpeft.mapping import tuner_of
-from fastpeft.patching import add_planned, adding, layers, patch, state_of, unpatch
+from fastpeft.patching import add_planned, adding, layers, patch, remove_adapter, state_of, unpatch
+from fastpeft.rollback import put_back_on_failure
 from fastpeft.tuners.lora import LoraLayer
 from fastpeft.tuners.saved_modules import SavedModule
 
@@ -38,10 +39,11 @@ class SFT(AdapterCheckpoints):
 
     def __init__(self, model, *args, **kwargs):
         given = _arguments(self, model, args, kwargs)
-        native = _adapt(given)
-        super().__init__(**given)
-        if native:
-            put_trl_behind(self.model)
+        with _undone_on_failure(given):
+            native = _adapt(given)
+            super().__init__(**given)
+            if native:
+                put_trl_behind(self.model)
 
 
 class DPO(AdapterCheckpoints):
@@ -58,16 +60,17 @@ class DPO(AdapterCheckpoints):
         new = given.get("peft_config") is not None
         if given.get("ref_model") is None:
             _check_one_model(given)
-        native = _adapt(given)
-        if native and given.get("ref_model") is None:
-            given["ref_model"] = _reference(given, new)
-        if native and getattr(given.get("args"), "disable_dropout", True):
-            _without_dropout(given["model"])
-        super().__init__(**given)
-        if isinstance(given.get("ref_model"), Reference):
-            given["ref_model"].prepare()
-        elif native:
-            put_trl_behind(self.model)
+        with _undone_on_failure(given):
+            native = _adapt(given)
+            if native and given.get("ref_model") is None:
+                given["ref_model"] = _reference(given, new)
+            if native and getattr(given.get("args"), "disable_dropout", True):
+                _without_dropout(given["model"])
+            super().__init__(**given)
+            if isinstance(given.get("ref_model"), Reference):
+                given["ref_model"].prepare()
+            elif native:
+                put_trl_behind(self.model)
 
 
 class GRPO(AdapterCheckpoints):
@@ -88,22 +91,23 @@ class GRPO(AdapterCheckpoints):
             )
         if getattr(settings, "beta", 0.0):
             _check_one_model(given)
-        native = _adapt(given)
-        beta = settings.beta if native and settings is not None else 0.0
-        reference = _reference(given, new) if beta else None
-        if native and getattr(settings, "disable_dropout", False):
-            _without_dropout(given["model"])
-        if not beta:
-            super().__init__(**given)
-        else:
-            settings.beta = 0.0  # with which TRL loads no second model
-            try:
+        with _undone_on_failure(given):
+            native = _adapt(given)
+            beta = settings.beta if native and settings is not None else 0.0
+            reference = _reference(given, new) if beta else None
+            if native and getattr(settings, "disable_dropout", False):
+                _without_dropout(given["model"])
+            if not beta:
                 super().__init__(**given)
-            finally:
-                settings.beta = beta
-            self.beta, self.ref_model = beta, reference
-        if native:
-            put_trl_behind(self.model)
+            else:
+                try:
+                    settings.beta = 0.0  # with which TRL loads no second model
+                    super().__init__(**given)
+                finally:
+                    settings.beta = beta
+                self.beta, self.ref_model = beta, reference
+            if native:
+                put_trl_behind(self.model)
 
 
 def _arguments(trainer, model, args: tuple, kwargs: dict) -> dict:
@@ -131,13 +135,37 @@ def _adapt(given: dict) -> bool:
         return False
     head = model.get_output_embeddings()
     if isinstance(head, LoraLayer):
-        if config is not None:
-            unpatch(model)
         raise PatchError(
             "a LoRA on the model's head is not trained under TRL, which multiplies by the head's weight itself; take "
             "the head out of target_modules, or name it in modules_to_save"
         )
     return True
+
+
+@contextlib.contextmanager
+def _undone_on_failure(given: dict):
+    """Around the making of a trainer: if it fails, a model that is patched, or was to be, is as it was given."""
+    if not _is_ours(given):
+        yield
+        return
+    model = given["model"]
+    state = model.__dict__.get("_fastpeft")
+    forward = getattr(state, "original_forward", None)
+    adapters = [(layer._fastpeft.adapters, dict(layer._fastpeft.adapters)) for _, layer in layers(model)]
+    names = () if state is None else tuple(state.configs)
+    with put_back_on_failure(model):
+        try:
+            yield
+        except BaseException:
+            if state is None and is_patched(model):
+                unpatch(model)
+            elif state is not None:
+                state.original_forward = forward
+                if REFERENCE not in names:
+                    remove_adapter(model, state, REFERENCE)
+                for held, before in adapters:
+                    held.update(before)
+            raise
 
 
 def _is_ours(given: dict) -> bool:

@@ -153,11 +153,16 @@ def take_forward(module: nn.Module, original: type) -> Any:
     accelerate's is one that calls the module's own forward in `_old_forward`, and puts that back when it is removed.
     So it stays in front, and gets ours to call.
     """
-    behind = module.__dict__.get("_old_forward")
-    if "_hf_hook" in module.__dict__ and getattr(behind, "__func__", None) is original.forward:
+    if accelerate_calls(module, original):
         module._old_forward = MethodType(type(module).forward, module)
         return None
     return module.__dict__.pop("forward", None)
+
+
+def accelerate_calls(module: nn.Module, original: type) -> bool:
+    """Whether accelerate's hook stands on the module, and calls the forward of its class, `original`."""
+    behind = module.__dict__.get("_old_forward")
+    return "_hf_hook" in module.__dict__ and getattr(behind, "__func__", None) is original.forward
 
 
 def give_back_forward(module: nn.Module, original: type, forward: Any) -> None:

@@ -25,11 +25,11 @@ def begin_base(base: nn.Module, extension: Extension) -> PatchState:
                 "unpatch that one first"
             )
     state = PatchState(type(base), extension.backend, hf_quirks=True, autocast=True, requires_grad={}, training={})
+    state.original_forward = base.__dict__.get("forward")
+    extension.hooked = base.__dict__["_fastpeft"] = state
     base.__class__ = patched_model_class(type(base), AdaptedModel)
     state.original_forward = take_forward(base, state.original_class)
-    base.__dict__["_fastpeft"] = state
     bind_checkpoints(base, state)
-    extension.hooked = state
     return state
 
 

@@ -72,14 +72,17 @@ class FusedAdaptionModel(Swapped):
 
 def swap_adaption(tuner: nn.Module, extension: Extension) -> None:
     """Make an AdaptionPromptModel ours, and its base model ready for gated prompts."""
-    own = tuner.__dict__.pop("forward")  # the base model's, which peft puts here
-    if swap(tuner, FusedAdaptionModel, extension):
-        begin_base(tuner.model, extension)
-        own = tuner.model.forward
-        for name in tuner.peft_config:
-            attach_adapter(tuner, name)
-        tuner._settle()
-    tuner.forward = own
+    own = tuner.__dict__["forward"]  # the base model's, which peft puts here
+    try:
+        del tuner.__dict__["forward"]
+        if swap(tuner, FusedAdaptionModel, extension):
+            begin_base(tuner.model, extension)
+            own = tuner.model.forward
+            for name in tuner.peft_config:
+                attach_adapter(tuner, name)
+            tuner._settle()
+    finally:
+        tuner.forward = own
 
 
 def attach_adapter(tuner: nn.Module, name: str) -> None:

@@ -49,7 +49,11 @@ class FusedPromptModel(Swapped):
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args, **kwargs) -> None:
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
-        attach_adapter(self, adapter_name)
+        try:
+            attach_adapter(self, adapter_name)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args, **kwargs) -> Any:
         encoder = self.prompt_encoder._modules.get(adapter_name)
@@ -64,8 +68,8 @@ class FusedPromptModel(Swapped):
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        forget_adapter(self.base_model, self.extension, adapter_name)  # first, so that it can be deleted once more
         super().delete_adapter(adapter_name)
-        forget_adapter(self.base_model, self.extension, adapter_name)
 
     def swapped_back(self) -> None:
         """Undo what `swap_prompts` did to the base model."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.tuners.layer import give_back_forward, take_forward
+from fastpeft.tuners.layer import accelerate_calls, give_back_forward, take_forward
 
 KEY = "_fastpeft_extension"  # where a swapped module remembers its Extension
 
@@ -66,19 +66,18 @@ def swap(module: nn.Module, mixin: type, extension: Extension) -> bool:
     original = type(module)
     if getattr(module.__dict__.get("forward"), "__func__", None) is original.forward:
         del module.__dict__["forward"]  # its own, which peft leaves there when a block has disabled a prompt
-    module.__class__ = swapped_class(mixin, original)
-    forward = take_forward(module, original)
-    if forward is not None:
-        give_back_forward(module, original, forward)
+    if "forward" in module.__dict__ and not accelerate_calls(module, original):
         return False
     module.__dict__[KEY] = extension
+    module.__class__ = swapped_class(mixin, original)
+    take_forward(module, original)
     return True
 
 
 def swap_back(module: nn.Module) -> None:
-    """Undo `swap`."""
+    """Undo `swap`, as far as it went."""
     give_back_forward(module, module.swapped_from, None)
-    del module.__dict__[KEY]
+    module.__dict__.pop(KEY, None)
 
 
 def full_name(kind: type) -> str:
