@@ -55,6 +55,7 @@ from fastpeft.errors import (
     TargetError,
 )
 from fastpeft.fallback import kernel_failures
+from fastpeft.fusing import fuse, unfuse
 from fastpeft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from fastpeft.kbit_training import prepare_model_for_kbit_training
 from fastpeft.lora_fa import freeze_lora_A
@@ -111,6 +112,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "freeze_lora_A",
+    "fuse",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -136,6 +138,7 @@ __all__ = [
     "set_adapter",
     "set_backend",
     "set_peft_model_state_dict",
+    "unfuse",
     "unmerge",
     "unpatch",
     "update_and_allocate",

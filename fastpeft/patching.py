@@ -27,8 +27,9 @@ from fastpeft.model import PatchedModel
 from fastpeft.neighbours import check_head
 from fastpeft.preconditions import adapted_by_peft, check_model, check_not_wrapped, check_transformers
 from fastpeft.quantised import stand_in
-from fastpeft.selection import CarriedCheckpoint
+from fastpeft.selection import CarriedCheckpoint, carry_no_more
 from fastpeft.tuners.attention_layer import AdaptedAttention
+from fastpeft.tuners.fusions import part_all
 from fastpeft.tuners.layer import AdapterLayer, attached, detach, give_back_forward, offloaded_to, take_forward
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.prompt_call import argument_names
@@ -426,6 +427,7 @@ def restore(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
 
 
 def _take_out(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
+    part_all(model)
     for layer in attached(model):
         if keep_weights:
             layer._fastpeft.unmerged.clear()
@@ -437,10 +439,7 @@ def _take_out(model: nn.Module, state: PatchState, keep_weights: bool) -> None:
     drop_unused(model)
     if not keep_weights:
         give_back(model, state)
-    for module in model.modules():
-        carried = module.__dict__.get("_gradient_checkpointing_func")
-        if hasattr(carried, "without_choice"):
-            module._gradient_checkpointing_func = carried.without_choice
+    carry_no_more(model)
     disable_input_grads(state)
 
 

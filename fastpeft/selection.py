@@ -130,3 +130,11 @@ class CarriedCheckpoint:
                 return function(*inner, **inner_kwargs)
 
         return self.without_choice(bound, *args, **kwargs)
+
+
+def carry_no_more(model: torch.nn.Module) -> None:
+    """Give every module of a model the checkpoint function back that a `CarriedCheckpoint` calls."""
+    for module in model.modules():
+        carried = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(carried, CarriedCheckpoint):
+            module._gradient_checkpointing_func = carried.without_choice

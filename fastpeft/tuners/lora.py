@@ -16,7 +16,7 @@ from fastpeft.distributed import check_gathered, is_sharded
 from fastpeft.errors import PatchError
 from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.selection import row_names
-from fastpeft.tuners import dora, lora_init
+from fastpeft.tuners import dora, lora_init, siblings
 from fastpeft.tuners.layer import AdapterLayer, fetched, offloaded_to
 from fastpeft.tuners.mixed import mixed_linear, mixed_one_by_one
 
@@ -349,6 +349,10 @@ class LinearArithmetic:
     def adapted_forward(self, names: list[str], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if len(names) == 1:
             fused = self.plain_base() and not args and not kwargs
+            if fused and siblings.KEY in self.__dict__:
+                result = self.__dict__[siblings.KEY].result(self, names[0], input)
+                if result is not None:
+                    return result
             return self._add(names[0], input, None if fused else self.base_forward(input, *args, **kwargs))
         result = self.base_forward(input, *args, **kwargs)
         dtype = result.dtype
@@ -402,8 +406,19 @@ class LoraLinear(LinearArithmetic, LoraLayer):
         """Whether the base product is x Wᵀ + bias with a dense weight, so that the op may compute it."""
         state = self._fastpeft
         plain = state.original_forward is None and state.original_class.forward in self.base_class_forwards
+        return plain and self.is_dense()
+
+    def is_dense(self) -> bool:
+        """Whether the weight is a floating-point parameter and nothing more."""
         weight = self._parameters.get("weight")  # not an attribute: reading a parametrised weight computes it
-        return plain and type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
+        return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
+
+    def lone_adapter(self) -> str | None:
+        """The adapter of which the op computes this layer's call now, with the base product; None if it does not."""
+        names = self.active_adapters()
+        if len(names) != 1 or "_hf_hook" in self.__dict__ or not self.plain_base():
+            return None
+        return None if self.settings(names[0]).use_dora or self.is_offloaded(names[0]) else names[0]
 
     def settings(self, name: str) -> Settings:
         return self._fastpeft.adapters[name]

@@ -57,6 +57,17 @@ class FusedLayer(Swapped, LinearArithmetic):
         known = type(base).forward is nn.Linear.forward or full_name(type(base)) == CONV1D
         return known and self.is_dense() and is_bare(base)
 
+    def width(self) -> tuple[int, int]:
+        """(N, K)"""
+        return self.out_features, self.in_features
+
+    def lone_adapter(self) -> str | None:
+        """The adapter of which the op computes this layer's call now, with the base product; None if it does not."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged_adapters or len(names) != 1 or not self.plain_base():
+            return None
+        return None if self.settings(names[0]).use_dora or self.why_not(names[0]) else names[0]
+
     def dropout_of(self, name: str) -> float:
         """The probability in force, which is the dropout module's matter alone."""
         dropout = self.lora_dropout[name]

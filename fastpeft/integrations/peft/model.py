@@ -15,6 +15,7 @@ from fastpeft.integrations.peft.swapping import KEY, Extension, Swapped, full_na
 from fastpeft.integrations.peft.tuners import TUNERS, SwappingAdaLora, SwappingModel, swap_layers
 from fastpeft.neighbours import check_neighbours, check_peft_s_head
 from fastpeft.reporting import LEFT, LayerReport, Report, rows_of
+from fastpeft.tuners.fusions import part_all
 
 ADAPTION = "peft.tuners.adaption_prompt.model.AdaptionPromptModel"
 
@@ -81,6 +82,7 @@ def unpatch_peft(model: nn.Module) -> nn.Module:
 
 
 def _swap_all_back(model: nn.Module) -> nn.Module:
+    part_all(model)
     for module in list(model.modules()):
         if isinstance(module, Swapped):
             if hasattr(module, "swapped_back"):

@@ -1,0 +1,54 @@
+"""`fuse`, `unfuse`: adapted layers beside each other, computed as one op."""
+
+from torch import nn
+
+from fastpeft.errors import PatchError
+from fastpeft.patching import state_of
+from fastpeft.preconditions import adapted_by_peft
+from fastpeft.tuners.fusions import FUSIONS
+from fastpeft.untrusted import shown
+
+
+def fuse(model: nn.Module, *names: str) -> nn.Module:
+    """Let adapted layers of a patched model compute together what belongs together. The results are the same up to
+    rounding; a call that the op does not know (several active adapters, DoRA, a hook that changes an input, ...) goes
+    layer by layer.
+
+    "projections": linear layers that read one tensor (q, k, v; gate, up) are one op, which reads it once. Which they
+    are is seen in the first call of the module that they are in, which is computed as before.
+
+    Args:
+        model: one that `patch` has patched, natively or around a PeftModel.
+        names: which fusions; all of them without names.
+
+    Returns:
+        The same model; `unfuse` and `unpatch` end it.
+
+    Raises:
+        PatchError: the model is not patched, or there is no such fusion. Nothing has changed.
+    """
+    chosen = _chosen(model, names, "fuse")
+    for name in chosen:
+        FUSIONS[name].join(model)
+    return model
+
+
+def unfuse(model: nn.Module, *names: str) -> nn.Module:
+    """Undo `fuse`, of these names or of all. Returns the same model. Raises PatchError as it does."""
+    for name in _chosen(model, names, "unfuse"):
+        FUSIONS[name].part(model)
+    return model
+
+
+def _chosen(model: nn.Module, names: tuple[str, ...], what: str) -> tuple[str, ...]:
+    for name in names:
+        if name not in FUSIONS:
+            raise PatchError(f"{what}: there is no fusion {shown(name)}; there are {', '.join(map(repr, FUSIONS))}")
+    if adapted_by_peft(model):
+        from fastpeft.integrations.peft import is_swapped
+
+        if not is_swapped(model):
+            raise PatchError(f"{what}: peft's adapters in this model are not patched; fastpeft.patch(model) first")
+    else:
+        state_of(model)
+    return names or tuple(FUSIONS)

@@ -1,0 +1,127 @@
+"""`lora_projections` in plain torch: the steps of `lora_linear`'s, with x taken once for all projections."""
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops._lora_linear_torch import (
+    add_product,
+    drop,
+    dropout_of,
+    dropped,
+    given_mask,
+    grad_b_and_t,
+    product,
+    row_blocks,
+    transposed_product,
+)
+
+
+def draw_seeds(x: Tensor, dropouts) -> list[Tensor | None]:
+    """One for each projection that drops, from the CPU generator, in the order in which single layers draw them."""
+    return [torch.empty(1, dtype=torch.int64).random_() if p else None for p in dropouts]
+
+
+def given_masks(masks, dropouts) -> list:
+    """In the place of seeds: masks [M, K] that somebody else has drawn with these probabilities."""
+    return [None if mask is None else given_mask(mask, p) for mask, p in zip(masks, dropouts, strict=True)]
+
+
+def _droppers(seeds, dropouts, device) -> list:
+    """What each projection drops, from the beginning."""
+    if seeds is None:
+        return [None] * len(dropouts)
+    return [dropout_of(seed, p, device) for seed, p in zip(seeds, dropouts, strict=True)]
+
+
+def forward(x, weights, biases, a, b, seeds, call):
+    """((y [M, N], ...), (S [M, R], ...))"""
+    ys = tuple(map(torch.nn.functional.linear, [x] * len(weights), weights, biases))
+    ss = _shrink(x, a, _droppers(seeds, call.dropouts, x.device))
+    for y, s, matrix, scaling in zip(ys, ss, b, call.scalings, strict=True):
+        add_product(y, s, matrix.t(), scaling)
+    return ys, ss
+
+
+def _shrink(x, a, droppers) -> tuple[Tensor, ...]:
+    """(drop(x) aᵀ [M, R], ...)"""
+    masked = any(each is not None for each in droppers)
+    ranks = [len(each) for each in a]
+    if not masked and x.dtype == a[0].dtype:
+        return (x @ torch.cat(a).t()).split(ranks, 1)
+    out = torch.empty(len(x), sum(ranks), dtype=a[0].dtype, device=x.device).split(ranks, 1)
+    for block in row_blocks(*x.shape, masked):
+        wide = None
+        for s, matrix, dropout in zip(out, a, droppers, strict=True):
+            if dropout is None:
+                wide = x[block].to(matrix.dtype) if wide is None else wide
+                s[block] = wide @ matrix.t()
+            else:
+                z = dropped(x[block], matrix.dtype, dropout.next(*x[block].shape))
+                s[block] = product(z, matrix.t(), dropout.scale)
+    return out
+
+
+def grads(dy, x, weight, a, b, s, seeds, call, needs):
+    """(dX, [dA, ...], [dB, ...]), None where not wanted."""
+    ts, db = [], []
+    for p, (each, scaling) in enumerate(zip(dy, call.scalings, strict=True)):
+        found, t = grad_b_and_t(each, s[p], b[p], scaling, needs.b[p], needs.x or needs.a[p])
+        db.append(found)
+        ts.append(t)
+    if not (needs.x or any(needs.a)):
+        return None, [None] * len(dy), db
+    droppers = _droppers(seeds, call.dropouts, dy[0].device)
+    if any(each is not None for each in droppers):
+        da, dx = _masked_grads(x, ts, a, droppers, call.dx_dtype, needs)
+        return _add_bases(dx, dy, weight) if needs.x else None, da, db
+    da = _grads_of_a(x, ts, needs.a)
+    if not needs.x:
+        return None, da, db
+    dx = _add_bases(None, dy, weight, call.dx_dtype)
+    return add_product(dx, torch.cat(ts, 1), torch.cat(a)), da, db
+
+
+def _grads_of_a(x, ts, wanted) -> list[Tensor | None]:
+    """(Tᵀ x, or None where not wanted), each in a storage of its own."""
+    chosen = [t for t, want in zip(ts, wanted, strict=True) if want]
+    if not chosen:
+        return [None] * len(ts)
+    parts = iter(transposed_product(torch.cat(chosen, 1), x).split([t.shape[1] for t in chosen]))
+    return [next(parts).clone() if want else None for want in wanted]
+
+
+def _add_bases(dx, dy, weight, dx_dtype=None) -> Tensor:
+    """dx (None: nothing, in `dx_dtype`) + Σ dY W, in place. In a wider type than the products are in, each is added as
+    it comes; else they accumulate."""
+    dx_dtype = dx_dtype or dx.dtype
+    for each, matrix in zip(dy, weight, strict=True):
+        if dx is None:
+            dx = (each @ matrix).to(dx_dtype)
+        elif dx.dtype == each.dtype:
+            dx.addmm_(each, matrix)
+        else:
+            dx.add_(each @ matrix)
+    return dx
+
+
+def _masked_grads(x, ts, a, droppers, dx_dtype, needs):
+    """([dA, ...], Σ mask⊙(T A)) under dropout: one drawing of each mask serves both."""
+    kind, columns = a[0].dtype, a[0].shape[1]
+    da = [torch.zeros_like(each) if need else None for each, need in zip(a, needs.a, strict=True)]
+    rows = len(next(t for t in ts if t is not None))
+    dx = torch.empty(rows, columns, dtype=dx_dtype, device=a[0].device) if needs.x else None
+    for block in row_blocks(rows, columns, masked=True):
+        total = None
+        for t, matrix, into, dropout in zip(ts, a, da, droppers, strict=True):
+            scale = 1.0 if dropout is None else dropout.scale
+            places = None if dropout is None else dropout.next(len(dx[block]) if needs.x else len(x[block]), columns)
+            if into is not None:
+                z = x[block].to(kind) if dropout is None else dropped(x[block], kind, places)
+                into.addmm_(t[block].t(), z, alpha=scale)
+            if needs.x:
+                term = product(t[block], matrix, scale)
+                term = term if places is None else drop(term, places)
+                total = term if total is None else total.add_(term)
+        if needs.x:
+            dx[block] = total
+    return da, dx

@@ -1,0 +1,96 @@
+"""`lora_projections` on the Triton kernels: x is read once for all projections, the base products and their tails are
+those of `lora_linear`, and dX accumulates in one buffer.
+"""
+
+import torch
+from torch import Tensor
+
+from fastpeft.kernels import lora_projections as kernels
+from fastpeft.kernels.lora_linear import tail
+from fastpeft.ops import _lora_linear_triton as single
+from fastpeft.ops._lora_linear_triton import honoured as honoured
+
+
+def draw_seeds(x: Tensor, dropouts) -> list[Tensor | None]:
+    """One for each projection that drops, drawn on x's device in one launch: no synchronisation, safe under graphs."""
+    seeds = torch.empty(len(dropouts), dtype=torch.int64, device=x.device).random_().split(1)
+    return [seed if p else None for seed, p in zip(seeds, dropouts, strict=True)]
+
+
+def keep_masks(seeds, dropouts, shape: tuple[int, int], device: torch.device) -> list[Tensor | None]:
+    """Of each projection the [M, K] booleans that the kernels generate, element by element; None where none drops."""
+    return [
+        None if seed is None else single.keep_mask(seed, p, *shape, device)
+        for seed, p in zip(seeds, dropouts, strict=True)
+    ]
+
+
+def _dropouts(seeds, dropouts) -> list:
+    if seeds is None:
+        return [None] * len(dropouts)
+    return [None if seed is None else single.Dropout(seed, p) for seed, p in zip(seeds, dropouts, strict=True)]
+
+
+def _by_launches(values: list) -> list[list]:
+    """As many at a time as a kernel takes."""
+    return [values[start : start + kernels.MOST] for start in range(0, len(values), kernels.MOST)]
+
+
+def forward(x, weights, biases, a, b, seeds, call):
+    """((y [M, N], ...), (S [M, R], ...)): as the torch path's."""
+    ss = []
+    for matrices, dropouts in zip(_by_launches(list(a)), _by_launches(_dropouts(seeds, call.dropouts)), strict=True):
+        ss += kernels.shrink_all(x, matrices, a[0].dtype, dropouts)
+    products = zip(ss, weights, biases, b, call.scalings, call.plans, strict=True)
+    return tuple(single.expand(s, x, w, bias, b, scaling, plan) for s, w, bias, b, scaling, plan in products), tuple(ss)
+
+
+def grads(dy, x, weight, a, b, s, seeds, call, needs):
+    """([dbias, ...], dX, [dA, ...], [dB, ...]), None where not wanted."""
+    count = len(dy)
+    dbias, ts, db = [None] * count, [None] * count, [None] * count
+    for p in range(count):
+        needs_of = (needs.b[p], needs.x or needs.a[p], needs.bias[p])
+        if any(needs_of):
+            db[p], ts[p], dbias[p] = single.grad_b_and_t(
+                dy[p], s[p], b[p], call.scalings[p], *needs_of, call.plans[p].reads
+            )
+    if not (needs.x or any(needs.a)):
+        return dbias, None, [None] * count, db
+    dropouts = _dropouts(seeds, call.dropouts)
+    fused = call.plans[0].backward == "fused"
+    seeds_dx = needs.x and not fused and call.dx_dtype == dy[0].dtype and count <= kernels.MOST and all(needs.a)
+    da, dx = _grads_of_a(x, ts, a, dropouts, needs.a, seeds_dx)
+    if needs.x:
+        dx = _grad_of_x(dx, dy, weight, ts, a, dropouts, call.dx_dtype, fused)
+    return dbias, dx, da, db
+
+
+def _grads_of_a(x, ts, a, dropouts, wanted, with_tail: bool):
+    """([dA, ...], the sum of the rank-r terms of dX or None)"""
+    da, dx = [None] * len(a), None
+    chosen = [p for p, want in enumerate(wanted) if want]
+    for places in _by_launches(chosen):
+        t, matrices, drops = ([each[p] for p in places] for each in (ts, a, dropouts))
+        found, dx = kernels.grad_all_columns(t, x, matrices, drops, with_tail)
+        for p, grad in zip(places, found, strict=True):
+            da[p] = grad
+    return da, dx
+
+
+def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, fused: bool):
+    """Σ dY W + mask⊙(T A), of which `dx` holds all the second terms, unless it is None. In a wider type than the base
+    products are in, each of these is added as it comes."""
+    narrow = dy[0].dtype
+    if fused:
+        for each, w, t, matrix, dropout in zip(dy, weight, ts, a, dropouts, strict=True):
+            dx = tail(
+                t, matrix.t(), narrow, base=(each, w.t()), dropout=dropout, out_dtype=dx_dtype, residual=dx
+            )  # fmt: skip
+        return dx
+    if dx is None:
+        for t, matrix, dropout in zip(ts, a, dropouts, strict=True):
+            dx = tail(t, matrix.t(), narrow, dropout=dropout, out_dtype=dx_dtype, residual=dx)
+    for each, w in zip(dy, weight, strict=True):
+        dx = dx.addmm_(each, w) if dx_dtype == narrow else dx.add_(each @ w)
+    return dx

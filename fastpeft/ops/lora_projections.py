@@ -1,0 +1,300 @@
+"""Frozen linear layers that share their input, each with a low-rank update of its own (LoRA, Hu et al., arXiv
+2106.09685, equation 3): q, k and v of attention, gate and up of an MLP.
+
+    y_p = x W_pᵀ + bias_p + s_p·drop_p(x) A_pᵀ B_pᵀ
+
+With S_p = drop_p(x) A_pᵀ and T_p = s_p·dY_p B_p, drop_p(x) = mask_p⊙x/(1 - d_p):
+
+    dX = Σ dY_p W_p + mask_p⊙(T_p A_p)/(1 - d_p)      dA_p = T_pᵀ drop_p(x)      dB_p = s_p·dY_pᵀ S_p
+
+x is read once for every S and once for every dA, and dX is one sum, written in place, where single layers leave one dX
+each to be added up. Masks are independent. All else is as in `lora_linear`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
+from fastpeft.errors import OpError
+from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
+from fastpeft.ops import _lora_projections_torch as torch_path
+from fastpeft.ops._first_order import first_order
+from fastpeft.ops.lora_linear import _check as check_lora
+from fastpeft.ops.lora_linear import as_rows, lora_linear_reference
+
+# Letters of the shape suffixes: M rows (all leading dimensions of x), K inputs, N outputs, R rank.
+
+
+class Projection(NamedTuple):
+    """One layer: weight (N, K), bias (N,) or None, lora_A (r, K), lora_B (N, r), alpha / r, and the probability of
+    dropout in force."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout: float
+
+
+class Call(NamedTuple):
+    """What a call computes besides its tensors; `plans` are None on the torch path, the rest is as in `lora_linear`."""
+
+    scalings: tuple[float, ...]
+    dropouts: tuple[float, ...]
+    dtype: torch.dtype
+    dx_dtype: torch.dtype
+    plans: tuple[Plan, ...] | None
+    demanded: bool = False
+    fell_back: bool = False
+
+    def only(self, which: Sequence[int]) -> "Call":
+        """The call of these projections."""
+        plans = self.plans and tuple(self.plans[p] for p in which)
+        scalings, dropouts = (tuple(each[p] for p in which) for each in (self.scalings, self.dropouts))
+        return self._replace(scalings=scalings, dropouts=dropouts, plans=plans)
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted: of x, and of each projection's weight, bias, A and B."""
+
+    x: bool
+    weight: tuple[bool, ...]
+    bias: tuple[bool, ...]
+    a: tuple[bool, ...]
+    b: tuple[bool, ...]
+
+
+def lora_projections_reference(x, projections: Sequence[Projection], keeps=None) -> list[Tensor]:
+    """The definition, for autograd: x (..., K), keeps a (M, K) mask or None for each projection."""
+    return [
+        lora_linear_reference(x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, keep, p.dropout)
+        for p, keep in zip(projections, keeps or [None] * len(projections), strict=True)
+    ]
+
+
+def _path(triton: bool):
+    if not triton:
+        return torch_path
+    from fastpeft.ops import _lora_projections_triton as triton_path
+
+    return triton_path
+
+
+class LoraProjectionsFunction(torch.autograd.Function):
+    """Flat tensors in; all reshaping, casting and choosing is before `apply`. tensors: every weight, every bias, every
+    A, every B. An output that nothing uses costs its backward nothing."""
+
+    @staticmethod
+    def forward(ctx, x_MK, call: Call, *tensors):
+        weights, biases, a, b = _quarters(tensors)
+        seeds = _path(call.plans is not None).draw_seeds(x_MK, call.dropouts) if any(call.dropouts) else None
+        ys, ss, call = run_forward(x_MK, weights, biases, a, b, seeds, call)
+        needs = _needs(ctx.needs_input_grad)
+        for_x_or_a = needs.x or any(needs.a)
+        ctx.save_for_backward(
+            x_MK if any(needs.a) or any(needs.weight) else None,
+            *(seeds or [None] * len(a)),
+            *(weight if needs.x else None for weight in weights),
+            *(each if for_x_or_a else None for each in a),
+            *(each if for_x_or_a else None for each in b),
+            *(s if need else None for s, need in zip(ss, needs.b, strict=True)),
+        )
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.needs = call, needs
+        ctx.input_dtype = x_MK.dtype
+        ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in biases)
+        return ys
+
+    @staticmethod
+    @first_order
+    def backward(ctx, *dys):
+        x, *saved = ctx.saved_tensors
+        seeds, saved = saved[: len(dys)], saved[len(dys) :]
+        with torch.autocast(_device_type(dys), enabled=False):
+            dx, *grads = run_backward(dys, x, *_quarters(saved), seeds, ctx.call, ctx.needs)
+        grads[1] = [None if g is None else g.to(kind) for g, kind in zip(grads[1], ctx.bias_dtypes, strict=True)]
+        return None if dx is None else dx.to(ctx.input_dtype), None, *(grad for each in grads for grad in each)
+
+
+def _device_type(dys) -> str:
+    """The device type of the gradients that there are."""
+    return next((dy.device.type for dy in dys if dy is not None), "cpu")
+
+
+def _quarters(tensors) -> tuple:
+    count = len(tensors) // 4
+    return tuple(tensors[start : start + count] for start in range(0, 4 * count, count))
+
+
+def _needs(needs_input_grad) -> Needs:
+    return Needs(needs_input_grad[0], *map(tuple, _quarters(needs_input_grad[2:])))
+
+
+def run_forward(x_MK, weights, biases, a, b, seeds, call: Call):
+    """((y [M, N], ...), (S [M, R], ...), the call as it was served) on the backend that `call.plans` stand for."""
+    x = x_MK.to(call.dtype)
+    weights, biases = ([None if t is None else t.to(call.dtype) for t in each] for each in (weights, biases))
+    tensors = (x, weights, biases, a, b)
+    if call.plans is None:
+        return *torch_path.forward(*tensors, seeds, call), call
+    (ys, ss), by_kernels = kernels_or_torch(
+        lambda: _kind("forward", call, x_MK, a, b),
+        call.demanded,
+        lambda: _path(True).forward(*tensors, seeds, call),
+        lambda: torch_path.forward(*tensors, _masks(seeds, call, x_MK.shape, x_MK.device, False), call),
+    )
+    return ys, ss, call if by_kernels else call._replace(fell_back=True)
+
+
+def _kind(phase: str, call: Call, rows, a, b) -> tuple:
+    """What kernels are compiled for, in words."""
+    sizes = [] if a[0] is None else [f"K {a[0].shape[1]}, N {[len(t) for t in b]}, ranks {[len(t) for t in a]}"]
+    adapter = [] if a[0] is None else [f"adapters {a[0].dtype}"]
+    return "lora_projections", phase, rows.device, call.dtype, *sizes, *adapter, f"dropout {any(call.dropouts)}"
+
+
+def _masks(seeds, call: Call, shape: tuple[int, int], device, needed: bool):
+    """What the torch path drops in the place of the kernels: as they do, if they can say, which may be `needed`."""
+    if seeds is None:
+        return None
+    path, kind = _path(True), ("lora_projections", "dropout", device)
+    masks = mask_of_kernels(kind, needed, lambda: path.keep_masks(seeds, call.dropouts, shape, device))
+    return seeds if masks is None else torch_path.given_masks(masks, [path.honoured(p) for p in call.dropouts])
+
+
+def run_backward(dys, x_MK, weights, a, b, ss, seeds, call: Call, needs: Needs):
+    """(dX, [dW, ...], [dbias, ...], [dA, ...], [dB, ...]), None where `needs` does not ask for it, or where dY is."""
+    count = len(dys)
+    have = [p for p in range(count) if dys[p] is not None]
+    if not have:
+        return None, *([None] * count for _ in range(4))
+    dy, weight, a, b, s = ([each[p] for p in have] for each in (dys, weights, a, b, ss))
+    dy = [each.to(call.dtype) for each in dy]
+    weight = [None if each is None else each.to(call.dtype) for each in weight]
+    x = None if x_MK is None else x_MK.to(call.dtype)
+    some = Needs(needs.x, *(tuple(each[p] for p in have) for each in needs[1:]))
+    dx, dbias, da, db = _rank_grads(dy, x, weight, a, b, s, seeds, call.only(have), some, have)
+    dw = [each.t() @ x if need else None for each, need in zip(dy, some.weight, strict=True)]
+    grads = ([None] * count for _ in range(4))
+    return dx, *(_put(into, have, found) for into, found in zip(grads, (dw, dbias, da, db), strict=True))
+
+
+def _put(into: list, places: Sequence[int], values: Sequence) -> list:
+    for place, value in zip(places, values, strict=True):
+        into[place] = value
+    return into
+
+
+def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs, have: list[int]):
+    """(dX, [dbias, ...], [dA, ...], [dB, ...]) of the projections `have`, on the call's backend."""
+    seeds = [seeds[p] for p in have] if any(call.dropouts) else None
+    for_x_or_a = needs.x or any(needs.a)
+
+    def by_torch(seeds):
+        dbias = [each.sum(0) if need else None for each, need in zip(dy, needs.bias, strict=True)]
+        return dbias, *torch_path.grads(dy, x, weight, a, b, s, seeds, call, needs)
+
+    def by_torch_as_kernels():
+        shape = (len(dy[0]), a[0].shape[1]) if for_x_or_a else None
+        return by_torch(_masks(seeds, call, shape, dy[0].device, not call.fell_back) if for_x_or_a else None)
+
+    if call.plans is None:
+        dbias, dx, da, db = by_torch(seeds)
+    elif call.fell_back:
+        dbias, dx, da, db = by_torch_as_kernels()
+    else:
+        (dbias, dx, da, db), _ = kernels_or_torch(
+            lambda: _kind("backward", call, dy[0], a, b),
+            call.demanded,
+            lambda: _path(True).grads(dy, x, weight, a, b, s, seeds, call, needs),
+            by_torch_as_kernels,
+        )
+    return dx, dbias, da, db
+
+
+def decide(x_MK: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str | None) -> Call:
+    """The call's numbers, and its backend by `dispatch`, as in `lora_linear`."""
+    elements, rank = x_MK.numel() * min(map(Tensor.numel, b)), max(map(len, a))
+    triton = elements > 0 and choose_backend(x_MK, dtype, rank, patched).backend == "triton"
+    plans = tuple(map(lambda *each: lora_linear_plan(x_MK, dtype, *each), a, b, dropouts)) if triton else None
+    dx_dtype = torch.promote_types(x_MK.dtype, dtype)
+    return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, triton and is_demanded(patched))
+
+
+def apply_lora_projections(x: Tensor, projections: Sequence[Projection], patched_backend=None) -> list[Tensor]:
+    """`lora_projections` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`."""
+    device_type = x.device.type
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    weights, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
+    for weight in weights:
+        if not autocast and weight.dtype != dtype:
+            raise OpError(f"lora_projections: x is {dtype} but a weight is {weight.dtype}; cast one, or use autocast")
+    wide = dtype
+    for matrix in (*a, *b):
+        wide = torch.promote_types(wide, matrix.dtype)
+    a, b = ([matrix.to(wide) for matrix in each] for each in (a, b))
+    scalings, x_MK = list(map(float, scalings)), as_rows(x)
+    if torch.compiler.is_compiling():
+        from fastpeft.ops._lora_projections_compiled import compiled_lora_projections
+
+        ys = compiled_lora_projections(
+            x_MK, weights, biases, a, b, scalings, list(dropouts), dtype, patched_backend
+        )  # fmt: skip
+    else:
+        call = decide(x_MK, dtype, a, b, scalings, dropouts, patched_backend)
+        if autocast:
+            with torch.autocast(device_type, enabled=False):
+                ys = LoraProjectionsFunction.apply(x_MK, call, *weights, *biases, *a, *b)
+        else:
+            ys = LoraProjectionsFunction.apply(x_MK, call, *weights, *biases, *a, *b)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def lora_projections(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    dropouts: Sequence[float] | None = None,
+    training: bool = False,
+) -> list[Tensor]:
+    """x W_pᵀ + bias_p + scaling_p·drop_p(x) A_pᵀ B_pᵀ for each projection p, with every gradient that is wanted.
+
+    Args:
+        x: (..., K), any strides; fp32, fp16 or bf16 (fp64 on the torch backend).
+        weights: of each projection (N_p, K) in x's dtype (any, under autocast).
+        biases: (N_p,) or None for each; None for no biases.
+        lora_As, lora_Bs: (r_p, K) and (N_p, r_p), in x's dtype or a wider one, which is not rounded.
+        scalings: alpha / r, or alpha / sqrt(r), for each.
+        dropouts: for each the probability that an element of x is left out of its low-rank term; None for none. The
+            masks are independent, and drawn again in backward.
+        training: dropout acts only if True.
+
+    Returns:
+        For each projection (..., N_p) in x's dtype, or autocast's.
+
+    Raises:
+        OpError (a ValueError): the lists have different lengths or are empty, or `lora_linear` would refuse one.
+        BackendError: the triton backend was demanded and cannot serve the call.
+    """
+    count = len(weights)
+    biases = [None] * count if biases is None else biases
+    dropouts = [0.0] * count if dropouts is None else dropouts
+    given = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings, "dropouts": dropouts}
+    for name, each in given.items():
+        if len(each) != count:
+            raise OpError(f"lora_projections: {len(each)} {name} for {count} weights; one for each is needed")
+    if not count:
+        raise OpError("lora_projections: no weights; at least one projection is needed")
+    projections = list(map(Projection, weights, biases, lora_As, lora_Bs, scalings, dropouts))
+    for each in projections:
+        check_lora(x, *each)
+    return apply_lora_projections(x, [each._replace(dropout=each.dropout if training else 0.0) for each in projections])

@@ -1,0 +1,25 @@
+"""Layers that compute together what each could compute alone: which kinds of that there are. One that is taken out of
+this table is out of the library."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from fastpeft.tuners.siblings import join_siblings, part_siblings
+
+
+class Fusion(NamedTuple):
+    """join: begin it, wherever a patched model has a place for it, and nowhere twice. part: end it everywhere."""
+
+    join: Callable[[nn.Module], None]
+    part: Callable[[nn.Module], None]
+
+
+FUSIONS = {"projections": Fusion(join_siblings, part_siblings)}
+
+
+def part_all(model: nn.Module) -> None:
+    """End every fusion."""
+    for fusion in FUSIONS.values():
+        fusion.part(model)

@@ -1,0 +1,315 @@
+"""Kernels of `lora_projections`: up to four linear layers with LoRA that read one x.
+
+    _shrink_all          S_p = drop_p(x) A_pᵀ for every p                              one read of x
+    _grad_all_columns    dA_p = T_pᵀ drop_p(x) for every p; on request also            one read of x
+                         Σ mask_p⊙(T_p A_p), which then seeds dX
+
+The base products, their tails, and dB_p with T_p, which read each dY_p once, are those of `lora_linear`. Shapes: x [M,
+K], A_p [R_p, K] contiguous, S_p and T_p [M, R_p] contiguous. Masks are independent: each projection has a seed, and an
+element's fate is a function of that and its place. Offsets are computed in 64 bits.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastpeft.kernels._common import (
+    UPCAST,
+    Dropout,
+    dot,
+    dot_mode,
+    keep_mask,
+    on_device_of,
+    processor_count,
+    rank_block,
+    split_evenly,
+)
+from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
+from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, sum_partials
+
+MOST = 4  # projections of one launch
+
+
+@triton.jit
+def _shrunk(
+    x, acc, a_ptr, seed_ptr, threshold, row_start, inner, column_start, m_k, K, R, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPS: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + drop(x) aᵀ [BLOCK_M, BLOCK_R] of one projection's depth block."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    a = tl.load(a_ptr + ranks[None, :] * K + inner[:, None], mask=m_k[:, None] & (ranks < R)[None, :], other=0.0)
+    if DROPS:
+        x = tl.where(keep_mask(seed_ptr, row_start, column_start, threshold, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
+    return dot(x, a, acc, MODE, HALF, UPCAST)
+
+
+@triton.jit
+def _store_rows(acc, out_ptr, scale, rows, M, R, BLOCK_R: tl.constexpr):
+    """scale·acc into out [M, R]."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask = (rows < M)[:, None] & (ranks < R)[None, :]
+    tl.store(out_ptr + rows[:, None] * R + ranks[None, :], acc * scale, mask=mask)
+
+
+@triton.jit
+def _shrink_all_kernel(
+    x_ptr, a_0, a_1, a_2, a_3, out_ptr, seed_0, seed_1, seed_2, seed_3, scale_0, scale_1, scale_2, scale_3,
+    threshold_0, threshold_1, threshold_2, threshold_3, M, K, R_0, R_1, R_2, R_3, depth_per_program,
+    stride_xm, stride_xk,
+    COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPS: tl.constexpr,
+    RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program reads depth_per_program columns of BLOCK_M rows of x, once, for all COUNT projections.
+
+    out [depth runs, M·ΣR]: of each run one [M, R] behind the other. Bit p of DROPS: projection p has a mask.
+    """
+    R_0 = _known_multiple(R_0, RANK_UNIT)
+    R_1 = _known_multiple(R_1, RANK_UNIT)
+    R_2 = _known_multiple(R_2, RANK_UNIT)
+    R_3 = _known_multiple(R_3, RANK_UNIT)
+    stride_xk = tl.cast(stride_xk, tl.int64)
+    row_start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    depth_run = tl.program_id(1).to(tl.int64)
+    first = depth_run * depth_per_program
+    rows = row_start + tl.arange(0, BLOCK_M)
+    inner = first + tl.arange(0, BLOCK_K)
+    p_x = x_ptr + rows[:, None] * stride_xm + inner[None, :] * stride_xk
+    acc_0 = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    acc_1 = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    acc_2 = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    acc_3 = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for k in range(0, depth_per_program, BLOCK_K):
+        m_k = inner < K
+        x = tl.load(p_x, mask=(rows < M)[:, None] & m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        acc_0 = _shrunk(
+            x, acc_0, a_0, seed_0, threshold_0, row_start, inner, first + k, m_k, K, R_0, BLOCK_M, BLOCK_K, BLOCK_R,
+            DROPS % 2 == 1, MODE, HALF, UPCAST,
+        )  # fmt: skip
+        if COUNT > 1:
+            acc_1 = _shrunk(
+                x, acc_1, a_1, seed_1, threshold_1, row_start, inner, first + k, m_k, K, R_1, BLOCK_M, BLOCK_K,
+                BLOCK_R, DROPS // 2 % 2 == 1, MODE, HALF, UPCAST,
+            )  # fmt: skip
+        if COUNT > 2:
+            acc_2 = _shrunk(
+                x, acc_2, a_2, seed_2, threshold_2, row_start, inner, first + k, m_k, K, R_2, BLOCK_M, BLOCK_K,
+                BLOCK_R, DROPS // 4 % 2 == 1, MODE, HALF, UPCAST,
+            )  # fmt: skip
+        if COUNT > 3:
+            acc_3 = _shrunk(
+                x, acc_3, a_3, seed_3, threshold_3, row_start, inner, first + k, m_k, K, R_3, BLOCK_M, BLOCK_K,
+                BLOCK_R, DROPS // 8 % 2 == 1, MODE, HALF, UPCAST,
+            )  # fmt: skip
+        p_x += BLOCK_K * stride_xk
+        inner += BLOCK_K
+    M_64 = tl.cast(M, tl.int64)
+    p_out = out_ptr + depth_run * M_64 * (R_0 + R_1 + R_2 + R_3)
+    _store_rows(acc_0, p_out, scale_0, rows, M, R_0, BLOCK_R)
+    if COUNT > 1:
+        _store_rows(acc_1, p_out + M_64 * R_0, scale_1, rows, M, R_1, BLOCK_R)
+    if COUNT > 2:
+        _store_rows(acc_2, p_out + M_64 * (R_0 + R_1), scale_2, rows, M, R_2, BLOCK_R)
+    if COUNT > 3:
+        _store_rows(acc_3, p_out + M_64 * (R_0 + R_1 + R_2), scale_3, rows, M, R_3, BLOCK_R)
+
+
+@triton.jit
+def _load_columns(a_ptr, columns, K, R, BLOCK_R: tl.constexpr):
+    """[BLOCK_R, BLOCK_K] of a [R, K]."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask = (ranks < R)[:, None] & (columns < K)[None, :]
+    return tl.load(a_ptr + ranks[:, None] * K + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _with_rows(
+    x, acc, tail, a, t_ptr, seed_ptr, keep_scale, threshold, rows, row_start, column_start, M, R,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPS: tl.constexpr, WITH_TAIL: tl.constexpr,
+    MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(acc + tᵀ drop(x), tail + mask⊙(t a)·keep_scale) of one projection's block of rows."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask = (ranks < R)[:, None] & (rows < M)[None, :]
+    t = tl.load(t_ptr + rows[None, :] * R + ranks[:, None], mask=mask, other=0.0)  # [BLOCK_R, BLOCK_M]
+    if DROPS:
+        keep = keep_mask(seed_ptr, row_start, column_start, threshold, BLOCK_M, BLOCK_K)
+        acc = dot(t, tl.where(keep, x, 0.0).to(x.dtype), acc, MODE, HALF, UPCAST)
+        if WITH_TAIL:
+            term = dot(tl.trans(t), a, tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32), MODE, HALF, UPCAST)
+            tail += tl.where(keep, term * keep_scale, 0.0)
+    else:
+        acc = dot(t, x, acc, MODE, HALF, UPCAST)
+        if WITH_TAIL:
+            tail = dot(tl.trans(t), a, tail, MODE, HALF, UPCAST)
+    return acc, tail
+
+
+@triton.jit
+def _store_columns(acc, out_ptr, columns, K, R, keep_scale, BLOCK_R: tl.constexpr):
+    """keep_scale·acc into out [R, K]."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask = (ranks < R)[:, None] & (columns < K)[None, :]
+    tl.store(out_ptr + ranks[:, None] * K + columns[None, :], acc * keep_scale, mask=mask)
+
+
+@triton.jit
+def _grad_all_columns_kernel(
+    x_ptr, t_0, t_1, t_2, t_3, a_0, a_1, a_2, a_3, out_ptr, tail_ptr, seed_0, seed_1, seed_2, seed_3,
+    scale_0, scale_1, scale_2, scale_3, threshold_0, threshold_1, threshold_2, threshold_3,
+    M, K, R_0, R_1, R_2, R_3, rows_per_program, stride_xm, stride_xk,
+    COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPS: tl.constexpr,
+    WITH_TAIL: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program reads BLOCK_K columns of x over rows_per_program rows, once, for all COUNT projections.
+
+    out [row runs, ΣR·K]: of each run one dA [R, K] behind the other. WITH_TAIL also writes the sum of the rank-r terms
+    of dX. Bit p of DROPS: projection p has a mask.
+    """
+    R_0 = _known_multiple(R_0, RANK_UNIT)
+    R_1 = _known_multiple(R_1, RANK_UNIT)
+    R_2 = _known_multiple(R_2, RANK_UNIT)
+    R_3 = _known_multiple(R_3, RANK_UNIT)
+    row_run = tl.program_id(1).to(tl.int64)
+    column_start = tl.program_id(0).to(tl.int64) * BLOCK_K
+    columns = column_start + tl.arange(0, BLOCK_K)
+    first = row_run * rows_per_program
+    K_64 = tl.cast(K, tl.int64)
+    acc_0 = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    acc_1 = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    acc_2 = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    acc_3 = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    if WITH_TAIL:
+        b_0 = _load_columns(a_0, columns, K_64, R_0, BLOCK_R)
+        b_1 = _load_columns(a_1, columns, K_64, R_1, BLOCK_R) if COUNT > 1 else b_0
+        b_2 = _load_columns(a_2, columns, K_64, R_2, BLOCK_R) if COUNT > 2 else b_0
+        b_3 = _load_columns(a_3, columns, K_64, R_3, BLOCK_R) if COUNT > 3 else b_0
+    else:
+        b_0, b_1, b_2, b_3 = 0.0, 0.0, 0.0, 0.0
+    for offset in range(0, rows_per_program, BLOCK_M):
+        row_start = first + offset
+        rows = row_start + tl.arange(0, BLOCK_M)
+        m_x = (rows < M)[:, None] & (columns < K)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :] * stride_xk, mask=m_x, other=0.0)
+        tail = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        acc_0, tail = _with_rows(
+            x, acc_0, tail, b_0, t_0, seed_0, scale_0, threshold_0, rows, row_start, column_start, M, R_0,
+            BLOCK_M, BLOCK_K, BLOCK_R, DROPS % 2 == 1, WITH_TAIL, MODE, HALF, UPCAST,
+        )  # fmt: skip
+        if COUNT > 1:
+            acc_1, tail = _with_rows(
+                x, acc_1, tail, b_1, t_1, seed_1, scale_1, threshold_1, rows, row_start, column_start, M, R_1,
+                BLOCK_M, BLOCK_K, BLOCK_R, DROPS // 2 % 2 == 1, WITH_TAIL, MODE, HALF, UPCAST,
+            )  # fmt: skip
+        if COUNT > 2:
+            acc_2, tail = _with_rows(
+                x, acc_2, tail, b_2, t_2, seed_2, scale_2, threshold_2, rows, row_start, column_start, M, R_2,
+                BLOCK_M, BLOCK_K, BLOCK_R, DROPS // 4 % 2 == 1, WITH_TAIL, MODE, HALF, UPCAST,
+            )  # fmt: skip
+        if COUNT > 3:
+            acc_3, tail = _with_rows(
+                x, acc_3, tail, b_3, t_3, seed_3, scale_3, threshold_3, rows, row_start, column_start, M, R_3,
+                BLOCK_M, BLOCK_K, BLOCK_R, DROPS // 8 % 2 == 1, WITH_TAIL, MODE, HALF, UPCAST,
+            )  # fmt: skip
+        if WITH_TAIL:
+            tl.store(tail_ptr + rows[:, None] * K_64 + columns[None, :], tail, mask=m_x)
+    p_out = out_ptr + row_run * K_64 * (R_0 + R_1 + R_2 + R_3)
+    _store_columns(acc_0, p_out, columns, K_64, R_0, scale_0, BLOCK_R)
+    if COUNT > 1:
+        _store_columns(acc_1, p_out + K_64 * R_0, columns, K_64, R_1, scale_1, BLOCK_R)
+    if COUNT > 2:
+        _store_columns(acc_2, p_out + K_64 * (R_0 + R_1), columns, K_64, R_2, scale_2, BLOCK_R)
+    if COUNT > 3:
+        _store_columns(acc_3, p_out + K_64 * (R_0 + R_1 + R_2), columns, K_64, R_3, scale_3, BLOCK_R)
+
+
+def _four(values: list, rest) -> list:
+    return [*values, *(rest for _ in range(MOST - len(values)))]
+
+
+def _mask_arguments(dropouts: list[Dropout | None]) -> tuple[list, list, list, int]:
+    """(seeds, keep_scales, thresholds, DROPS) of a launch."""
+    seeds = _four([None if each is None else each.seed for each in dropouts], None)
+    scales = _four([1.0 if each is None else each.keep_scale for each in dropouts], 1.0)
+    thresholds = _four([0 if each is None else each.threshold for each in dropouts], 0)
+    return seeds, scales, thresholds, sum(1 << p for p, each in enumerate(dropouts) if each is not None)
+
+
+def _modes(ranks: list[int], data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
+    return {
+        "RANK_UNIT": math.gcd(16, *ranks),
+        "MODE": dot_mode(data_dtype, adapter_dtype),
+        "HALF": TRITON_TYPES[data_dtype],
+        "UPCAST": UPCAST,
+    }
+
+
+def _block_and_rank(ranks: list[int]) -> tuple[int, int]:
+    """(BLOCK_R, the rank of one adapter that would need as many registers)."""
+    block = rank_block(max(ranks))
+    return block, block * triton.next_power_of_2(len(ranks))
+
+
+def shrink_all(
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    dtype: torch.dtype,
+    dropouts: list[Dropout | None],
+    tiles: Tiles | None = None,
+) -> list[torch.Tensor]:
+    """[drop_p(x) a_pᵀ, ...]: x [M, K] (any strides), a_p [R_p, K] -> [M, R_p] each, in `dtype`; up to MOST of them."""
+    (rows, depth), ranks = x.shape, [len(each) for each in a]
+    block, rank = _block_and_rank(ranks)
+    modes = _modes(ranks, x.dtype, a[0].dtype)
+    seeds, scales, thresholds, drops = _mask_arguments(dropouts)
+    tiles = tiles or tiles_for("shrink", rank, modes["MODE"], bool(drops), table_of(x.device))
+    row_blocks = triton.cdiv(rows, tiles.rows)
+    run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
+    out = torch.empty(runs, rows * sum(ranks), dtype=dtype if runs == 1 else torch.float32, device=x.device)
+    with on_device_of(x):
+        _shrink_all_kernel[(row_blocks, runs)](
+            x, *_four([each.contiguous() for each in a], None), out, *seeds, *scales, *thresholds,
+            rows, depth, *_four(ranks, 0), run, *x.stride(),
+            COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=block, DROPS=drops,
+            **modes, **tiles.options,
+        )  # fmt: skip
+    out = out[0] if runs == 1 else sum_partials(out, dtype)
+    return [part.view(rows, -1) for part in out.split([rows * each for each in ranks])]
+
+
+def grad_all_columns(
+    ts: list[torch.Tensor],
+    x: torch.Tensor,
+    a: list[torch.Tensor],
+    dropouts: list[Dropout | None],
+    with_tail: bool,
+    tiles: Tiles | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """([t_pᵀ drop_p(x), ...] like a_p, Σ mask_p⊙(t_p a_p) like x or None) from one read of x [M, K]: t_p [M, R_p] and
+    a_p [R_p, K]; up to MOST of them. The second is None too where registers do not suffice for it, see `holds_tail`."""
+    (rows, columns), ranks = x.shape, [len(each) for each in a]
+    block, rank = _block_and_rank(ranks)
+    modes = _modes(ranks, x.dtype, a[0].dtype)
+    seeds, scales, thresholds, drops = _mask_arguments(dropouts)
+    with_tail = with_tail and holds_tail(a, x.dtype)
+    tail = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if with_tail else None
+    tiles = tiles or tiles_for("grad_columns", rank, modes["MODE"], bool(drops), table_of(x.device))
+    column_blocks = triton.cdiv(columns, tiles.columns)
+    run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
+    parts = torch.empty(runs, sum(ranks) * columns, dtype=torch.float32, device=x.device)
+    with on_device_of(x):
+        _grad_all_columns_kernel[(column_blocks, runs)](
+            x, *_four(ts, None), *_four([each.contiguous() for each in a], None), parts, tail,
+            *seeds, *scales, *thresholds, rows, columns, *_four(ranks, 0), run, *x.stride(),
+            COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=block, DROPS=drops, WITH_TAIL=with_tail,
+            **modes, **tiles.options,
+        )  # fmt: skip
+    grads = sum_partials(parts, a[0].dtype).split([each * columns for each in ranks])
+    return [grad.view(-1, columns) for grad in grads], tail
+
+
+def holds_tail(a: list[torch.Tensor], dtype: torch.dtype) -> bool:
+    """Whether `grad_all_columns` can hold the rank-r term of dX beside every dA."""
+    return _block_and_rank([len(each) for each in a])[1] <= FUSED_TAIL_RANK[dot_mode(dtype, a[0].dtype)]

@@ -1,0 +1,51 @@
+"""What `lora_projections` launches, for the compile gate: q, k, v and gate, up in the dtypes, ranks and dropouts that
+ship. The products and their tails are compiled with `lora_linear`."""
+
+import itertools
+
+import torch
+
+from fastpeft.kernels import lora_projections as kernels
+from fastpeft.kernels._common import Dropout
+from tests.aot import Case
+from tests.ops.aot_lora_linear import DTYPES, MANY, _meta
+
+FEW = 16
+QUICK = {("bf16", 16, 0.1): ("sm_90", "gfx942"), ("bf16-fp32", 16, 0.1): ("sm_90",)}
+
+
+def launch_all(dtypes: str, ranks: tuple[int, ...], dropout: float, size: int = 4096) -> None:
+    """Forward and backward of what is read once, training and decoding."""
+    data, adapter = DTYPES[dtypes]
+    a = [_meta(r, size, dtype=adapter) for r in ranks]
+    seeds = [Dropout(_meta(1, dtype=torch.int64), dropout) if dropout else None for _ in ranks]
+    for rows in (MANY, FEW):
+        x = _meta(rows, size, dtype=data)
+        ts = kernels.shrink_all(x, a, adapter, seeds)
+        kernels.grad_all_columns(ts, x, a, seeds, with_tail=True)
+        kernels.grad_all_columns(ts, x, a, seeds, with_tail=False)
+
+
+def _case(dtypes: str, ranks: tuple[int, ...], dropout: float, bounded=True, quick=(), **shape) -> Case:
+    name = " ".join([f"lora_projections r{max(ranks)} x{len(ranks)}", dtypes, *["dropout"] * bool(dropout)])
+
+    def run():
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = dtypes == "fp32-tf32"
+        try:
+            launch_all(dtypes, ranks, dropout, **shape)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return Case(name, run, bounded, quick)
+
+
+def cases():
+    for dtypes, rank, dropout in itertools.product(("bf16", "bf16-fp32", "fp16-fp32"), (8, 16, 32, 64), (0.0, 0.1)):
+        yield _case(dtypes, (rank,) * 3, dropout, quick=QUICK.get((dtypes, rank, dropout), ()))
+        yield _case(dtypes, (rank,) * 2, dropout)
+    for dtypes, dropout in itertools.product(("bf16", "fp32", "fp32-tf32"), (0.0, 0.1)):
+        yield _case(dtypes, (16,) * 4, dropout)
+    for dtypes in DTYPES:
+        yield _case(dtypes, (128, 64, 64), 0.1, bounded=False)
+    yield _case("bf16", (5, 3, 1), 0.1, bounded=False, size=4095)
