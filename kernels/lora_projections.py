@@ -10,6 +10,7 @@ element's fate is a function of that and its place. Offsets are computed in 64 b
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -252,6 +253,14 @@ def _block_and_rank(ranks: list[int]) -> tuple[int, int]:
     return block, block * triton.next_power_of_2(len(ranks))
 
 
+def _tiles(kernel: str, rank: int, mode: str, drops: bool, x: torch.Tensor) -> Tiles:
+    """Those of one adapter of that rank; with fewer rows where several masks, or several parts of a product, are in
+    registers at once."""
+    tiles = tiles_for(kernel, rank, mode, drops, table_of(x.device))
+    crowded = drops or (mode == "split" and kernel == "grad_columns")
+    return replace(tiles, rows=max(16, tiles.rows // 2)) if crowded else tiles
+
+
 def shrink_all(
     x: torch.Tensor,
     a: list[torch.Tensor],
@@ -264,7 +273,7 @@ def shrink_all(
     block, rank = _block_and_rank(ranks)
     modes = _modes(ranks, x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
-    tiles = tiles or tiles_for("shrink", rank, modes["MODE"], bool(drops), table_of(x.device))
+    tiles = tiles or _tiles("shrink", rank, modes["MODE"], bool(drops), x)
     row_blocks = triton.cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
     out = torch.empty(runs, rows * sum(ranks), dtype=dtype if runs == 1 else torch.float32, device=x.device)
@@ -295,7 +304,7 @@ def grad_all_columns(
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
     with_tail = with_tail and holds_tail(a, x.dtype)
     tail = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if with_tail else None
-    tiles = tiles or tiles_for("grad_columns", rank, modes["MODE"], bool(drops), table_of(x.device))
+    tiles = tiles or _tiles("grad_columns", rank, modes["MODE"], bool(drops), x)
     column_blocks = triton.cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
     parts = torch.empty(runs, sum(ranks) * columns, dtype=torch.float32, device=x.device)
