@@ -118,6 +118,14 @@ def test_get_peft_model_that_is_refused_leaves_the_base_as_it_was(kind, monkeypa
     assert differences(before, snapshot(base)) == []
 
 
+def test_get_peft_model_copies_no_values_that_are_not_there():
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights="orthogonal")
+    model = quietly(fastpeft.get_peft_model, base, config, low_cpu_mem_usage=True)
+    assert is_swapped(model) and all(each.is_meta for each in model.parameters())
+
+
 def added(model: nn.Module, kind: str) -> None:
     if "b" in model.peft_config:
         model.delete_adapter("b")
