@@ -23,6 +23,6 @@ def tried(quick: int, full: int) -> settings:
     )
 
 
-def shown(case) -> None:
+def shown(*case) -> None:
     """Of the smallest case that fails, the line to paste above the property is printed with it."""
-    note(f"@example({case!r})")
+    note(f"@example({', '.join(map(repr, case))})")

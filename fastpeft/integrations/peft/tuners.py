@@ -29,8 +29,10 @@ class SwappingTuner(Swapped):
         return super().forward(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, *args, **kwargs) -> None:
-        super().inject_adapter(model, *args, **kwargs)
-        swap_layers(model, self.extension)
+        try:
+            super().inject_adapter(model, *args, **kwargs)
+        finally:  # where peft refuses an adapter late, it leaves its layers in the model
+            swap_layers(model, self.extension)
 
 
 class SwappingAdaLora(SwappingTuner):
