@@ -82,6 +82,8 @@ class AdaLoraConfig(LoraConfig):
             refuse("orth_reg_weight", self.orth_reg_weight, "must be a finite number from 0 up")
         if self.use_dora:
             refuse("use_dora", True, "AdaLoRA does not go with DoRA; set it to False")
+        if self.target_parameters:
+            refuse("target_parameters", self.target_parameters, "AdaLoRA adapts modules alone; leave it out")
         self._validate_schedule()
 
     def _validate_schedule(self) -> None:

@@ -53,6 +53,9 @@ class LoraConfig(PeftConfig):
     init_lora_weights: True or False (B is zero or random), "gaussian", "pissa" and "pissa_niter_N" (arXiv 2404.02948),
     "olora" (arXiv 2406.01775).
     fan_in_fan_out: whether weights are stored as (K, N); what the layer's class says counts, with a warning.
+    target_parameters: a list of names of parameters, such as the experts that lie in one tensor (each the whole path or
+    its end after a dot, as in "experts.down_proj"), of 2 or 3 dimensions; each expert gets an update of its own.
+    exclude_modules and layers_to_transform do not reach them, and dropout, DoRA and lora_bias do not go with them.
     """
 
     r: int = 8
@@ -85,7 +88,7 @@ class LoraConfig(PeftConfig):
     layer_replication: Any = unhonoured(None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    target_parameters: Any = unhonoured(None)
+    target_parameters: list[str] | None = None
     use_bdlora: Any = unhonoured(None)
     arrow_config: Any = unhonoured(None)
     kasa_config: Any = unhonoured(None)
@@ -99,8 +102,9 @@ class LoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if is_names(getattr(self, name)):
                 setattr(self, name, set(getattr(self, name)))
-        if is_names(self.modules_to_save):
-            self.modules_to_save = in_order(self.modules_to_save)
+        for name in ("modules_to_save", "target_parameters"):
+            if is_names(getattr(self, name)):
+                setattr(self, name, in_order(getattr(self, name)))
         if is_names(self.layers_pattern):
             self.layers_pattern = in_order(self.layers_pattern)
         if isinstance(self.layers_to_transform, list | tuple | set | frozenset | range):
@@ -130,6 +134,7 @@ class LoraConfig(PeftConfig):
         self._validate_targets()
         self._validate_layers()
         self._validate_init()
+        self._validate_parameters()
         if not _keeps_gpu(self.runtime_config):
             refuse("runtime_config", self.runtime_config, "fastpeft does not honour it; leave it at its default")
 
@@ -164,6 +169,18 @@ class LoraConfig(PeftConfig):
                 refuse(name, value, "must be a list of module names, a string (a regular expression) or None")
         require_saved_names(self)
 
+    def _validate_parameters(self) -> None:
+        named = self.target_parameters
+        if named is not None and not is_names(named):
+            refuse("target_parameters", named, "must be a list of names of parameters or None")
+        if not named:
+            return
+        for name, neutral in _WITHOUT_PARAMETERS.items():
+            if getattr(self, name) != neutral:
+                refuse(name, getattr(self, name), f"target_parameters needs {neutral}; set it, or leave them out")
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in ("gaussian", "eva"):
+            refuse("init_lora_weights", self.init_lora_weights, "target_parameters needs True, False or 'gaussian'")
+
     def _validate_layers(self) -> None:
         layers, pattern = self.layers_to_transform, self.layers_pattern
         numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
@@ -194,6 +211,10 @@ class LoraConfig(PeftConfig):
 
 
 _INITS = "fastpeft has True, False, 'gaussian', 'pissa', 'pissa_niter_N' and 'olora'; choose one"
+
+# What does not go with target_parameters, in peft neither: the update of a parameter cannot be told from the product
+# that the parameter is used in.
+_WITHOUT_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 
 
 def _keeps_gpu(runtime: object) -> bool:

@@ -29,6 +29,10 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }
 
+# Families of which target_parameters without target_modules adapts the parameters and no modules, as in peft, although
+# the table has them.
+PARAMETERS_ALONE = frozenset(("mixtral",))
+
 _ADALORA_FAMILIES: dict[tuple[str, ...], str] = {
     ("q_proj", "v_proj"): "gemma gemma2 gemma3_text gpt_neo gptj llama llama4 qwen2 qwen3",
     ("query_key_value",): "bloom gpt_neox",

@@ -221,6 +221,10 @@ def _check_here(what: str, tensors) -> None:
 def _check_lora(where: str, what: str, config) -> None:
     if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
         raise ConfigError(f"{where}: {what} is {config.peft_type.value}; only LORA adapters are swapped in place")
+    if config.target_parameters:
+        raise ConfigError(
+            f"{where}: {what} has target_parameters, and parameters are not swapped; load it as another adapter"
+        )
 
 
 def _check_alike(model: nn.Module, name: str, config: LoraConfig, quirky: bool) -> None:

@@ -15,8 +15,10 @@ from fastpeft.preconditions import adapted_by_peft
 from fastpeft.quantised import stand_in
 from fastpeft.table_file import PrefixBucket
 from fastpeft.tuners.attention_layer import AdaptedAttention, Slice
+from fastpeft.tuners.experts import LoraExperts
 from fastpeft.tuners.layer import Companion
 from fastpeft.tuners.lora import LoraLinear
+from fastpeft.tuners.lora_parameters import LoraParameters
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.prompt_layer import PromptedEmbedding
 
@@ -85,12 +87,13 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
         return _attention_report(path, kind, names, layer)
     if isinstance(layer, PromptedEmbedding):
         return _embedding_report(path, kind, names, layer)
+    if isinstance(layer, LoraParameters):
+        return LayerReport(path, kind, names, *_parameters_report(layer))
     if not isinstance(layer, LoraLinear):
         return LayerReport(path, kind, names, "torch modules", "torch", "no kernel serves this kind of module")
-    rank = max(settings.r for settings in layer._fastpeft.adapters.values()) if names else 0
     weight = stand_in(layer)
     try:
-        choice = choose_backend(weight, weight.dtype, rank, layer._fastpeft.model.backend)
+        choice = choose_backend(weight, weight.dtype, patched=layer._fastpeft.model.backend)
     except BackendError as error:
         return LayerReport(path, kind, names, "lora_linear", "none", str(error))
     reason = choice.reason
@@ -99,6 +102,13 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
     if not layer.plain_base():
         reason += "; the base product is its own class's"
     return LayerReport(path, kind, names, "lora_linear", choice.backend, reason)
+
+
+def _parameters_report(layer: LoraParameters) -> tuple[str, str, str]:
+    """(op, backend, reason)."""
+    if isinstance(layer, LoraExperts):
+        return "expert_lora_linear", "torch", "rank-r terms on the tokens of each expert"
+    return "adapted parameters", "torch", "its forward is not known, so every call adds the update to the weight"
 
 
 def _embedding_report(path: str, kind: str, names: tuple[str, ...], layer: PromptedEmbedding) -> LayerReport:

@@ -16,6 +16,7 @@ from fastpeft.patching import layers, state_of
 from fastpeft.quantised import entry_of
 from fastpeft.selection import active_names
 from fastpeft.tuners.lora import LoraLayer
+from fastpeft.tuners.lora_parameters import LoraParameters, ParameterSettings
 
 IRREGULAR = "irregular"  # what differs from layer to layer, or from parameter to parameter
 
@@ -136,7 +137,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     try:
         for adapters, held in before:
             for name, settings in held.items():
-                adapters[name] = dataclasses.replace(settings, scaling=settings.scaling * multiplier)
+                adapters[name] = _rescaled(settings, multiplier)
         yield
     finally:
         for adapters, held in before:
@@ -144,4 +145,10 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 def _is_lora(layer: nn.Module) -> bool:
-    return isinstance(layer, LoraLayer)
+    return isinstance(layer, LoraLayer | LoraParameters)
+
+
+def _rescaled(settings, multiplier: float):
+    if isinstance(settings, ParameterSettings):
+        return ParameterSettings({key: _rescaled(each, multiplier) for key, each in settings.each.items()})
+    return dataclasses.replace(settings, scaling=settings.scaling * multiplier)

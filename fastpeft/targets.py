@@ -24,6 +24,7 @@ from fastpeft.configs import (
 from fastpeft.default_targets import (
     ADALORA_TARGETS,
     DEFAULT_TARGETS,
+    PARAMETERS_ALONE,
     QUERY_VALUE_NAMES,
     UNCALLED_FAMILIES,
     UNCALLED_NAMES,
@@ -45,6 +46,8 @@ ADAPTER_CHILDREN = frozenset(
     )
 )
 
+_MODULES_ONLY = ("exclude_modules", "layers_to_transform")
+
 _SAID = 12  # how many entries of one kind a warning is for
 
 _SUPPORTED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -53,21 +56,25 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 @dataclass(frozen=True)
 class Target:
-    """One module that gets an adapter: its path, the module, and the rank and alpha that hold for it."""
+    """One module that gets an adapter: its path, the module, and the rank and alpha that hold for it. parameter: which
+    of its parameters, where the module itself is no target."""
 
     name: str
     module: nn.Module
     r: int
     alpha: int | float
+    parameter: str | None = None
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a configuration means in one model. `config` is a copy with target_modules and modules_to_save filled in."""
+    """What a configuration means in one model. `config` is a copy with target_modules and modules_to_save filled in;
+    `parameters` are what target_parameters names."""
 
     targets: tuple[Target, ...]
     saved_modules: tuple[str, ...]
     config: LoraConfig
+    parameters: tuple[Target, ...] = ()
 
 
 def resolve_targets(model: nn.Module, config: LoraConfig, method: PeftType = PeftType.LORA) -> Resolution:
@@ -85,12 +92,12 @@ def resolve_targets(model: nn.Module, config: LoraConfig, method: PeftType = Pef
     with in_bounded_time():
         selection.fill_target_modules()
         selection.check_layers()
-        chosen = selection.chosen()
-        if not chosen:
+        chosen, parameters = selection.chosen(), selection.parameters()
+        if not chosen and not parameters:
             raise TargetError(selection.why_nothing())
         targets = tuple(selection.target(name) for name in chosen)
-        selection.warn(chosen)
-    return Resolution(targets, selection.saved, selection.config)
+        selection.warn(chosen, parameters)
+    return Resolution(targets, selection.saved, selection.config, parameters)
 
 
 def saved_modules(model: nn.Module, config: PeftConfig) -> tuple[str, ...]:
@@ -160,13 +167,20 @@ class _Selection:
     # target_modules that the configuration leaves to us.
 
     def fill_target_modules(self) -> None:
-        given = self.config.target_modules
-        if given is None:
+        given, parameters = self.config.target_modules, self.config.target_parameters
+        if parameters and not given:
+            self.config.target_modules = self._defaults_beside_parameters() if given is None else set()
+        elif given is None:
             self.config.target_modules = self._default_targets()
         elif isinstance(given, str) and given.lower() == ALL_LINEAR:
             self.config.target_modules = self._all_linear()
         elif not given:
             raise TargetError(f"target_modules={given!r} names nothing; the linear layers are {self._linear_leaves()}")
+
+    def _defaults_beside_parameters(self) -> set[str] | str:
+        """With target_parameters, peft needs no modules besides, and adds those that it has a default for."""
+        known = () if self.model_type in PARAMETERS_ALONE else self.defaults.get(self.model_type, ())
+        return known if isinstance(known, str) else set(known)
 
     def _default_targets(self) -> set[str]:
         known = self.defaults.get(self.model_type, ())
@@ -290,9 +304,31 @@ class _Selection:
             _looked_up(config.alpha_pattern, name, config.lora_alpha),
         )
 
-    def warn(self, chosen: list[str]) -> None:
+    def parameters(self) -> tuple[Target, ...]:
+        """What target_parameters names, by peft's rule: a whole path, or its end after a dot. Exclusions and layers do
+        not count."""
+        named, config = frozenset(self.config.target_parameters or ()), self.config
+        return tuple(
+            Target(
+                path,
+                module,
+                _looked_up(config.rank_pattern, f"{path}.{leaf}", config.r),
+                _looked_up(config.alpha_pattern, f"{path}.{leaf}", config.lora_alpha),
+                leaf,
+            )
+            for path, module in (self.modules.items() if named else ())
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None and _hits(named, f"{path}.{leaf}")
+        )
+
+    def warn(self, chosen: list[str], parameters: tuple[Target, ...]) -> None:
         """Say which parts of the configuration have no effect."""
         useless = []
+        adapted = [f"{each.name}.{each.parameter}" for each in parameters]
+        idle = sorted(set(self.config.target_parameters or ()) - {end for name in adapted for end in dotted_ends(name)})
+        useless += [f"target_parameters has {shown(entry)}, which adapts nothing" for entry in idle[:_SAID]]
+        if parameters:
+            useless += [f"{field} does not reach target_parameters" for field in _MODULES_ONLY if self._sets(field)]
         if isinstance(self.by_user, set):
             used = {end for name in chosen for end in dotted_ends(name)}
             named = {end for name in self.hits for end in dotted_ends(name)}
@@ -306,7 +342,8 @@ class _Selection:
         if excluded and not any(map(self._excluded_by_name, self.modules)):
             useless.append(f"exclude_modules={_shown(excluded)} is not in the model{self._near(excluded)}")
         for field in ("rank_pattern", "alpha_pattern"):
-            idle = [key for key in getattr(self.config, field) if not any(matches_tail(key, name) for name in chosen)]
+            every = [*chosen, *adapted]
+            idle = [key for key in getattr(self.config, field) if not any(matches_tail(key, name) for name in every)]
             useless += [f"{field} has {key!r}, which matches no adapted module" for key in idle[:_SAID]]
             if idle[_SAID:]:
                 useless.append(f"{field} has {len(idle[_SAID:])} more that match no adapted module")
@@ -316,8 +353,17 @@ class _Selection:
         for sentence in useless:
             warnings.warn(sentence, stacklevel=3)
 
+    def _sets(self, field: str) -> bool:
+        return getattr(self.config, field) not in (None, set(), [])
+
     def why_nothing(self) -> str:
-        given = self.config.target_modules
+        given, named = self.config.target_modules, self.config.target_parameters
+        if named and not given:
+            leaves = {leaf for module in self.modules.values() for leaf in module._parameters}
+            return (
+                f"target_parameters={shown(named)} matches no parameter of {self._kind()}; give whole paths, or their "
+                f"ends{nearest(named, leaves)}"
+            )
         if not self.hits:
             text = f"target_modules={_shown(given)} matches no module of {self._kind()}{self._near(given)}"
             if isinstance(given, str):

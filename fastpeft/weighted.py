@@ -130,6 +130,8 @@ def _check(model: nn.Module, names, weights, kind: str, density, sign: str) -> N
         for what in ("use_dora", "lora_bias"):
             if getattr(config, what):
                 _refuse(f"{name!r} has {what}=True, which cannot be added up; leave it out")
+        if config.target_parameters:
+            _refuse(f"{name!r} has target_parameters, and parameters are not added up; leave it out")
         if config.bias != "none":
             _refuse(f"{name!r} has bias={config.bias!r}, and trained biases cannot be added up; leave it out")
     for path, layer in layers(model):

@@ -131,7 +131,7 @@ def assert_same_files(hf, ours, directory: Path) -> None:
         if config["peft_type"] in ("LORA", "ADALORA"):
             del config["target_modules"]
             config["exclude_modules"] = sorted(config["exclude_modules"] or ())
-            config["target_parameters"] = config["target_parameters"] or None  # peft writes [] for mixtral
+            config["target_parameters"] = sorted(config["target_parameters"] or ())  # of mixtral a set, in peft
     assert configs[0] == configs[1]
 
 

@@ -137,7 +137,7 @@ def test_a_field_that_is_not_honoured_is_named(form, name, tmp_path):
 
 
 def test_the_list_of_fields_that_are_not_honoured_is_not_empty():
-    assert {"trainable_token_indices", "target_parameters", "layer_replication", "loftq_config"} <= set(UNHONOURED)
+    assert {"trainable_token_indices", "layer_replication", "loftq_config"} <= set(UNHONOURED)
 
 
 def int8() -> nn.Module:

@@ -26,7 +26,7 @@ HONOURED = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
     *("bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern"),
-    *("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "runtime_config"),
+    *("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "runtime_config", "target_parameters"),
 }
 
 # Configurations that peft and fastpeft both accept, as keyword arguments.
@@ -34,6 +34,7 @@ VALID = [
     {},
     {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["v_proj", "q_proj"]},
     {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*\.0\..*", "use_rslora": True},
+    {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     {"target_modules": "all-linear", "exclude_modules": ["lm_head", "o_proj"], "use_dora": True},
     {"target_modules": {"q_proj"}, "layers_to_transform": [0, 1], "layers_pattern": ["layers"]},
     {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
@@ -177,6 +178,13 @@ REFUSED = [
     ({"base_model_name_or_path": b"x"}, "base_model_name_or_path=b'x': must be a string or None"),
     ({"auto_mapping": ["x"]}, "auto_mapping=['x']: must be a dict with string keys or None"),
     ({"runtime_config": peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)}, "does not honour it"),
+    ({"target_parameters": "experts.down_proj"}, "target_parameters='experts.down_proj': must be a list of names of par"),
+    ({"target_parameters": ["x", ""]}, "must be a list of names of parameters or None"),
+    ({"target_parameters": ["x"], "lora_dropout": 0.1}, "lora_dropout=0.1: target_parameters needs 0.0; set it, or"),
+    ({"target_parameters": ["x"], "use_dora": True}, "use_dora=True: target_parameters needs False"),
+    ({"target_parameters": ["x"], "lora_bias": True}, "lora_bias=True: target_parameters needs False"),
+    ({"target_parameters": ["x"], "fan_in_fan_out": True}, "fan_in_fan_out=True: target_parameters needs False"),
+    ({"target_parameters": ["x"], "init_lora_weights": "pissa"}, "init_lora_weights='pissa': target_parameters needs"),
 ]
 
 
@@ -208,7 +216,6 @@ UNHONOURED = {
     "qalora_group_size": 32,
     "monteclora_config": {"num_samples": 2},
     "layer_replication": [[0, 1]],
-    "target_parameters": ["experts.down_proj"],
     "use_bdlora": {"a": 1},
     "arrow_config": {"top_k": 1},
     "kasa_config": {"beta": 1.0},

@@ -205,7 +205,6 @@ ASKS = {
         "trainable_token_indices": [1, 2],
         "use_qalora": True,
         "qalora_group_size": 32,
-        "target_parameters": ["mlp.experts.gate_up_proj"],
         "alora_invocation_tokens": [1],
         "arrow_config": {"top_k": 1},
         "ensure_weight_tying": True,

@@ -4,6 +4,7 @@ from fastpeft.ops import _lora_linear_compiled as _lora_linear_compiled  # regis
 from fastpeft.ops import _mixed_lora_linear_compiled as _mixed_lora_linear_compiled
 from fastpeft.ops import _prefix_attention_compiled as _prefix_attention_compiled
 from fastpeft.ops import _prompt_embedding_compiled as _prompt_embedding_compiled
+from fastpeft.ops.expert_lora_linear import expert_lora_linear, expert_lora_linear_reference
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention, gated_prompt_attention_reference
 from fastpeft.ops.lora_linear import dropout_mask, lora_linear, lora_linear_reference
 from fastpeft.ops.mixed_lora_linear import mixed_lora_linear, mixed_lora_linear_reference
@@ -17,6 +18,8 @@ from fastpeft.ops.prompt_embedding import (
 
 __all__ = [
     "dropout_mask",
+    "expert_lora_linear",
+    "expert_lora_linear_reference",
     "gated_prompt_attention",
     "gated_prompt_attention_reference",
     "lora_linear",

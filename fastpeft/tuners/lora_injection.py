@@ -12,20 +12,24 @@ from torch import nn
 from fastpeft.configs import LoraConfig
 from fastpeft.errors import ConfigError, TargetError
 from fastpeft.targets import Resolution, Target, resolve_targets
+from fastpeft.tuners.experts import parameters_class
 from fastpeft.tuners.layer import AdapterLayer, attach
 from fastpeft.tuners.lora import LoraLayer, Settings, settings_of
 from fastpeft.tuners.lora_init import decomposes
 from fastpeft.tuners.lora_kinds import check_target, layer_class, settle_fan_in_fan_out
+from fastpeft.tuners.lora_parameters import ParameterSettings, plan_parameters, shapes
 from fastpeft.tuners.saved_modules import SavedModule, check_saved, own_tensors
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an adapter will touch: targets with their classes and settings, and the modules it trains whole."""
+    """What an adapter will touch: targets with their classes and settings, the modules it trains whole, and those of
+    which it adapts parameters, with their settings."""
 
     config: LoraConfig
     targets: tuple[tuple[Target, type[LoraLayer], Settings], ...]
     saved: tuple[tuple[str, nn.Module], ...]
+    parameters: tuple[tuple[str, nn.Module, ParameterSettings], ...] = ()
 
     def in_today_s_layout(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A file's tensors as they are: there has been one layout only."""
@@ -36,6 +40,8 @@ class Plan:
         out = {}
         for target, kind, settings in self.targets:
             out.update({f"{target.name}.{key}": shape for key, shape in kind.shapes(target.module, settings).items()})
+        for path, module, settings in self.parameters:
+            out.update({f"{path}.{key}": shape for key, shape in shapes(module, settings).items()})
         for name, module in self.saved:
             out.update({f"{name}.{key}": tuple(value.shape) for key, value in own_tensors(module).items()})
         return {f"base_model.model.{name}": shape for name, shape in out.items()}
@@ -52,7 +58,21 @@ def plan(model: nn.Module, config: LoraConfig) -> Plan:
         _check_untied(model, resolution)
     saved = tuple((name, model.get_submodule(name)) for name in resolution.saved_modules)
     check_saved(model, saved)
-    return Plan(resolution.config, targets, saved)
+    parameters = tuple(plan_parameters(resolution.parameters, resolution.config))
+    _check_apart(model, targets, saved, parameters)
+    return Plan(resolution.config, targets, saved, parameters)
+
+
+def _check_apart(model: nn.Module, targets, saved, parameters) -> None:
+    """Raises TargetError for a parameter of a module that is a target, or is trained whole, here or by another."""
+    modules, whole = {target.name for target, *_ in targets}, tuple(f"{name}." for name, _ in saved)
+    whole += tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SavedModule))
+    for path, _, settings in parameters:
+        if path in modules or f"{path}.".startswith(whole):
+            how = "in target_modules" if path in modules else "trained whole by modules_to_save"
+            raise TargetError(
+                f"target_parameters has {path}.{next(iter(settings.each))}, and its module is {how}; choose one"
+            )
 
 
 def checked_targets(model: nn.Module, resolution: Resolution, class_of: Callable) -> list[tuple[Target, type]]:
@@ -120,6 +140,10 @@ def inject(plan: Plan, name: str, state, *, init: bool, autocast: bool) -> None:
             attach(target.module, kind, state)
         settle_fan_in_fan_out(config, target.module)
         target.module.add_adapter(name, settings, config.init_lora_weights if init or again else None, autocast)
+    for _, module, settings in plan.parameters:
+        if not isinstance(module, AdapterLayer):
+            attach(module, parameters_class(module), state)
+        module.add_adapter(name, settings, config.init_lora_weights if init else None, autocast)
     for _, module in plan.saved:
         if not isinstance(module, AdapterLayer):
             attach(module, SavedModule, state)

@@ -1,0 +1,176 @@
+"""The frozen linear layers of a mixture's experts, each on the tokens that are routed to it, with low-rank updates of
+the experts (LoRA, Hu et al., arXiv 2106.09685, equation 3, expert by expert). For the rows x_e of expert e:
+
+    y_e = x_e W_eᵀ + bias_e + s·x_e A_eᵀ B_eᵀ
+
+With S = x_e A_eᵀ and T = s·dY_e B_e:
+
+    dX_e = dY_e W_e + T A_e      dA_e = Tᵀ x_e      dB_e = s·dY_eᵀ S      dbias_e = Σ dY_e      dW_e = dY_eᵀ x_e
+
+No expert's update is ever multiplied out, so that nothing of the size of the experts' weights is made. The adapter's
+matrices are never rounded. Saved for backward: x where a matrix wants a gradient, S where B does.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpeft.errors import OpError
+from fastpeft.ops import _expert_lora_linear_torch as torch_path
+from fastpeft.ops._first_order import first_order
+from fastpeft.ops.lora_linear import DTYPES
+
+# Letters of the shape suffixes: M rows, sorted by expert; E experts, K inputs, N outputs, R rank.
+
+
+class Call(NamedTuple):
+    """What a call computes besides its tensors: each adapter's scaling, and of every expert that has rows which."""
+
+    scalings: tuple[float, ...]
+    rows: list[tuple[int, slice]]
+
+
+def expert_lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, ends):
+    """The definition, for autograd, expert by expert; the adapter in its own dtype, one cast at the end."""
+    a, b = by_expert(lora_A, lora_B, len(weight))
+    parts, bounds = [], [0, *ends.tolist()]
+    for expert in range(len(weight)):
+        rows = slice(bounds[expert], bounds[expert + 1])
+        y = torch.nn.functional.linear(x[rows], weight[expert], None if bias is None else bias[expert])
+        term = (x[rows].to(a.dtype) @ a[expert].t()) @ b[expert].t() * scaling
+        parts.append((y + term).to(y.dtype))
+    return torch.cat(parts)
+
+
+def by_expert(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """(A [E, r, K], B [E, N, r]), views, of A [E·r, K], whose rows lie expert by expert, and B [N, r·E], of whose
+    columns an expert has every E-th: HF peft's layout."""
+    outputs, inputs = len(lora_B), lora_A.shape[1]
+    return lora_A.view(experts, -1, inputs), lora_B.view(outputs, -1, experts).permute(2, 0, 1)
+
+
+class ExpertLoraLinearFunction(torch.autograd.Function):
+    """Checked tensors in. matrices: every A [E, r, K], then every B [E, N, r], all of one dtype."""
+
+    @staticmethod
+    def forward(ctx, x_MK, weight_ENK, bias_EN, ends_E, call: Call, *matrices):
+        count = len(call.scalings)
+        a, b = matrices[:count], [each.contiguous() for each in matrices[count:]]
+        y_MN, s = torch_path.forward(x_MK, weight_ENK, bias_EN, a, b, call.scalings, ends_E, call.rows)
+        need_x, need_w, _, _, _, *need = ctx.needs_input_grad
+        need_a, need_b = need[:count], need[count:]
+        s = [each if need_s else None for each, need_s in zip(s, need_b, strict=True)]
+        ctx.save_for_backward(
+            x_MK if any(need_a) or need_w else None, weight_ENK, ends_E, *a, *b, *s
+        )  # fmt: skip
+        ctx.call = call
+        return y_MN
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy_MN):
+        call, (x, weight, ends, *held) = ctx.call, ctx.saved_tensors
+        count = len(call.scalings)
+        a, b, s = held[:count], held[count : 2 * count], held[2 * count :]
+        need_x, need_w, need_bias, _, _, *need = ctx.needs_input_grad
+        needs = (need_x, need_w, need_bias, need[:count], need[count:])
+        with torch.autocast(dy_MN.device.type, enabled=False):
+            dx, dw, dbias, da, db = torch_path.backward(
+                dy_MN, x, weight, a, b, s, call.scalings, ends, call.rows, needs
+            )  # fmt: skip
+        return dx, dw, dbias, None, None, *da, *db
+
+
+def apply_expert_lora(
+    x_MK: Tensor, weight_ENK: Tensor, bias_EN: Tensor | None, adapters: Sequence[tuple[Tensor, Tensor, float]],
+    ends_E: Tensor,
+) -> Tensor:  # fmt: skip
+    """`expert_lora_linear` with any number of adapters (A, B, scaling), for callers that have checked their tensors.
+    autocast is of no effect: everything is computed in the weight's dtype, which is x's, as by transformers."""
+    wide = x_MK.dtype
+    for a, b, _ in adapters:
+        wide = torch.promote_types(wide, torch.promote_types(a.dtype, b.dtype))
+    pairs = [by_expert(a.to(wide), b.to(wide), len(weight_ENK)) for a, b, _ in adapters]
+    call = Call(tuple(float(scaling) for *_, scaling in adapters), list(torch_path.segments(ends_E.tolist())))
+    with torch.autocast(x_MK.device.type, enabled=False):
+        return ExpertLoraLinearFunction.apply(
+            x_MK, weight_ENK, bias_EN, ends_E, call, *(a for a, _ in pairs), *(b for _, b in pairs)
+        )  # fmt: skip
+
+
+def _check(x, weight, bias, lora_A, lora_B, scaling, ends) -> None:
+    """Raises OpError unless `expert_lora_linear` can take these."""
+    op = "expert_lora_linear"
+    tensors = {"x": (x, 2), "weight": (weight, 3), "lora_A": (lora_A, 2), "lora_B": (lora_B, 2), "ends": (ends, 1)}
+    if bias is not None:
+        tensors["bias"] = (bias, 2)
+    for name, (tensor, dimensions) in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise OpError(f"{op}: {name} is of {type(tensor).__name__}; a tensor is needed")
+        if tensor.ndim != dimensions:
+            raise OpError(f"{op}: {name} has shape {tuple(tensor.shape)}; {dimensions} dimensions are needed")
+        if tensor.device != x.device:
+            raise OpError(f"{op}: {name} is on {tensor.device}, x on {x.device}; move one")
+        if name != "ends" and tensor.dtype not in DTYPES:
+            raise OpError(f"{op}: {name} is {tensor.dtype}; a floating-point dtype is needed")
+    experts, outputs, inputs = weight.shape
+    rank = len(lora_A) // max(1, experts)
+    shapes = {
+        "x": (x, (len(x), inputs)),
+        "bias": (bias, (experts, outputs)),
+        "lora_A": (lora_A, (experts * rank, inputs)),
+        "lora_B": (lora_B, (outputs, rank * experts)),
+        "ends": (ends, (experts,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise OpError(f"{op}: {name} has shape {tuple(tensor.shape)}, and {shape} goes with weight; correct one")
+    if min(experts, outputs, inputs, rank) < 1:
+        raise OpError(f"{op}: weight has shape {tuple(weight.shape)} and the rank is {rank}; neither may be empty")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise OpError(f"{op}: x is {x.dtype} but {name} is {tensor.dtype}; cast one")
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
+        raise OpError(f"{op}: scaling is {scaling!r}; a number is needed")
+    _check_ends(op, ends, len(x))
+
+
+def _check_ends(op: str, ends: Tensor, rows: int) -> None:
+    if ends.dtype not in (torch.int32, torch.int64):
+        raise OpError(f"{op}: ends is {ends.dtype}; int32 or int64 is needed")
+    listed = [0, *ends.tolist()]
+    if listed != sorted(listed) or listed[-1] != rows:
+        raise OpError(f"{op}: ends must rise from 0 or more to the {rows} rows of x, the last of them that number")
+
+
+def expert_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    ends: Tensor,
+) -> Tensor:
+    """Of each expert e, whose rows of x lie together: x_e W_eᵀ + bias_e + scaling·x_e A_eᵀ B_eᵀ, with the gradients of
+    every argument that wants one.
+
+    Args:
+        x: (M, K), sorted by expert, any strides; fp32, fp16, bf16 or fp64.
+        weight: (E, N, K) in x's dtype, any strides, so that a stored (E, K, N) is given as its transpose(1, 2).
+        bias: (E, N) in x's dtype, or None.
+        lora_A: (E·r, K), expert by expert; x's dtype or a wider one, which is not rounded.
+        lora_B: (N, r·E), of which expert e has the columns e, E + e, 2·E + e, ...; likewise.
+        scaling: alpha / r, or alpha / sqrt(r).
+        ends: (E,) int32 or int64: where each expert's rows end, the last of them M; as torch's grouped_mm has it.
+
+    Returns:
+        (M, N) in x's dtype, autocast or not.
+
+    Raises:
+        OpError (a ValueError): a shape, device, dtype or type does not fit, or ends does not rise to M.
+    """
+    _check(x, weight, bias, lora_A, lora_B, scaling, ends)
+    return apply_expert_lora(x, weight, bias, [(lora_A, lora_B, scaling)], ends)

@@ -1,0 +1,404 @@
+"""LoRA on parameters (`target_parameters`): the experts of transformers' mixtures and other matrices, with HF peft's
+wrappers beside ours: names, values, logits, gradients, files, merging, training."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastpeft
+from tests.memory import Allocations
+from tests.models import batch, differences, snapshot, tiny
+from tests.peft_pair import (
+    assert_interchangeable,
+    assert_same_files,
+    assert_same_line,
+    assert_same_merged,
+    close,
+    pair_of,
+    quietly,
+    result,
+)
+
+EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
+CELLS = [(family, how) for family in FAMILIES for how in ("grouped_mm", "eager")] + [("qwen3_moe", "batched_mm")]
+
+
+def experts(family: str, how: str = "grouped_mm", dtype=torch.float32) -> nn.Module:
+    model = tiny(family, dtype=dtype)
+    model.set_experts_implementation(how)
+    return model
+
+
+def settings_for(**more) -> dict:
+    both = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "task_type": "CAUSAL_LM"}
+    return {"init_lora_weights": False, **both, **more}
+
+
+def peft_pair(build, **more):
+    """(peft's model, ours), their adapters the same and not neutral."""
+    return pair_of(build, settings_for(**more))
+
+
+def own(model: nn.Module, of: str = "data") -> dict[str, torch.Tensor]:
+    """The adapter's tensors, or their gradients, by their names in peft's file."""
+    if hasattr(model, "_fastpeft"):
+        found = {
+            f"base_model.model.{path}.{key}": each
+            for path, layer in fastpeft.patching.layers(model)
+            for key, each in layer.parameters_of("default").items()
+        }
+    else:
+        found = {n.replace(".default", ""): each for n, each in model.named_parameters() if ".lora_" in n}
+    return {name: getattr(each, of) for name, each in found.items()}
+
+
+def assert_same_tensors(found: dict, expected: dict, rtol: float = 0.0) -> None:
+    assert found.keys() == expected.keys() and expected
+    for name, each in expected.items():
+        if rtol:
+            close(found[name], each, rtol)
+        else:
+            assert found[name].dtype == each.dtype and torch.equal(found[name], each), name
+
+
+@pytest.mark.parametrize(("family", "how"), CELLS, ids=lambda each: each)
+def test_everything_is_as_in_peft(family, how, tmp_path):
+    patterns = {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {r"layers.1.mlp.experts.down_proj": 5}}
+    build, inputs = (lambda: experts(family, how)), batch()
+    hf, ours = peft_pair(build, **patterns)
+    assert_same_tensors(own(ours), own(hf))
+    assert own(ours)["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"].shape == (9, 32)
+    assert_same_line(hf, ours)
+    outputs = [model(**inputs) for model in (hf, ours)]
+    close(outputs[1].logits, outputs[0].logits, 1e-5)
+    for output in outputs:
+        output.loss.backward()
+    assert_same_tensors(own(ours, "grad"), own(hf, "grad"), 2e-5)
+    assert_same_files(hf, ours, tmp_path)
+    assert_interchangeable(hf, ours, build, inputs, tmp_path)
+    assert_same_merged(hf, ours, inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twenty_steps_of_training_are_as_in_peft(family):
+    traces, inputs = [], batch()
+    for model in peft_pair(lambda: experts(family), init_lora_weights=True):
+        trained = [parameter for _, parameter in sorted(own(model, "requires_grad_").items())]
+        optimiser = torch.optim.AdamW([each() for each in trained], lr=1e-2)
+        losses = []
+        for _ in range(20):
+            optimiser.zero_grad()
+            loss = model(**inputs).loss
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.detach())
+        traces.append(torch.stack(losses))
+    close(traces[1], traces[0], 1e-4)
+    assert traces[1][-1] < 0.9 * traces[1][0]
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_start_is_peft_s_on_half_precision(init, autocast):
+    settings = settings_for(init_lora_weights=init, use_rslora=True)
+    build = lambda: experts("gpt_oss", dtype=torch.bfloat16)  # noqa: E731
+    hf, ours = pair_of(build, settings, autocast_adapter_dtype=autocast)
+    assert_same_tensors(own(ours), own(hf))
+    layer = ours.model.layers[0].mlp.experts
+    assert layer._fastpeft.adapters["default"].each["down_proj"].scaling == 8 / 2
+    exact = copy.deepcopy(hf).double()  # torch multiplies in groups, but not in float64
+    exact.set_experts_implementation("eager")
+    truth, theirs, mine = (result(model, batch()).double() for model in (exact, hf, ours))
+    assert (mine - truth).abs().max() <= 1.2 * (theirs - truth).abs().max()
+
+
+def test_without_target_modules_as_in_peft():
+    for family in (*FAMILIES, "llama"):
+        named = ["mlp.gate_proj.weight"] if family == "llama" else EXPERTS
+        hf, ours = pair_of(
+            lambda family=family: tiny(family), settings_for(target_modules=None, target_parameters=named)
+        )
+        assert_same_tensors(own(ours), own(hf))
+        assert any("q_proj" in name for name in own(ours)) == (family == "llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_adapters_as_in_peft(family):
+    import peft
+
+    hf, ours = peft_pair(lambda: experts(family))
+    for model, library in ((hf, peft), (ours, fastpeft)):
+        torch.manual_seed(3)
+        model.add_adapter("other", library.LoraConfig(r=2, **settings_for(target_parameters=EXPERTS[::-1])))
+    inputs, seen = batch(), []
+    for names in (["default"], ["other"], ["default", "other"]):
+        hf.base_model.set_adapter(names)
+        fastpeft.set_adapter(ours, names)
+        seen.append(result(ours, inputs))
+        close(seen[-1], result(hf, inputs), 1e-5)
+    assert not torch.allclose(seen[0], seen[1]) and not torch.allclose(seen[1], seen[2])
+    with hf.disable_adapter(), fastpeft.disable_adapter(ours):
+        assert torch.equal(result(ours, inputs), result(hf, inputs))
+    with fastpeft.use_adapter(ours, "other"):
+        assert torch.equal(result(ours, inputs), seen[1])
+    fastpeft.merge(ours)
+    close(result(ours, inputs), seen[2], 1e-5)
+    fastpeft.unmerge(ours)
+    assert torch.equal(result(ours, inputs), seen[2])
+    with fastpeft.status.rescale_adapter_scale(ours, 0.0):
+        close(result(ours, inputs), result(tiny(family), inputs), 1e-5)
+    quietly(fastpeft.delete_adapter, ours, "default")
+    assert torch.equal(result(ours, inputs), seen[1])
+
+
+def test_unpatching_leaves_nothing():
+    for family in FAMILIES:
+        model = experts(family)
+        before = snapshot(model)
+        fastpeft.patch(model, fastpeft.LoraConfig(**settings_for()))
+        model(**batch()).loss.backward()
+        fastpeft.merge(model)
+        fastpeft.unpatch(model)
+        assert differences(before, snapshot(model)) == []
+
+
+def test_copies_and_pickles_compute_the_same():
+    for model in (patched("gpt_oss"), patched("llama", target_parameters=["k_proj.weight"])):
+        expected = result(model, batch())
+        assert torch.equal(result(copy.deepcopy(model), batch()), expected)
+        assert torch.equal(result(pickle.loads(pickle.dumps(model)), batch()), expected)
+
+
+def patched(family: str, **more) -> nn.Module:
+    torch.manual_seed(1)
+    return fastpeft.patch(tiny(family), fastpeft.LoraConfig(**settings_for(**more)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = patched("gpt_oss").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        quietly(lambda model=model: model(**batch()).loss.backward())
+        gradients.append(own(model, "grad"))
+    assert_same_tensors(gradients[1], gradients[0])
+
+
+def many_experts() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 97}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+
+
+def test_nothing_of_the_experts_size_is_made():
+    inputs, greatest = batch(), {}
+    for library, model in zip(("peft", "ours"), peft_pair(many_experts), strict=True):
+        with Allocations() as made:
+            model(**inputs).loss.backward()
+        greatest[library] = max(made.sizes)
+    whole = 32 * 32 * 48 * 4
+    assert greatest["ours"] < whole / 2 and greatest["peft"] >= 2 * whole
+
+
+class Mixture(nn.Module):
+    """Two matrices for each expert, multiplied in a way that nobody knows."""
+
+    def __init__(self, transposed: bool | None):
+        super().__init__()
+        if transposed is not None:
+            self.is_transposed = transposed
+        self.up = nn.Parameter(torch.randn(3, 4, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 4))
+        self.gain = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return torch.bmm(torch.bmm(x.expand(3, -1, -1), self.up), self.down).mul(self.gain[:, None]).sum(0)
+
+
+class Outer(nn.Module):
+    def __init__(self, transposed: bool | None = None, task=None):
+        super().__init__()
+        torch.manual_seed(5)
+        self.first, self.experts, self.table = nn.Linear(4, 4), Mixture(transposed), nn.Embedding(7, 4)
+
+    def forward(self, ids):
+        return self.experts(self.first(self.table(ids)))
+
+
+@pytest.mark.parametrize("transposed", [None, False, True])
+def test_parameters_of_any_module_as_in_peft(transposed, tmp_path):
+    named = ["experts.up", "down", "experts.gain", "first.weight", "table.weight"]
+    settings = settings_for(target_modules=[], target_parameters=named, task_type=None)
+    hf, ours = pair_of(lambda: Outer(transposed), settings)
+    assert_same_tensors(own(ours), own(hf))
+    ids = torch.tensor([3, 1, 6])
+    results = [model(ids) for model in (hf, ours)]
+    close(results[1], results[0], 1e-5)
+    for each in results:
+        each.square().sum().backward()
+    assert_same_tensors(own(ours, "grad"), own(hf, "grad"), 1e-5)
+    assert_same_files(hf, ours, tmp_path)
+    loaded = fastpeft.load_adapter(Outer(transposed), tmp_path / "hf")
+    assert torch.equal(loaded(ids), results[1])
+    weight = ours.experts.up.detach().clone()
+    assert torch.equal(weight, Outer(transposed).experts.up)  # outside of the forward it is the base's
+    fastpeft.merge(ours)
+    close(ours(ids), results[1], 1e-5)
+    fastpeft.unmerge(ours)
+    assert torch.equal(ours.experts.up, weight) and torch.equal(ours(ids), results[1])
+
+
+def test_a_tied_weight_is_untied_by_merging():
+    model = patched("llama-tied", target_modules=[], target_parameters=["embed_tokens.weight"])
+    expected = result(model, batch())
+    head = model.lm_head.weight.detach().clone()
+    merged = quietly(fastpeft.merge_and_unload, model)
+    close(result(merged, batch()), expected, 1e-5)
+    assert torch.equal(merged.lm_head.weight, head) and not torch.equal(merged.model.embed_tokens.weight, head)
+
+
+def test_the_router_and_biases_of_experts_as_in_peft():
+    named = [*EXPERTS, "experts.gate_up_proj_bias", "router.weight"]
+    hf, ours = peft_pair(lambda: experts("gpt_oss"), target_parameters=named)
+    assert_same_tensors(own(ours), own(hf))
+    outputs = [model(**batch()) for model in (hf, ours)]
+    close(outputs[1].logits, outputs[0].logits, 1e-5)
+    for output in outputs:
+        output.loss.backward()
+    assert_same_tensors(own(ours, "grad"), own(hf, "grad"), 2e-5)
+
+
+def test_the_report_says_how_they_are_served():
+    model = patched("qwen3_moe", target_parameters=[*EXPERTS, "gate.weight"])
+    served = {each.path: each for each in fastpeft.report(model).layers}
+    assert served["model.layers.0.mlp.experts"].op == "expert_lora_linear"
+    assert "its forward is not known" in served["model.layers.0.mlp.gate"].reason
+    assert {each.name for each in fastpeft.status.get_layer_status(model)} == set(served)
+
+
+def test_what_has_no_effect_is_said():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        named = [*EXPERTS, "experts.nothing"]
+        model = patched("mixtral", target_parameters=named, layers_to_transform=[0], rank_pattern={"up_proj_": 3})
+    texts = [str(each.message) for each in said]
+    for words in ("target_parameters has 'experts.nothing'", "layers_to_transform does not reach", "'up_proj_'"):
+        assert sum(words in text for text in texts) == 1, texts
+    assert len(own(model)) == 2 * 4 + 2  # both layers' experts, and q_proj of the first
+
+
+def integers() -> nn.Module:
+    model = tiny("qwen3_moe")
+    experts_ = model.model.layers[0].mlp.experts
+    experts_.down_proj = nn.Parameter(experts_.down_proj.to(torch.int8), requires_grad=False)
+    return model
+
+
+def elsewhere() -> nn.Module:
+    model = tiny("mixtral")
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+    return model
+
+
+def on_meta() -> nn.Module:
+    model = tiny("mixtral")
+    model.model.layers[1].mlp.experts.to("meta")
+    return model
+
+
+def empty() -> nn.Module:
+    model = Outer()
+    model.experts.up = nn.Parameter(torch.empty(0, 4, 6))
+    return model
+
+
+def odd() -> nn.Module:
+    model = Outer()
+    model.experts.up = nn.Parameter(torch.empty(1, 3, 4, 6))
+    return model
+
+
+def adapted() -> nn.Module:
+    return patched("mixtral", target_parameters=["experts.down_proj"])
+
+
+def whole() -> nn.Module:
+    config = fastpeft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    return fastpeft.patch(tiny("mixtral"), config)
+
+
+REFUSED = {
+    "one dimension": (lambda: tiny("llama"), {"target_parameters": ["norm.weight"]}, "has 1 dimensions"),
+    "four dimensions": (odd, {"target_parameters": ["up"]}, "has 4 dimensions"),
+    "no elements": (empty, {"target_parameters": ["up"]}, "without elements"),
+    "integers": (integers, {}, "down_proj is a Parameter of torch.int8"),
+    "the meta device": (on_meta, {}, "is on the meta device, or offloaded"),
+    "a part of the experts": (elsewhere, {}, "load without expert parallelism"),
+    "a rank beyond all": (lambda: tiny("mixtral"), {"rank_pattern": {"down_proj": 70_000}}, "r=70000 for"),
+    "a scaling beyond all": (lambda: tiny("mixtral"), {"alpha_pattern": {"down_proj": 1e6}}, "lower lora_alpha"),
+    "a target's": (lambda: tiny("llama"), {"target_parameters": ["q_proj.weight"]}, "is in target_modules; choose one"),
+    "trained whole": (lambda: tiny("mixtral"), {"modules_to_save": ["mlp"]}, "trained whole by modules_to_save"),
+    "trained whole before": (whole, {}, "trained whole by modules_to_save"),
+    "an adapter of its own": (
+        lambda: fastpeft.patch(tiny("llama"), fastpeft.LoraConfig(target_modules=["k_proj"])),
+        {"target_parameters": ["k_proj.weight"]},
+        "carries an adapter of its own already",
+    ),
+    "other parameters": (adapted, {}, "and adapter 'default' has down_proj"),
+    "nothing": (
+        lambda: tiny("mixtral"),
+        {"target_modules": [], "target_parameters": ["experts.gate_up_prok"]},
+        "(model type 'mixtral'); give whole paths, or their ends; did you mean 'gate_up_proj'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_adapted_is_refused_and_nothing_changed(case):
+    build, more, words = REFUSED[case]
+    model = build()
+    before = snapshot(model)
+    config = fastpeft.LoraConfig(**settings_for(**{"target_modules": ["q_proj"], **more}))
+    with pytest.raises((fastpeft.TargetError, fastpeft.ConfigError)) as refusal:
+        if "_fastpeft" in vars(model):
+            model.add_adapter("other", config)
+        else:
+            fastpeft.patch(model, config)
+    assert words in str(refusal.value)
+    assert differences(before, snapshot(model)) == []
+
+
+def test_calls_and_verbs_that_parameters_do_not_go_with(tmp_path):
+    model = patched("mixtral")
+    with pytest.raises(fastpeft.PatchError, match="adapts parameters"):
+        model(**batch(), adapter_names=["default", "__base__"])
+    with pytest.raises(fastpeft.PatchError, match="parameters are not added up"):
+        fastpeft.add_weighted_adapter(model, ["default"], [1.0], "sum")
+    fastpeft.save_adapter(model, tmp_path)
+    with pytest.raises(fastpeft.ConfigError, match="parameters are not swapped"):
+        fastpeft.hotswap_adapter(model, tmp_path)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.lora_B["default"]["down_proj"].weight.fill_(torch.inf)
+    before = model.model.layers[0].mlp.experts.gate_up_proj.detach().clone()
+    with pytest.raises(fastpeft.PatchError, match="would put NaN or Inf into down_proj"):
+        fastpeft.merge(model)
+    assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj, before)
+    with pytest.raises(fastpeft.ConfigError, match="target_parameters=.*AdaLoRA adapts modules alone"):
+        fastpeft.AdaLoraConfig(total_step=9, target_parameters=EXPERTS)
+
+
+def test_a_parameter_that_its_module_does_not_read_is_refused():
+    model = Outer()
+    model.experts.unused = nn.Parameter(torch.randn(3, 4))
+    fastpeft.patch(model, fastpeft.LoraConfig(target_modules=[], target_parameters=["unused"]))
+    with pytest.raises(fastpeft.PatchError, match="LoraMixture has not read unused from itself"):
+        model(torch.tensor([1]))
