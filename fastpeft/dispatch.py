@@ -25,7 +25,7 @@ from fastpeft.untrusted import shown
 
 BACKENDS = ("auto", "triton", "torch")
 MAX_RANK = 256
-LIMITS = {"rank": MAX_RANK, "head dimension": 256}  # what the kernels hold in registers
+LIMITS = {"rank": MAX_RANK, "head dimension": 256}  # what kernels hold in registers; `lora_linear` has slices of ranks
 
 _context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastpeft_backend", default=None)
 _default: str | None = None
@@ -37,6 +37,8 @@ class Choice(NamedTuple):
     backend: str
     reason: str
 
+
+ON_A_CPU = Choice("torch", "CPU tensors run in torch unless Triton is demanded")
 
 PREWRITE = Plan("prewrite", "prewrite", "predicted: the vendor's product is the faster one on wide matrices")
 SHORT = Plan("addmm", "prewrite", "predicted: few rows, so launches count more than passes")
@@ -136,7 +138,7 @@ def choose_backend(
     if asked == "torch":
         return Choice("torch", "asked for")
     if asked == "auto" and x.device.type == "cpu":
-        return Choice("torch", "CPU tensors run in torch unless Triton is demanded")
+        return ON_A_CPU
     reason = triton_refusal(x, dtype, width, of)
     if reason is None:
         return Choice("triton", "asked for" if asked == "triton" else f"{x.device.type} tensors")

@@ -111,8 +111,11 @@ class LoraLinearFunction(torch.autograd.Function):
 
 def run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call: Call):
     """(y [M, N], S [M, R], the call as it was served) on the backend that `call.plan` stands for."""
-    x, weight, bias = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK, bias_N))
-    tensors = (x, weight, bias, residual_MN, a_RK, b_NR, call.scaling)
+    dtype = call.dtype
+    tensors = (
+        *(cast(x_MK, dtype), cast(weight_NK, dtype), cast(bias_N, dtype)),
+        *(residual_MN, a_RK, b_NR, call.scaling),
+    )
     if call.plan is None:
         return *torch_path.forward(*tensors, seed, call.dropout), call
     (y, s), by_kernels = kernels_or_torch(
@@ -142,8 +145,7 @@ def _mask(seed, call: Call, shape: tuple[int, int], device, needed: bool):
 def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs: tuple[bool, ...]):
     """(dX, dW, dbias, dA, dB), each None where `needs` (in this order) does not ask for it."""
     need_x, need_w, need_bias, need_a, need_b = needs
-    dy = dy_MN.to(call.dtype)
-    x, weight = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK))
+    dy, x, weight = cast(dy_MN, call.dtype), cast(x_MK, call.dtype), cast(weight_NK, call.dtype)
 
     def by_torch(seed):
         db, t_MR = torch_path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a)
@@ -177,13 +179,27 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x[None] if x.ndim == 1 else x.flatten(0, -2)
 
 
+def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The tensor in `dtype`, or None; one that is so already is not touched, which costs a tenth of asking torch."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def widest(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.dtype:
+    """That of `dtype` and the tensors' in which none is rounded."""
+    for tensor in tensors:
+        if tensor.dtype is not dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, dropout: float, patched) -> Call:
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
     no rows are zeros: without elements, or a rank, it is the torch path."""
-    triton = x_MK.numel() * b_NR.numel() > 0 and choose_backend(x_MK, dtype, len(a_RK), patched).backend == "triton"
-    dx_dtype = torch.promote_types(x_MK.dtype, dtype)
-    plan = lora_linear_plan(x_MK, dtype, a_RK, b_NR, dropout) if triton else None
-    return Call(scaling, dropout, dtype, dx_dtype, plan, triton and is_demanded(patched))
+    elements = x_MK.numel() * b_NR.numel()
+    if not elements or choose_backend(x_MK, dtype, patched=patched).backend != "triton":
+        return Call(scaling, dropout, dtype, widest(dtype, x_MK), None)
+    plan = lora_linear_plan(x_MK, dtype, a_RK, b_NR, dropout)
+    return Call(scaling, dropout, dtype, widest(dtype, x_MK), plan, is_demanded(patched))
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):
@@ -196,9 +212,9 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     dtype = torch.get_autocast_dtype(device_type) if autocast and weight is not None else x.dtype
     if weight is not None and not autocast and weight.dtype != dtype:
         raise OpError(f"lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
-    wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), dtype)
+    wide = widest(dtype, lora_A, lora_B)
     x_MK, residual_MN = as_rows(x), None if residual is None else as_rows(residual)
-    tensors = (x_MK, weight, bias, residual_MN, lora_A.to(wide), lora_B.to(wide))
+    tensors = (x_MK, weight, bias, residual_MN, cast(lora_A, wide), cast(lora_B, wide))
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_linear_compiled import compiled_lora_linear
 
@@ -283,7 +299,8 @@ def lora_linear(
         x: (..., K), any strides; fp32, fp16 or bf16 (fp64 on the torch backend).
         weight: (N, K) in x's dtype (any, under autocast); its gradient, if wanted, is the vendor's product.
         bias: (N,) or None.
-        lora_A: (r, K), r from 1 to 256 (beyond: the torch backend); x's dtype or a wider one, which is not rounded.
+        lora_A: (r, K), any rank from 1; x's dtype or a wider one, which is not rounded. Beyond 256 the kernels take
+            ranks in slices of 128, and read x and dY once for each.
         lora_B: (N, r), likewise.
         scaling: alpha / r, or alpha / sqrt(r).
         dropout: probability that an element of x is left out of the low-rank term, honoured to within 2**-17; the

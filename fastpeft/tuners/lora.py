@@ -9,16 +9,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fastpeft.configs import LoraConfig
-from fastpeft.distributed import check_gathered, is_sharded
+from fastpeft.distributed import is_sharded
 from fastpeft.errors import PatchError
-from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.selection import row_names
-from fastpeft.tuners import dora, lora_init, siblings
+from fastpeft.tuners import dora, lora_init
 from fastpeft.tuners.layer import AdapterLayer, fetched, offloaded_to
-from fastpeft.tuners.mixed import mixed_linear, mixed_one_by_one
+from fastpeft.tuners.linear_arithmetic import LinearArithmetic
+from fastpeft.tuners.mixed import mixed_one_by_one
 
 # The buffer of lora_B that has it, where it is no number of `Settings`: the bits of an fp32 as an int32, so that
 # `model.to(torch.bfloat16)` does not round it.
@@ -57,12 +56,14 @@ class LoraLayer(AdapterLayer):
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [r, K], B [N, r]); the latter times the scaling, where that is a tensor."""
-        return self.lora_A[name].weight, self.scaled(name, self.lora_B[name].weight)
+        modules = self._modules
+        b = modules["lora_B"]._modules[name]
+        weight = weight_of(b)
+        return weight_of(modules["lora_A"]._modules[name]), scaled_by(b, weight) if b._buffers else weight
 
     def scaled(self, name: str, tensor: torch.Tensor | float) -> torch.Tensor | float:
         """`tensor` times the scaling that may change between compiled calls, if there is one (`fastpeft.hotswap`)."""
-        buffers = self.lora_B[name]._buffers
-        return tensor * buffers[SCALING].view(torch.float32) if SCALING in buffers else tensor
+        return scaled_by(self.lora_B[name], tensor)
 
     @property
     def scaling(self) -> dict[str, float | torch.Tensor]:
@@ -299,6 +300,19 @@ class LoraLayer(AdapterLayer):
         return holders + [each[n] for each in held if isinstance(each, nn.ModuleDict) for n in names if n in each]
 
 
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Its weight, a parameter as it is or what a parametrisation computes; torch's own look-up takes several times as
+    long, and a layer's call needs three."""
+    weight = module._parameters.get("weight")
+    return module.weight if weight is None else weight
+
+
+def scaled_by(lora_B: nn.Module, tensor: torch.Tensor | float) -> torch.Tensor | float:
+    """`tensor` times the scaling that is a buffer of lora_B, if there is one."""
+    buffers = lora_B._buffers
+    return tensor * buffers[SCALING].view(torch.float32) if SCALING in buffers else tensor
+
+
 def linear_shapes(outputs: int, inputs: int, settings: Settings) -> dict[str, tuple[int, ...]]:
     """The shapes of one adapter of a linear layer."""
     shapes = {"lora_A.weight": (settings.r, inputs), "lora_B.weight": (outputs, settings.r)}
@@ -328,63 +342,6 @@ def _widen(container, name: str) -> None:
             container[name] = nn.Parameter(item.detach().float())
     elif any(parameter.dtype in half for parameter in item.parameters()):
         container[name] = item.float()
-
-
-class LinearArithmetic:
-    """The forward of a linear layer with LoRA, whoever holds its parameters.
-
-    A class says: `matrix()` (N, K) and `base_bias()` of the base, `base_forward(...)`, `plain_base()` (whether the op
-    may compute that); of an adapter `factors(name)`, `settings(name)`, `_bias_of(name)`, `magnitude(name)`; and the
-    `backend()` that is asked for.
-    """
-
-    def dropout_of(self, name: str) -> float:
-        """The probability in force."""
-        return self.settings(name).dropout if self.training else 0.0
-
-    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ with the weight that `matrix()` has given."""
-        return F.linear(x, weight)
-
-    def adapted_forward(self, names: list[str], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if len(names) == 1:
-            fused = self.plain_base() and not args and not kwargs
-            if fused and siblings.KEY in self.__dict__:
-                result = self.__dict__[siblings.KEY].result(self, names[0], input)
-                if result is not None:
-                    return result
-            return self._add(names[0], input, None if fused else self.base_forward(input, *args, **kwargs))
-        result = self.base_forward(input, *args, **kwargs)
-        dtype = result.dtype
-        for name in names:  # the sum is rounded once, as in HF peft
-            result = self._add(name, input, result.to(torch.promote_types(dtype, self.factors(name)[0].dtype)))
-        return result.to(dtype)
-
-    def mixed_forward(self, names: list[str], input: torch.Tensor, *args, rows: tuple[str, ...], **kwargs):
-        """The same, of a batch for whose samples `rows` names adapters; `names` are those that there are here."""
-        return mixed_linear(self, names, rows, input, *args, **kwargs)
-
-    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        """`result` (None: the base's, not yet computed) plus one adapter's share."""
-        settings = self.settings(name)
-        a, b = self.factors(name)
-        check_gathered(a, "a factor of LoRA")
-        check_gathered(b, "a factor of LoRA")
-        p = self.dropout_of(name)
-        backend = self.backend()
-        if settings.use_dora:
-            return dora.add(self, name, x, result, p, backend)
-        if result is None:
-            bias = self._bias_with(name, settings)
-            return apply_lora(x, self.matrix(), bias, None, a, b, settings.scaling, p, backend)
-        result = apply_lora(x, None, None, result, a, b, settings.scaling, p, backend)
-        return result if not settings.bias else result + (settings.scaling * self._bias_of(name)).to(result.dtype)
-
-    def _bias_with(self, name: str, settings: Settings) -> torch.Tensor | None:
-        if not settings.bias:
-            return self.base_bias()
-        extra, bias = settings.scaling * self._bias_of(name), self.base_bias()
-        return extra if bias is None else bias + extra
 
 
 class LoraLinear(LinearArithmetic, LoraLayer):

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from fastpeft import quantised
 from fastpeft.integrations.peft.swapping import Swapped, full_name
-from fastpeft.tuners.lora import LinearArithmetic, Settings
+from fastpeft.tuners.linear_arithmetic import LinearArithmetic
+from fastpeft.tuners.lora import Settings
 from fastpeft.tuners.mixed import mixed_linear
 
 PLAIN_DROPOUTS = (nn.Dropout, nn.Identity)
