@@ -214,9 +214,14 @@ def forward(tensors: Tensors, scores: Scores) -> tuple[Tensor, Tensor]:
 
 def _merge(out, lse, o, log) -> None:
     """Merges (o, log) into (out, lse), in place; lse is fp64, for an L that is rounded once."""
-    weight = torch.sigmoid(log - lse).to(out.dtype)
+    o, difference = o.to(out.dtype), (log - lse).unsqueeze(-1)
     # Two rows that see nothing are both 0, and the difference of their L is NaN.
-    out.lerp_(o.to(out.dtype), weight.nan_to_num_(0.0).unsqueeze(-1))
+    weight = torch.sigmoid(difference).nan_to_num_(0.0).to(out.dtype)
+    if (out.sum() + o.sum()).isfinite():
+        out.lerp_(o, weight)
+    else:  # `lerp` is the more accurate, but subtracts: of an infinity it makes NaN
+        apart = out * torch.sigmoid(-difference).nan_to_num_(1.0).to(out.dtype) + o * weight
+        out.copy_(torch.where(out.isinf() | o.isinf(), apart, out.lerp(o, weight)))
     lse.copy_(torch.logaddexp(lse, log.double()))
 
 

@@ -84,14 +84,6 @@ def faults(call: str, name: str, value: float, how: str) -> list[str]:
     return faults_of(got, *expected)
 
 
-# What torch's CPU flash attention makes of infinities, of sinks and of a row of nothing but NaN: `test_flash_hides`.
-FLASH_HIDES = {("causal", "value", INF)}
-
-
-def _excused(call: str, name: str, value: float) -> bool:
-    return value != NAN and name in ("value", "prefix_value")
-
-
 def followed(paths, values: int, step: int) -> list:
     """(call, tensor, value, path): of NaN, inf and -inf in turn so many for each, or for every `step`-th."""
     found = []
@@ -104,8 +96,7 @@ def followed(paths, values: int, step: int) -> list:
     ]
     for number, (call, name, how) in enumerate(cases[::step]):
         for value in [(NAN, INF, -INF)[(number + turn) % 3] for turn in range(values)]:
-            if how != "flash" or not _excused(call, name, value):
-                found.append(pytest.param(call, name, value, how, id=f"{call}-{name}-{value}-{how}"))
+            found.append(pytest.param(call, name, value, how, id=f"{call}-{name}-{value}-{how}"))
     return found
 
 
@@ -122,10 +113,13 @@ def test_in_kernels(call, name, value, how):
     count("numerical faults followed")
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="hidden by torch's CPU flash attention")
-@pytest.mark.parametrize(("call", "name", "value"), sorted(FLASH_HIDES, key=str))
-def test_flash_hides(call, name, value):
-    assert not faults(call, name, value, "flash")
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize("name", ["value", "prefix_value"])
+@pytest.mark.parametrize("call", [call for call, (_, gated) in CALLS.items() if not gated])
+def test_flash_merges_infinite_values(call, name, value):
+    """Pieces of which one has an infinite result and the other a finite one."""
+    assert not (found := faults(call, name, value, "flash")), "\n".join(found)
+    count("numerical faults followed")
 
 
 STEPS = [
