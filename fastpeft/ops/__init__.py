@@ -1,12 +1,16 @@
 """The ops, each one function: shapes in its docstring, torch and Triton behind it."""
 
+from fastpeft.ops import _expert_lora_linear_compiled as _expert_lora_linear_compiled
 from fastpeft.ops import _lora_linear_compiled as _lora_linear_compiled  # registers the operators
+from fastpeft.ops import _lora_projections_compiled as _lora_projections_compiled
 from fastpeft.ops import _mixed_lora_linear_compiled as _mixed_lora_linear_compiled
 from fastpeft.ops import _prefix_attention_compiled as _prefix_attention_compiled
 from fastpeft.ops import _prompt_embedding_compiled as _prompt_embedding_compiled
 from fastpeft.ops.expert_lora_linear import expert_lora_linear, expert_lora_linear_reference
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention, gated_prompt_attention_reference
 from fastpeft.ops.lora_linear import dropout_mask, lora_linear, lora_linear_reference
+from fastpeft.ops.lora_mlp import lora_mlp, lora_mlp_reference
+from fastpeft.ops.lora_projections import lora_projections, lora_projections_reference
 from fastpeft.ops.mixed_lora_linear import mixed_lora_linear, mixed_lora_linear_reference
 from fastpeft.ops.prefix_attention import prefix_attention, prefix_attention_reference
 from fastpeft.ops.prompt_embedding import (
@@ -24,6 +28,10 @@ __all__ = [
     "gated_prompt_attention_reference",
     "lora_linear",
     "lora_linear_reference",
+    "lora_mlp",
+    "lora_mlp_reference",
+    "lora_projections",
+    "lora_projections_reference",
     "mixed_lora_linear",
     "mixed_lora_linear_reference",
     "prefix_attention",

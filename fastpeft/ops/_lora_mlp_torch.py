@@ -1,0 +1,302 @@
+"""`lora_mlp` in plain torch: the vendor's products of whole matrices, and between them row blocks that fit a CPU's
+cache: a block that was read for the activation serves the rank-r products beside it as well.
+
+Dropout's masks are those that three calls of `lora_linear` would draw under the same seeds. `projections` are gate, up
+and down, in this order, and so are `s`, `seeds` and whatever else has three entries.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastpeft.ops._lora_linear_torch import (
+    Dropout,
+    Given,
+    add_product,
+    drop,
+    dropout_of,
+    dropped,
+    grad_b_and_t,
+    product,
+    row_blocks,
+    shrink,
+    transposed_product,
+)
+from fastpeft.ops._lora_linear_torch import draw_seed as draw_seed
+
+aten = torch.ops.aten
+
+
+def _gelu(approximate: str) -> tuple[Callable, Callable]:
+    return (
+        lambda gate, out: aten.gelu.out(gate, approximate=approximate, out=out),
+        lambda grad, gate, out: aten.gelu_backward.grad_input(grad, gate, approximate=approximate, grad_input=out),
+    )
+
+
+# (act(gate), grad·act'(gate)), each written into `out`, which is none of its arguments.
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    "silu": (
+        lambda gate, out: aten.silu.out(gate, out=out),
+        lambda grad, gate, out: aten.silu_backward.grad_input(grad, gate, grad_input=out),
+    ),
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "relu2": (
+        lambda gate, out: torch.clamp(gate, min=0, out=out).square_(),
+        lambda grad, gate, out: torch.clamp(gate, min=0, out=out).mul_(grad).mul_(2),
+    ),
+}
+
+
+def _blocks(rows: int, columns: int, dropout: Dropout | Given | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Row blocks of [rows, columns], and the flat places of each that are dropped, None without dropout: drawn in the
+    larger blocks of `lora_linear`, so that they are the same ones."""
+    if dropout is None:
+        yield from ((block, None) for block in row_blocks(rows, columns))
+        return
+    for drawn in row_blocks(rows, columns, masked=True):
+        count = drawn.stop - drawn.start
+        places = dropout.next(count, columns)
+        inner = row_blocks(count, columns)
+        ends = torch.tensor([block.stop * columns for block in inner], device=places.device)
+        last = torch.searchsorted(places, ends).tolist()
+        for block, start, stop in zip(inner, [0, *last], last, strict=False):
+            own = slice(drawn.start + block.start, drawn.start + block.stop)
+            yield own, places[start:stop] - block.start * columns
+
+
+class _Room:
+    """For blocks: made once, used for each."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.made = dtype, {}
+
+    def like(self, block: Tensor, name: str) -> Tensor:
+        if name not in self.made:  # the first block is the longest
+            self.made[name] = torch.empty(block.shape, dtype=self.dtype, device=block.device)
+        return self.made[name][: len(block)]
+
+
+class _Sum:
+    """scale·tᵀ z [R, columns], summed over row blocks in at least fp32; None if it is not `wanted`."""
+
+    def __init__(self, wanted: bool, t: Tensor | None, columns: int):
+        self.dtype = t.dtype if wanted else None
+        wide = torch.promote_types(t.dtype, torch.float32) if wanted else None
+        self.sum = torch.zeros(t.shape[1], columns, dtype=wide, device=t.device) if wanted else None
+
+    def add(self, t: Tensor, z: Tensor, scale: float) -> None:
+        if self.sum is not None:
+            add_product(self.sum, t.t().to(self.sum.dtype), z.to(self.sum.dtype), scale)
+
+    def result(self) -> Tensor | None:
+        return None if self.sum is None else self.sum.to(self.dtype)
+
+
+def _dropouts(seeds, call, device) -> list[Dropout | Given | None]:
+    return [dropout_of(seed, p, device) for seed, p in zip(seeds, call.dropouts, strict=True)]
+
+
+def _side_by_side(gate: Tensor | None, up: Tensor | None, dim: int) -> Tensor:
+    """The two as one, or the one there is."""
+    parts = [part for part in (gate, up) if part is not None]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _apart(joint: Tensor, gate, up, dim: int) -> list[Tensor | None]:
+    """What of a dimension of all ranks is gate's and up's."""
+    ranks = [0 if each.a is None else len(each.a) for each in (gate, up)]
+    return [part if rank else None for part, rank in zip(joint.split(ranks, dim), ranks, strict=True)]
+
+
+def _shrink_both(x: Tensor, gate, up, dropouts) -> list[Tensor | None]:
+    """S [M, R] of gate and of up. Without dropout one read of x serves both."""
+    if gate.a is None and up.a is None:
+        return [None, None]
+    if any(dropouts):
+        pairs = zip((gate, up), dropouts, strict=True)
+        return [None if each.a is None else shrink(x, each.a, 1.0, d) for each, d in pairs]
+    return _apart(shrink(x, _side_by_side(gate.a, up.a, 0), 1.0), gate, up, 1)
+
+
+def _add_terms(block: slice, products, s, projections, call) -> None:
+    """s·S Bᵀ onto the base products of gate and up."""
+    for y, s_each, each, scale in zip(products, s[:2], projections[:2], call.scalings[:2], strict=True):
+        if s_each is not None:
+            add_product(y[block], s_each[block], each.b.t(), scale)
+
+
+def forward(x: Tensor, projections, seeds, call, keep: bool):
+    """(y [M, N], gate [M, H], up [M, H], S of each [M, R]); without `keep` the last but S are lost."""
+    gate, up, down = projections
+    *dropouts, dropout = _dropouts(seeds, call, x.device)
+    s_gate, s_up = _shrink_both(x, gate, up, dropouts)
+    products = [linear(x, each.weight, each.bias) for each in (gate, up)]
+    h = torch.empty_like(products[0]) if keep else products[0]
+    s_down = None if down.a is None else torch.empty(len(x), len(down.a), dtype=down.a.dtype, device=x.device)
+    act = ACTIVATIONS[call.activation][0]
+    room = _Room(torch.promote_types(h.dtype, torch.float32))
+    for block, places in _blocks(*h.shape, dropout):
+        _add_terms(block, products, (s_gate, s_up), projections, call)
+        g, u, out = products[0][block], products[1][block], h[block]
+        if keep and out.dtype == room.dtype:
+            act(g, out).mul_(u)
+        else:
+            out.copy_(act(g.to(room.dtype), room.like(g, "h")).mul_(u))
+        if s_down is not None and places is None:
+            product(out.to(s_down.dtype), down.a.t(), 1.0, s_down[block])
+        elif s_down is not None:
+            product(dropped(out, s_down.dtype, places), down.a.t(), dropout.scale, s_down[block])
+    y = linear(h, down.weight, down.bias)
+    if s_down is not None:
+        add_product(y, s_down, down.b.t(), call.scalings[2])
+    return y, *products, (s_gate, s_up, s_down)
+
+
+class _Side:
+    """What the gradient of gate, or of up, gives block by block: T [M, R] and dB [N, R], each where wanted."""
+
+    def __init__(self, each, s, scale: float, grads: Tensor, need_t: bool, need_b: bool):
+        self.b, self.s, self.scale = each.b, s, scale
+        need_t = need_t and each.a is not None
+        self.t = each.b.new_empty(len(grads), each.b.shape[1]) if need_t else None
+        self.db = _Sum(need_b, s, grads.shape[1])
+
+    def add(self, block: slice, grads: Tensor) -> None:
+        if self.t is not None:
+            product(grads.to(self.b.dtype), self.b, self.scale, self.t[block])
+        if self.db.sum is not None:
+            self.db.add(self.s[block], grads, self.scale)
+
+    def grad_b(self) -> Tensor | None:
+        db = self.db.result()
+        return None if db is None else db.t()
+
+
+def _through_activation(dy, products, s, t_down, projections, seed, call, needs):
+    """(dgate [M, H], dup [M, H], gate's _Side, up's _Side, dA of down), the first four None where only dA is wanted.
+
+    dh is used up: dup is in its place.
+    """
+    gate, up, down = projections
+    columns = products[0].shape[1]
+    dropout = dropout_of(seed, call.dropouts[2], dy.device)
+    da = _Sum(needs.a[2], t_down, columns)
+    dgate = sides = None
+    dup = dh = dy @ down.weight if needs.hidden else None
+    if needs.hidden:
+        dgate = torch.empty_like(dh)
+        sides = [
+            _Side(each, s[i], call.scalings[i], dh, needs.x or needs.a[i], needs.b[i])
+            for i, each in enumerate((gate, up))
+        ]
+    act, act_grad = ACTIVATIONS[call.activation]
+    room = _Room(torch.promote_types(products[0].dtype, torch.float32))
+    for block, places in _blocks(len(dy), columns, dropout):
+        if call.recompute:
+            _add_terms(block, products, s, projections, call)
+        g, u = (each[block].to(room.dtype) for each in products)
+        activated, other = act(g, room.like(g, "act")), room.like(g, "other")
+        if needs.a[2]:
+            h = torch.mul(activated, u, out=other).to(call.dtype).to(t_down.dtype)
+            da.add(t_down[block], h if places is None else drop(h, places), 1.0 if places is None else dropout.scale)
+        if not needs.hidden:
+            continue
+        if t_down is not None:
+            _add_masked(dh[block], t_down[block], down.a, places, dropout)
+        d = dh[block].to(room.dtype)
+        into = dgate[block] if dgate.dtype == room.dtype else room.like(g, "grad")
+        act_grad(torch.mul(d, u, out=other), g, into)
+        if into.dtype != dgate.dtype:
+            dgate[block] = into
+        dup[block].mul_(activated)
+        for side, grads in zip(sides, (dgate[block], dup[block]), strict=True):
+            side.add(block, grads)
+    return dgate, dup, *(sides or (None, None)), da.result()
+
+
+def _add_masked(dh: Tensor, t: Tensor, a: Tensor, places: Tensor | None, dropout) -> None:
+    """dh += mask⊙(t a), in place."""
+    if places is None:
+        add_product(dh, t, a)
+    else:
+        dh.copy_(drop(product(t, a, dropout.scale), places).add_(dh))
+
+
+def _rank_terms(t, x, gate, up, dropouts, dx_dtype: torch.dtype, needs):
+    """(Σ mask⊙(T A) [M, K] in `dx_dtype`, dA of gate, dA of up), each None where not wanted."""
+    if not any(dropouts):
+        return _plain_rank_terms(t, x, gate, up, dx_dtype, needs)
+    own = [i for i in (0, 1) if t[i] is not None]
+    matrices = (gate.a, up.a)
+    da = [_Sum(needs.a[i], t[i], matrices[own[0]].shape[1]) for i in (0, 1)]
+    rows, columns = len(t[own[0]]), matrices[own[0]].shape[1]
+    dx = torch.empty(rows, columns, dtype=dx_dtype, device=t[own[0]].device) if needs.x else None
+    for block in row_blocks(rows, columns, masked=True):
+        total = None
+        for i in own:
+            dropout = dropouts[i]
+            places = None if dropout is None else dropout.next(block.stop - block.start, columns)
+            scale = 1.0 if dropout is None else dropout.scale
+            if needs.a[i]:
+                z = x[block] if places is None else dropped(x[block], t[i].dtype, places)
+                da[i].add(t[i][block], z, scale)
+            if needs.x:
+                term = product(t[i][block], matrices[i], scale)
+                term = term if places is None else drop(term, places)
+                total = term if total is None else total.add_(term)
+        if needs.x:
+            dx[block] = total
+    return dx, da[0].result(), da[1].result()
+
+
+def _plain_rank_terms(t, x, gate, up, dx_dtype: torch.dtype, needs):
+    """`_rank_terms` without dropout: one read of x for both dA."""
+    a = [each.a if t_each is not None else None for each, t_each in zip((gate, up), t, strict=True)]
+    joint = _side_by_side(*t, 1)
+    dx = product(joint, _side_by_side(*a, 0), 1.0).to(dx_dtype) if needs.x else None
+    if not (needs.a[0] or needs.a[1]):
+        return dx, None, None
+    wanted = [each if need else None for each, need in zip(t, needs.a, strict=False)]
+    da = transposed_product(_side_by_side(*wanted, 1), x)
+    ranks = [0 if each is None else each.shape[1] for each in wanted]
+    da_gate, da_up = (part if rank else None for part, rank in zip(da.split(ranks), ranks, strict=True))
+    return dx, da_gate, da_up
+
+
+def backward(dy, x, products, s, projections, seeds, call, needs):
+    """(dX [M, K], dA of each [R, K], dB of each [N, R], dgate [M, H], dup [M, H]), each None where not wanted.
+
+    products: gate and up as forward has left them, or under `call.recompute` None.
+    """
+    gate, up, down = projections
+    need_t = down.a is not None and (needs.hidden or needs.a[2])
+    db_down, t_down = grad_b_and_t(dy, s[2], down.b, call.scalings[2], needs.b[2], need_t)
+    if not (needs.hidden or needs.a[2]):
+        return None, (None, None, None), (None, None, db_down), None, None
+    if call.recompute:
+        products = [linear(x, each.weight, each.bias) for each in (gate, up)]
+    inner = _through_activation(dy, products, s, t_down, projections, seeds[2], call, needs)
+    dgate, dup, gate_side, up_side, da_down = inner
+    if not needs.hidden:
+        return None, (None, None, da_down), (None, None, db_down), None, None
+    t = (gate_side.t, up_side.t)
+    dx = da_gate = da_up = None
+    if t != (None, None):
+        dropouts = _dropouts(seeds, call, dy.device)[:2]
+        dx, da_gate, da_up = _rank_terms(t, x, gate, up, dropouts, call.dx_dtype, needs)
+    if needs.x:
+        dx = add_base(dx, dgate, gate.weight, call.dx_dtype)
+        dx = add_base(dx, dup, up.weight, call.dx_dtype)
+    db = (gate_side.grad_b(), up_side.grad_b(), db_down)
+    return dx, (da_gate, da_up, da_down), db, dgate, dup
+
+
+def add_base(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dx + dy W in place, or dy W in `dtype`."""
+    if dx is None:
+        return (dy @ weight).to(dtype)
+    return dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)

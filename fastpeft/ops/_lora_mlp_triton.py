@@ -1,0 +1,129 @@
+"""`lora_mlp` on the Triton kernels: the products with the three weights are the vendor's, as `lora_linear`'s plans have
+them; what lies between is one kernel forward and one backward (`kernels.lora_mlp`), and x is read once for gate and up
+in each direction (`kernels.lora_projections`).
+"""
+
+import torch
+from torch import Tensor
+
+from fastpeft.dispatch import lora_linear_plan
+from fastpeft.kernels import lora_linear as linear_kernels
+from fastpeft.kernels import lora_mlp as kernels
+from fastpeft.kernels import lora_projections as shared_kernels
+from fastpeft.kernels._common import Dropout
+from fastpeft.ops import _lora_linear_triton as single
+from fastpeft.ops._lora_linear_triton import draw_seed as draw_seed
+from fastpeft.ops._lora_linear_triton import honoured as honoured
+from fastpeft.ops._lora_linear_triton import keep_mask as keep_mask
+from fastpeft.ops._lora_mlp_torch import add_base
+
+
+def _dropouts(seeds, call) -> list[Dropout | None]:
+    return [None if seed is None else Dropout(seed, p) for seed, p in zip(seeds, call.dropouts, strict=True)]
+
+
+def _product(x: Tensor, each, s: Tensor | None, scale: float, p: float) -> Tensor:
+    """x Wᵀ + bias + s·S Bᵀ of a projection."""
+    if s is None:
+        return torch.nn.functional.linear(x, each.weight, each.bias)
+    return single.expand(s, x, each.weight, each.bias, each.b, scale, lora_linear_plan(x, x.dtype, each.a, each.b, p))
+
+
+def _products(x: Tensor, projections, s, call) -> list[Tensor]:
+    """gate and up [M, H]."""
+    numbers = zip(projections[:2], s[:2], call.scalings, call.dropouts, strict=False)
+    return [_product(x, *each) for each in numbers]
+
+
+def forward(x: Tensor, projections, seeds, call):
+    """(y [M, N], gate [M, H], up [M, H], S of each [M, R]): as the torch path's."""
+    dropouts, down = _dropouts(seeds, call), projections[2]
+    s: list[Tensor | None] = [None, None]
+    own = [i for i in (0, 1) if projections[i].a is not None]
+    if own:
+        matrices = [projections[i].a for i in own]
+        shrunk = shared_kernels.shrink_all(x, matrices, matrices[0].dtype, [dropouts[i] for i in own])
+        for i, each in zip(own, shrunk, strict=True):
+            s[i] = each
+    gate, up = _products(x, projections, s, call)
+    h, s_down = kernels.gated_forward(gate, up, call.activation, down.a, dropouts[2])
+    return _product(h, down, s_down, call.scalings[2], call.dropouts[2]), gate, up, (*s, s_down)
+
+
+def backward(dy, x, products, s, projections, seeds, call, needs):
+    """(dX [M, K], dA of each [R, K], dB of each [N, R], dgate [M, H], dup [M, H]), as the torch path's."""
+    down, dropouts = projections[2], _dropouts(seeds, call)
+    db, t_down = [None, None, None], None
+    if down.a is not None:
+        reads = lora_linear_plan(dy, dy.dtype, down.a, down.b, call.dropouts[2]).reads
+        need_t = needs.hidden or needs.a[2]
+        db[2], t_down, _ = single.grad_b_and_t(
+            dy, s[2], down.b, call.scalings[2], needs.b[2], need_t, False, reads
+        )  # fmt: skip
+    if not needs.inner:
+        return None, (None, None, None), db, None, None
+    gate, up = _products(x, projections, s, call) if call.recompute else products
+    if not needs.hidden:
+        h, _ = kernels.gated_forward(gate, up, call.activation)
+        da, _, _ = linear_kernels.grad_columns(t_down, h, t_down.dtype, dropout=dropouts[2])
+        return None, (None, None, da), db, None, None
+    grads, da_down = _through_activation(dy, gate, up, s, t_down, projections, dropouts[2], call, needs)
+    t = list(grads.t)
+    for i, grad in enumerate((grads.dgate, grads.dup)):
+        each, need_t = projections[i], needs.x or needs.a[i]
+        db[i] = grads.db[i]
+        if each.a is not None and t[i] is None and (need_t or needs.b[i]):
+            db[i], t[i], _ = single.grad_b_and_t(grad, s[i], each.b, call.scalings[i], needs.b[i], need_t, False)
+    dx, da_gate, da_up = _to_x(x, t, (grads.dgate, grads.dup), projections, dropouts, call, needs)
+    return dx, (da_gate, da_up, da_down), db, grads.dgate, grads.dup
+
+
+def _through_activation(dy, gate, up, s, t_down, projections, dropout, call, needs):
+    """(`kernels.Grads`, dA of down or None): with every rank-r product that the kernel can hold."""
+    down = projections[2]
+    dtypes = [each.a.dtype for each in projections if each.a is not None]
+    most = kernels.fused_rank(dy.dtype, dtypes[0])
+    inside = down.a is not None and len(down.a) <= most
+    sides = tuple(
+        kernels.Side(s[i], each.b, call.scalings[i])
+        if each.a is not None and len(each.a) <= most and needs.b[i] and (needs.x or needs.a[i])
+        else None
+        for i, each in enumerate(projections[:2])
+    )
+    if down.a is None or inside:
+        dh = dy @ down.weight
+    else:
+        dh = linear_kernels.tail(t_down, down.a.t(), dy.dtype, dropout=dropout).addmm_(dy, down.weight)
+    with_h = needs.a[2] and not inside
+    grads = kernels.gated_backward(
+        dh, gate, up, call.activation, down=(t_down, down.a) if inside else None, sides=sides, with_h=with_h,
+        dropout=dropout if inside else None,
+    )  # fmt: skip
+    if not with_h:
+        return grads, grads.da if needs.a[2] else None
+    da, _, _ = linear_kernels.grad_columns(t_down, grads.h, t_down.dtype, dropout=dropout)
+    return grads._replace(h=None), da
+
+
+def _to_x(x, t, grads, projections, dropouts, call, needs):
+    """(dX, dA of gate, dA of up), each None where not wanted. The pass over x that makes both dA also writes the rank-r
+    terms of dX, unless dX is wanted in a wider type than the products have."""
+    own = [i for i in (0, 1) if t[i] is not None]
+    da, dx = [None, None], None
+    chosen = [i for i in own if needs.a[i]]
+    if chosen:
+        with_tail = needs.x and chosen == own and call.dx_dtype == call.dtype
+        given = ([t[i] for i in chosen], x, [projections[i].a for i in chosen], [dropouts[i] for i in chosen])
+        found, dx = shared_kernels.grad_all_columns(*given, with_tail)
+        for i, each in zip(chosen, found, strict=True):
+            da[i] = each
+    if not needs.x:
+        return None, *da
+    if dx is None:
+        for i in own:
+            dx = linear_kernels.tail(
+                t[i], projections[i].a.t(), call.dtype, dropout=dropouts[i], out_dtype=call.dx_dtype, residual=dx
+            )  # fmt: skip
+    for grad, each in zip(grads, projections, strict=False):
+        dx = add_base(dx, grad, each.weight, call.dx_dtype)
+    return dx, *da

@@ -1,0 +1,389 @@
+"""The gated MLP of Llama and its like (GLU variants, Shazeer, arXiv 2002.05202), each of whose three frozen projections
+may have a low-rank update (LoRA, arXiv 2106.09685, equation 3), as one op:
+
+    g = x Wgᵀ + bg + sg·drop(x) Agᵀ Bgᵀ     u = x Wuᵀ + bu + su·drop(x) Auᵀ Buᵀ     h = act(g)⊙u
+    y = h Wdᵀ + bd + sd·drop(h) Adᵀ Bdᵀ
+
+With S = drop(z) Aᵀ and T = s·dY B of each projection, whose input is z and whose output has the gradient dY:
+
+    dh = dy Wd + mask⊙(Td Ad)/(1 - p)      dg = dh⊙u⊙act'(g)      du = dh⊙act(g)
+    dX = dg Wg + du Wu + mask⊙(Tg Ag)/(1 - p) + mask⊙(Tu Au)/(1 - p)      dA = Tᵀ drop(z)      dB = s·dYᵀ S
+
+Saved for backward: x, g, u, the three S and seeds in place of the masks; with `recompute` x and S alone. h is made
+again while dg and du are. Each projection has a mask of its own, as three separate layers have.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpeft.dispatch import choose_backend
+from fastpeft.errors import OpError
+from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
+from fastpeft.ops import _lora_mlp_torch as torch_path
+from fastpeft.ops._first_order import first_order
+from fastpeft.ops._lora_linear_torch import given_mask
+from fastpeft.ops.lora_linear import DTYPES, _is_number, as_rows, lora_linear_reference
+
+# Letters of the shape suffixes: M rows (all leading dimensions of x), K inputs, H hidden features, N outputs, R rank.
+
+ACTIVATIONS = tuple(torch_path.ACTIVATIONS)
+SIDES = ("gate", "up", "down")
+
+
+class Projection(NamedTuple):
+    """weight (outputs, inputs), bias (outputs,) or None, lora_A (r, inputs) and lora_B (outputs, r) or both None,
+    alpha / r, and the probability of dropout."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+
+class Tensors(NamedTuple):
+    """Of a projection, A and B in the dtype that all have in common."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+
+class Call(NamedTuple):
+    """What a call computes besides its tensors. dropouts: the probabilities in force, 0 without LoRA. `dtype` is that
+    of the products, `dx_dtype` that of the sum dX: x's, where autocast narrowed x. The last two as in `lora_linear`."""
+
+    activation: str
+    scalings: tuple[float, float, float]
+    dropouts: tuple[float, float, float]
+    dtype: torch.dtype
+    dx_dtype: torch.dtype
+    recompute: bool
+    triton: bool
+    demanded: bool = False
+    fell_back: bool = False
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted: of x, and of each projection's bias, A and B."""
+
+    x: bool
+    bias: tuple[bool, bool, bool]
+    a: tuple[bool, bool, bool]
+    b: tuple[bool, bool, bool]
+
+    @property
+    def hidden(self) -> bool:
+        """Whether dg and du are."""
+        return self.x or any((*self.bias[:2], *self.a[:2], *self.b[:2]))
+
+    @property
+    def inner(self) -> bool:
+        """Whether g and u are, in backward."""
+        return self.hidden or self.a[2]
+
+
+def needs_of(wanted) -> Needs:
+    """Of the flat list (x, and of each projection weight, bias, A, B)."""
+    return Needs(wanted[0], *(tuple(wanted[1 + 4 * i + place] for i in range(3)) for place in (1, 2, 3)))
+
+
+def activation_reference(name: str, gate: Tensor) -> Tensor:
+    """act(gate), for autograd."""
+    if name == "relu2":
+        return torch.relu(gate).square()
+    if name == "silu":
+        return torch.nn.functional.silu(gate)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def lora_mlp_reference(x, gate, up, down, activation="silu", keeps=None):
+    """The definition, for autograd, as three separate layers compute it: projections as of `lora_mlp`, `keeps` a mask
+    (M, inputs) or None of each, drawn with its probability of dropout."""
+    keeps = keeps or (None, None, None)
+
+    def layer(z, each, keep):
+        if each.lora_A is None:
+            return torch.nn.functional.linear(z, each.weight, each.bias)
+        p = 0.0 if keep is None else each.dropout
+        return lora_linear_reference(z, *each[:5], keep, p)
+
+    hidden = activation_reference(activation, layer(x, gate, keeps[0])) * layer(x, up, keeps[1])
+    return layer(hidden, down, keeps[2])
+
+
+def _path(triton: bool):
+    if not triton:
+        return torch_path
+    from fastpeft.ops import _lora_mlp_triton as triton_path
+
+    return triton_path
+
+
+def draw_seeds(x_MK: Tensor, call: Call) -> list[Tensor | None]:
+    """A seed for each projection that drops, in the order of the projections."""
+    draw = _path(call.triton).draw_seed
+    return [draw(x_MK) if p else None for p in call.dropouts]
+
+
+class LoraMlpFunction(torch.autograd.Function):
+    """Flat tensors in, of each projection weight, bias, A, B; reshaping, casting and choosing is before `apply`."""
+
+    @staticmethod
+    def forward(ctx, x_MK, call: Call, *flat):
+        needs = needs_of((ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]))
+        seeds = draw_seeds(x_MK, call)
+        y_MN, gate_MH, up_MH, s, call = run_forward(x_MK, flat, seeds, call, needs)
+        ctx.save_for_backward(*kept(x_MK, gate_MH, up_MH, s, flat, seeds, call, needs))
+        ctx.call, ctx.needs = call, needs
+        ctx.input_dtype = x_MK.dtype
+        return y_MN
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy_MN):
+        with torch.autocast(dy_MN.device.type, enabled=False):
+            dx, dbias, da, db = run_backward(dy_MN, ctx.saved_tensors, ctx.call, ctx.needs)
+        dx = None if dx is None else dx.to(ctx.input_dtype)
+        return dx, None, *(each for i in range(3) for each in (None, dbias[i], da[i], db[i]))
+
+
+def kept(x_MK, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list[Tensor | None]:
+    """What backward reads: x, g, u, three S, three seeds, and the twelve of `flat`."""
+    again = call.recompute and needs.inner
+    keep_products = needs.inner and not call.recompute
+    s_needed = (needs.b[0] or again, needs.b[1] or again, needs.b[2])
+    s_wanted = [each if need else None for each, need in zip(s, s_needed, strict=True)]
+    products = (gate_MH, up_MH) if keep_products else (None, None)
+    return [x_MK if needs.a[0] or needs.a[1] or again else None, *products, *s_wanted, *seeds, *flat]
+
+
+def _projections(flat, dtype: torch.dtype) -> tuple[Tensors, Tensors, Tensors]:
+    """In the dtype of the products."""
+    cast = [None if t is None or i % 4 > 1 else t.to(dtype) for i, t in enumerate(flat)]
+    gate, up, down = (Tensors(*cast[4 * i : 4 * i + 2], *flat[4 * i + 2 : 4 * i + 4]) for i in range(3))
+    return gate, up, down
+
+
+def run_forward(x_MK, flat, seeds, call: Call, needs: Needs):
+    """(y [M, N], g [M, H], u [M, H], the three S, the call as it was served) on the call's backend."""
+    x, projections = x_MK.to(call.dtype), _projections(flat, call.dtype)
+    keep = needs.inner and not call.recompute
+
+    def by_torch(seeds):
+        return torch_path.forward(x, projections, seeds, call, keep)
+
+    if not call.triton:
+        return *by_torch(seeds), call
+    found, by_kernels = kernels_or_torch(
+        lambda: _kind("forward", call, x, projections),
+        call.demanded,
+        lambda: _path(True).forward(x, projections, seeds, call),
+        lambda: by_torch(_masks(seeds, call, x, projections, False)),
+    )
+    return *found, call if by_kernels else call._replace(fell_back=True)
+
+
+def _kind(phase: str, call: Call, rows: Tensor, projections) -> tuple:
+    """What kernels are compiled for, in words."""
+    gate, _, down = projections
+    ranks = "/".join("-" if each.a is None else str(len(each.a)) for each in projections)
+    sizes = f"K {gate.weight.shape[1]}, H {len(gate.weight)}, N {len(down.weight)}, ranks {ranks}"
+    adapter = f"adapter {adapter_dtype(projections)}"
+    return "lora_mlp", phase, rows.device, call.dtype, call.activation, sizes, adapter, f"dropout {any(call.dropouts)}"
+
+
+def adapter_dtype(projections) -> torch.dtype:
+    """That of the matrices of LoRA."""
+    return next(each.a.dtype for each in projections if each.a is not None)
+
+
+def _masks(seeds, call: Call, rows: Tensor, projections, needed: bool):
+    """What the torch path drops in the place of the kernels: as they do, if they can say, which may be `needed`."""
+    if not any(call.dropouts):
+        return seeds
+    path, given, kind = _path(True), [], ("lora_mlp", "dropout", rows.device)
+    for seed, p, each in zip(seeds, call.dropouts, projections, strict=True):
+        drawn = None if seed is None else (seed, p, len(rows), each.a.shape[1], rows.device)
+        mask = drawn and mask_of_kernels(kind, needed, functools.partial(path.keep_mask, *drawn))
+        given.append(seed if mask is None else given_mask(mask, path.honoured(p)))
+    return given
+
+
+def run_backward(dy_MN, saved, call: Call, needs: Needs):
+    """(dX, and of each projection dbias, dA, dB), each None where `needs` does not ask for it."""
+    x_MK, *products = saved[:3]
+    s, seeds, projections = saved[3:6], saved[6:9], _projections(saved[9:], call.dtype)
+    dy, x = dy_MN.to(call.dtype), None if x_MK is None else x_MK.to(call.dtype)
+
+    def by_torch(seeds):
+        return torch_path.backward(dy, x, products, s, projections, seeds, call, needs)
+
+    def by_torch_as_kernels():
+        return by_torch(_masks(seeds, call, dy, projections, not call.fell_back))
+
+    if not call.triton:
+        found = by_torch(seeds)
+    elif call.fell_back:
+        found = by_torch_as_kernels()
+    else:
+        found, _ = kernels_or_torch(
+            lambda: _kind("backward", call, dy, projections),
+            call.demanded,
+            lambda: _path(True).backward(dy, x, products, s, projections, seeds, call, needs),
+            by_torch_as_kernels,
+        )
+    dx, da, db, *inner = found
+    dbias = [
+        grad.sum(0).to(bias.dtype) if need else None
+        for grad, need, bias in zip((*inner, dy), needs.bias, saved[10::4], strict=True)
+    ]
+    return dx, dbias, da, db
+
+
+def decide(
+    x_MK: Tensor, flat, activation: str, scalings, dropouts, dtype: torch.dtype, recompute: bool, patched
+) -> Call:
+    """The call's numbers, and its backend by `dispatch`; without elements the torch path, as a kernel has no grid over
+    nothing."""
+    ranks = [len(a) for a in flat[2::4] if a is not None]
+    something = x_MK.numel() * min(t.numel() for t in flat if t is not None) > 0
+    triton = something and choose_backend(x_MK, dtype, max(ranks), patched).backend == "triton"
+    dx_dtype = torch.promote_types(x_MK.dtype, dtype)
+    numbers = (tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute)
+    return Call(activation, *numbers, triton, triton and is_demanded(patched))
+
+
+def apply_lora_mlp(
+    x: Tensor, gate: Projection, up: Projection, down: Projection, activation: str, *, recompute: bool = False,
+    patched_backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """`lora_mlp` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`. The dropout
+    of a projection is the probability in force."""
+    projections, device_type = (gate, up, down), x.device.type
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    matrices = [m for each in projections for m in (each.lora_A, each.lora_B) if m is not None]
+    wide = dtype
+    for matrix in matrices:
+        wide = torch.promote_types(wide, matrix.dtype)
+    flat = []
+    for name, each in zip(SIDES, projections, strict=True):
+        if not autocast and each.weight.dtype != dtype:
+            raise OpError(
+                f"lora_mlp: x is {dtype} but {name}'s weight is {each.weight.dtype}; cast one, or use torch.autocast"
+            )
+        flat += [each.weight, each.bias, *(None if m is None else m.to(wide) for m in (each.lora_A, each.lora_B))]
+    numbers = [
+        [each.scaling if each.lora_A is not None else 1.0 for each in projections],
+        [each.dropout if each.lora_A is not None else 0.0 for each in projections],
+    ]
+    x_MK = as_rows(x)
+    call = decide(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
+    with torch.autocast(device_type, enabled=False):
+        y_MN = LoraMlpFunction.apply(x_MK, call, *flat)
+    return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+
+
+def _check(x, projections, activation: str) -> None:
+    """Raises OpError unless `lora_mlp` can take these."""
+    if activation not in ACTIVATIONS:
+        raise OpError(f"lora_mlp: activation is {activation!r}; one of {', '.join(map(repr, ACTIVATIONS))} is needed")
+    _check_tensor("x", x, x)
+    if x.ndim == 0:
+        raise OpError("lora_mlp: x of shape () is a scalar; its last dimension must be the inputs")
+    inputs, inner = x.shape[-1], None
+    for name, each in zip(SIDES, projections, strict=True):
+        if not isinstance(each, Projection):
+            raise OpError(f"lora_mlp: {name} is of {type(each).__name__}; a Projection is needed")
+        if (each.lora_A is None) != (each.lora_B is None):
+            raise OpError(f"lora_mlp: {name} has one of lora_A and lora_B; both or none are needed")
+        outputs = inner if name == "up" else None
+        inner = _check_projection(name, each, x, inputs, outputs)
+        inputs = inner if name == "up" else inputs
+    if all(each.lora_A is None for each in projections):
+        raise OpError("lora_mlp: none of gate, up and down has lora_A and lora_B; at least one needs them")
+
+
+def _check_projection(name: str, each: Projection, x: Tensor, inputs: int, outputs: int | None) -> int:
+    """Its outputs, which must be as many as `outputs` if that is given."""
+    sizes = {"N": outputs, "r": None}
+    shapes = {"weight": ("N", inputs), "bias": ("N",), "lora_A": ("r", inputs), "lora_B": ("N", "r")}
+    for field, shape in shapes.items():
+        tensor = getattr(each, field)
+        if tensor is None and field != "weight":
+            continue
+        _check_tensor(f"{name}'s {field}", tensor, x)
+        expected = [size if isinstance(size, int) else sizes[size] or size for size in shape]
+        fits = tensor.ndim == len(shape) and all(
+            isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)
+        )
+        if not fits:
+            raise OpError(
+                f"lora_mlp: {name}'s {field} has shape {tuple(tensor.shape)}, expected "
+                f"({', '.join(map(str, expected))}) for x of shape {tuple(x.shape)}"
+            )
+        sizes.update({size: have for size, have in zip(shape, tensor.shape, strict=True) if isinstance(size, str)})
+    if sizes["r"] == 0:
+        raise OpError(f"lora_mlp: {name}'s lora_A and lora_B have rank 0; a rank of at least 1 is needed")
+    if torch.is_grad_enabled() and each.weight.requires_grad:
+        raise OpError(f"lora_mlp: {name}'s weight wants a gradient; it is taken as frozen, so freeze or detach it")
+    if not _is_number(each.scaling) or not -math.inf < each.scaling < math.inf:
+        raise OpError(f"lora_mlp: {name}'s scaling is {each.scaling!r}; a finite number is needed")
+    if not _is_number(each.dropout) or not 0.0 <= each.dropout < 1.0:
+        raise OpError(f"lora_mlp: {name}'s dropout is {each.dropout!r}; a probability in [0, 1) is needed")
+    return each.weight.shape[0]
+
+
+def _check_tensor(name: str, tensor, x) -> None:
+    if not isinstance(tensor, Tensor):
+        raise OpError(f"lora_mlp: {name} is of {type(tensor).__name__}; a tensor is needed")
+    if tensor.is_meta and x.is_meta:
+        raise OpError(f"lora_mlp: {name} is on the meta device and has no values; give it some")
+    if tensor.device != x.device:
+        raise OpError(f"lora_mlp: {name} is on {tensor.device}, x on {x.device}; move one of them")
+    if tensor.dtype not in DTYPES:
+        kind = "float32, float16, bfloat16 or float64" if tensor.is_floating_point() else "floating point"
+        raise OpError(f"lora_mlp: {name} is {tensor.dtype}; {kind} is needed")
+
+
+def lora_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str = "silu",
+    *,
+    training: bool = False,
+    recompute: bool = False,
+) -> Tensor:
+    """down(act(gate(x))·up(x)), each projection z Wᵀ + bias + scaling·drop(z) Aᵀ Bᵀ, with the gradients of x and of
+    every bias, A and B that wants one.
+
+    Args:
+        x: (..., K), any strides; fp32, fp16 or bf16 (fp64 on the torch backend).
+        gate, up: of weight (H, K) in x's dtype (any, under autocast), frozen; see `Projection`. Ranks, scalings and
+            probabilities differ as they like; a projection without LoRA has neither A nor B, but one of the three has.
+        down: of weight (N, H), likewise.
+        activation: "silu", "gelu" (exact), "gelu_tanh" or "relu2", the square of relu.
+        training: dropout acts only if True.
+        recompute: gate(x) and up(x) are computed once more in backward instead of being saved.
+
+    Returns:
+        (..., N) in x's dtype, or autocast's.
+
+    Raises:
+        OpError (a ValueError): a shape, device, dtype or type does not fit, a weight wants a gradient, a scaling is not
+            finite, or a dropout is outside [0, 1).
+        BackendError: the triton backend was demanded and cannot serve the call.
+    """
+    projections = (gate, up, down)
+    _check(x, projections, activation)
+    in_force = [each if training else each._replace(dropout=0.0) for each in projections]
+    return apply_lora_mlp(x, *in_force, activation, recompute=recompute)

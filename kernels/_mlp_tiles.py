@@ -1,0 +1,48 @@
+"""The tiles of `lora_mlp`'s two kernels, in the rows of `_tiles`. Predicted, as those are, and asked by no tuning.
+
+`gated_backward` has rows for what it holds beside the activation's gradients, at the greatest rank of the three: three
+accumulators and three matrices of rank x columns. Where registers do not suffice it is launched without any of that, as
+rank 0, and every rank-r product has a pass of its own (`FUSED_RANK`).
+"""
+
+import torch
+
+from fastpeft.kernels._tiles import (
+    ALL,
+    ANY,
+    HALF,
+    SINGLE,
+    SIXTEEN,
+    SMALL,
+    SPLIT,
+    TF32X3,
+    Row,
+    Tiles,
+    _serves,
+    family_of,
+)
+
+CUDA = (
+    Row("gated_forward", HALF, 32, Tiles(32, 128)),
+    Row("gated_forward", HALF, ANY, Tiles(32, 64)),
+    Row("gated_forward", SPLIT + TF32X3, ANY, Tiles(32, 64)),
+    Row("gated_forward", SINGLE, ANY, Tiles(16, 32, warps=4)),
+    Row("gated_backward", ALL, 0, Tiles(16, 128, warps=4), above=-1),
+    Row("gated_backward", HALF, 16, Tiles(32, 128)),
+    Row("gated_backward", HALF, 32, Tiles(32, 128)),
+    Row("gated_backward", SIXTEEN, ANY, Tiles(16, 64)),
+    Row("gated_backward", SINGLE, ANY, Tiles(16, 32)),
+)
+INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL, above=-1) for kernel in ("gated_forward", "gated_backward"))
+FAMILIES = {"interpreter": INTERPRETER}
+
+# Up to this rank the backward kernel holds every rank-r product.
+FUSED_RANK = {"half": 32, "split": 32, "tf32x3": 16, "tf32": 16, "ieee": 16}
+
+
+def mlp_tiles(kernel: str, rank: int, mode: str, burden: bool, device: torch.device) -> Tiles:
+    """The tiles of the kernel of this name at a rank, 0 if it has no rank-r products; `burden` as in `_tiles.Row`."""
+    for row in FAMILIES.get(family_of(device), CUDA):
+        if _serves(row, kernel, rank, mode, burden):
+            return row.tiles
+    raise LookupError(f"no tiles for {kernel} in mode {mode}")

@@ -1,0 +1,315 @@
+"""Kernels of `lora_mlp` between its vendor's products: the activation, forward and backward, and every rank-r product
+of what they hold.
+
+    _gated_forward     h = act(g)⊙u, S = drop(h) Aᵀ of down                one read of g and u, one write of h
+    _gated_backward    dh += mask⊙(T A) of down; dg = dh⊙u⊙act'(g), du = dh⊙act(g); T = s·dg B and dB = s·dgᵀ S of gate,
+                       the same of up, and dA = Tᵀ drop(h) of down, for which h is made again as it was, rounded
+
+The backward kernel reads dh, g and u once and writes dg and du; beyond the ranks that registers can hold it writes h
+too, and the products have passes of their own (`lora_linear`). Shapes: g, u, h, dh [M, H], rows close together; A of
+down [R, H], B of gate and up [H, R], S and T [M, R]. Sums over rows or columns are fp32 partial sums for
+`sum_partials`, never atomics. Every offset is computed in 64 bits. That the activation can carry these products while
+it waits for memory is this project's own; the in-place kernels of Unsloth and Liger make g and u into their gradients.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpeft.kernels._common import (
+    UPCAST,
+    Dropout,
+    dot,
+    dot_mode,
+    keep_mask,
+    on_device_of,
+    processor_count,
+    rank_block,
+    split_evenly,
+)
+from fastpeft.kernels._mlp_tiles import FUSED_RANK, mlp_tiles
+from fastpeft.kernels._tiles import Tiles
+from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, _mask_arguments, sum_partials
+
+
+@triton.jit
+def _activation(g, NAME: tl.constexpr):
+    """(act(g), act'(g)) of g in fp32."""
+    if NAME == "silu":
+        gate = 1.0 / (1.0 + tl.exp(-g))
+        return g * gate, gate * (1.0 + g * (1.0 - gate))
+    elif NAME == "gelu":
+        gate = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+        return g * gate, gate + g * (0.3989422804014327 * tl.exp(-0.5 * g * g))
+    elif NAME == "gelu_tanh":  # 0.5·g·(1 + tanh z) = g·σ(2 z)
+        gate = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+        return g * gate, gate + g * gate * (1.0 - gate) * (1.5957691216057308 * (1.0 + 0.134145 * g * g))
+    else:
+        positive = tl.where(g < 0.0, 0.0, g)  # of NaN NaN
+        return positive * positive, 2.0 * positive
+
+
+@triton.jit
+def _gated_forward_kernel(
+    gate_ptr, up_ptr, a_ptr, h_ptr, s_ptr, seed_ptr, keep_scale, threshold, M, H, R, columns_per_program,
+    stride_ar, stride_ah,
+    NAME: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, WITH_S: tl.constexpr,
+    DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program makes columns_per_program columns of BLOCK_M rows of h, and keeps their R products in registers.
+
+    s [column runs, M, R]: with more than one run, partial sums for `sum_partials`.
+    """
+    R = _known_multiple(R, RANK_UNIT)
+    H = tl.cast(H, tl.int64)
+    row_start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    column_run = tl.program_id(1).to(tl.int64)
+    first = column_run * columns_per_program
+    rows = row_start + tl.arange(0, BLOCK_M)
+    m_m = rows < M
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for offset in range(0, columns_per_program, BLOCK_H):
+        columns = first + offset + tl.arange(0, BLOCK_H)
+        m_c = columns < H
+        m_h = m_m[:, None] & m_c[None, :]
+        places = rows[:, None] * H + columns[None, :]
+        g = tl.load(gate_ptr + places, mask=m_h, other=0.0).to(tl.float32)
+        u = tl.load(up_ptr + places, mask=m_h, other=0.0).to(tl.float32)
+        act, _ = _activation(g, NAME)
+        h = (act * u).to(HALF)  # [BLOCK_M, BLOCK_H]
+        tl.store(h_ptr + places, h, mask=m_h)
+        if WITH_S:
+            p_a = a_ptr + ranks[None, :] * stride_ar + columns[:, None] * stride_ah
+            a = tl.load(p_a, mask=m_c[:, None] & (ranks < R)[None, :], other=0.0)  # [BLOCK_H, BLOCK_R]
+            if DROPOUT:
+                keep = keep_mask(seed_ptr, row_start, first + offset, threshold, BLOCK_M, BLOCK_H)
+                h = tl.where(keep, h, 0.0).to(HALF)
+            acc = dot(h, a, acc, MODE, HALF, UPCAST)
+    if WITH_S:
+        p_s = s_ptr + (column_run * M + rows)[:, None] * R + ranks[None, :]
+        tl.store(p_s, acc * keep_scale, mask=m_m[:, None] & (ranks < R)[None, :])
+
+
+@triton.jit
+def _by_columns(p, columns, H, R, stride_h, stride_r, BLOCK_R: tl.constexpr):
+    """[BLOCK_R, BLOCK_H] of a matrix with H columns of R ranks."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask = (ranks < R)[:, None] & (columns < H)[None, :]
+    return tl.load(p + columns[None, :] * stride_h + ranks[:, None] * stride_r, mask=mask, other=0.0)
+
+
+@triton.jit
+def _by_rows(p, rows, M, R, BLOCK_R: tl.constexpr):
+    """[BLOCK_R, BLOCK_M] of S or T [M, R]."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask = (ranks < R)[:, None] & (rows < M)[None, :]
+    return tl.load(p + rows[None, :] * R + ranks[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _one_side(
+    grad, b, db, s_ptr, t_ptr, rows, column_block, M, R,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """db + gradᵀ s of one of gate and up; its share of T is written to t [column blocks, M, R]."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    t = dot(b, tl.trans(grad), tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32), MODE, HALF, UPCAST)
+    mask = (ranks < R)[:, None] & (rows < M)[None, :]
+    tl.store(t_ptr + (column_block * M + rows)[None, :] * R + ranks[:, None], t, mask=mask)
+    return dot(_by_rows(s_ptr, rows, M, R, BLOCK_R), grad, db, MODE, HALF, UPCAST)
+
+
+@triton.jit
+def _store_sum(p, acc, row_run, columns, H, R, stride_h, stride_r, BLOCK_R: tl.constexpr):
+    """acc [BLOCK_R, BLOCK_H] into the run's part of p [row runs, H·R]."""
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask = (ranks < R)[:, None] & (columns < H)[None, :]
+    tl.store(p + row_run * H * R + columns[None, :] * stride_h + ranks[:, None] * stride_r, acc, mask=mask)
+
+
+@triton.jit
+def _gated_backward_kernel(
+    dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, t_ptr, a_ptr, da_ptr, seed_ptr, keep_scale, threshold,
+    gate_s_ptr, gate_b_ptr, gate_t_ptr, gate_db_ptr, up_s_ptr, up_b_ptr, up_t_ptr, up_db_ptr,
+    M, H, R_DOWN, R_GATE, R_UP, rows_per_program,
+    stride_ar, stride_ah, stride_gn, stride_gr, stride_un, stride_ur,
+    NAME: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DOWN: tl.constexpr,
+    BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, WITH_DOWN: tl.constexpr, WITH_GATE: tl.constexpr,
+    WITH_UP: tl.constexpr, WITH_H: tl.constexpr, DROPOUT: tl.constexpr, UNIT_DOWN: tl.constexpr,
+    UNIT_GATE: tl.constexpr, UNIT_UP: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program goes over a rectangle of dh, gate and up, rows_per_program by BLOCK_H, once.
+
+    WITH_DOWN: dh is that of the base product, to which the rank-r term of down is added, and dA of down is summed;
+    WITH_GATE, WITH_UP: T and dB are; WITH_H: h is written. dA [row runs, R, H], dB [row runs, H, R] and T [column
+    blocks, M, R] are fp32 partial sums for `sum_partials`.
+    """
+    R_DOWN, R_GATE = _known_multiple(R_DOWN, UNIT_DOWN), _known_multiple(R_GATE, UNIT_GATE)
+    R_UP = _known_multiple(R_UP, UNIT_UP)
+    H = tl.cast(H, tl.int64)
+    column_block, row_run = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    column_start, first = column_block * BLOCK_H, row_run * rows_per_program
+    columns = column_start + tl.arange(0, BLOCK_H)
+    if WITH_DOWN:
+        a = _by_columns(a_ptr, columns, H, R_DOWN, stride_ah, stride_ar, BLOCK_DOWN)
+        da = tl.zeros([BLOCK_DOWN, BLOCK_H], dtype=tl.float32)
+    if WITH_GATE:
+        gate_b = _by_columns(gate_b_ptr, columns, H, R_GATE, stride_gn, stride_gr, BLOCK_GATE)
+        gate_db = tl.zeros([BLOCK_GATE, BLOCK_H], dtype=tl.float32)
+    if WITH_UP:
+        up_b = _by_columns(up_b_ptr, columns, H, R_UP, stride_un, stride_ur, BLOCK_UP)
+        up_db = tl.zeros([BLOCK_UP, BLOCK_H], dtype=tl.float32)
+    for offset in range(0, rows_per_program, BLOCK_M):
+        rows = first + offset + tl.arange(0, BLOCK_M)
+        m_h = (rows < M)[:, None] & (columns < H)[None, :]
+        places = rows[:, None] * H + columns[None, :]
+        dh = tl.load(dh_ptr + places, mask=m_h, other=0.0).to(tl.float32)
+        g = tl.load(gate_ptr + places, mask=m_h, other=0.0).to(tl.float32)
+        u = tl.load(up_ptr + places, mask=m_h, other=0.0).to(tl.float32)
+        act, act_grad = _activation(g, NAME)
+        if WITH_H or WITH_DOWN:
+            h = (act * u).to(HALF)
+        if WITH_H:
+            tl.store(h_ptr + places, h, mask=m_h)
+        if WITH_DOWN:
+            t = _by_rows(t_ptr, rows, M, R_DOWN, BLOCK_DOWN)
+            term = dot(tl.trans(t), a, tl.zeros([BLOCK_M, BLOCK_H], dtype=tl.float32), MODE, HALF, UPCAST)
+            if DROPOUT:
+                keep = keep_mask(seed_ptr, first + offset, column_start, threshold, BLOCK_M, BLOCK_H)
+                term = tl.where(keep, term * keep_scale, 0.0)
+                h = tl.where(keep, h, 0.0).to(HALF)
+            dh += term
+            da = dot(t, h, da, MODE, HALF, UPCAST)
+        dgate = (dh * u * act_grad).to(HALF)
+        tl.store(dgate_ptr + places, dgate, mask=m_h)
+        if WITH_GATE:
+            gate_db = _one_side(
+                dgate, gate_b, gate_db, gate_s_ptr, gate_t_ptr, rows, column_block, M, R_GATE,
+                BLOCK_M, BLOCK_GATE, MODE, HALF, UPCAST,
+            )  # fmt: skip
+        dup = (dh * act).to(HALF)
+        tl.store(dup_ptr + places, dup, mask=m_h)
+        if WITH_UP:
+            up_db = _one_side(
+                dup, up_b, up_db, up_s_ptr, up_t_ptr, rows, column_block, M, R_UP,
+                BLOCK_M, BLOCK_UP, MODE, HALF, UPCAST,
+            )  # fmt: skip
+    if WITH_DOWN:
+        _store_sum(da_ptr, da, row_run, columns, H, R_DOWN, 1, H, BLOCK_DOWN)
+    if WITH_GATE:
+        _store_sum(gate_db_ptr, gate_db, row_run, columns, H, R_GATE, R_GATE, 1, BLOCK_GATE)
+    if WITH_UP:
+        _store_sum(up_db_ptr, up_db, row_run, columns, H, R_UP, R_UP, 1, BLOCK_UP)
+
+
+class Side(NamedTuple):
+    """What the backward kernel reads of gate, or of up: S [M, R], B [H, R], and the scaling."""
+
+    s: Tensor
+    b: Tensor
+    scale: float
+
+
+class Grads(NamedTuple):
+    """dg and du [M, H]; h [M, H] or None; T [M, R] and dB [H, R] of gate and of up, and dA [R, H] of down, or None."""
+
+    dgate: Tensor
+    dup: Tensor
+    h: Tensor | None
+    t: list[Tensor | None]
+    db: list[Tensor | None]
+    da: Tensor | None
+
+
+def _modes(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
+    return {"MODE": dot_mode(data_dtype, adapter_dtype), "HALF": TRITON_TYPES[data_dtype], "UPCAST": UPCAST}
+
+
+def gated_forward(
+    gate: Tensor, up: Tensor, activation: str, a: Tensor | None = None, dropout: Dropout | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(h = act(gate)⊙up [M, H], S = drop(h) aᵀ [M, R] in a's dtype, or None without a [R, H])."""
+    (rows, columns), rank = gate.shape, 1 if a is None else len(a)
+    modes = _modes(gate.dtype, gate.dtype if a is None else a.dtype)
+    tiles = tiles or mlp_tiles("gated_forward", rank, modes["MODE"], dropout is not None, gate.device)
+    row_blocks = triton.cdiv(rows, tiles.rows)
+    run, runs = split_evenly(columns, tiles.columns, max(1, 4 * processor_count(gate) // row_blocks))
+    h = torch.empty_like(gate)
+    s = None
+    if a is not None:
+        s = torch.empty(runs, rows, rank, dtype=a.dtype if runs == 1 else torch.float32, device=gate.device)
+    seed, keep_scale, threshold = _mask_arguments(dropout)
+    with on_device_of(gate):
+        _gated_forward_kernel[(row_blocks, runs)](
+            gate, up, a, h, s, seed, keep_scale, threshold, rows, columns, rank, run,
+            *((0, 0) if a is None else a.stride()),
+            NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, BLOCK_R=rank_block(rank), WITH_S=a is not None,
+            DROPOUT=dropout is not None, RANK_UNIT=math.gcd(rank, 16), **modes, **tiles.options,
+        )  # fmt: skip
+    if s is None:
+        return h, None
+    return h, s[0] if runs == 1 else sum_partials(s, a.dtype)
+
+
+def fused_rank(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> int:
+    """Up to which rank `gated_backward` holds the products of all three."""
+    return FUSED_RANK[dot_mode(data_dtype, adapter_dtype)]
+
+
+def gated_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, *, down: tuple[Tensor, Tensor] | None = None,
+    sides: tuple[Side | None, Side | None] = (None, None), with_h: bool = False, dropout: Dropout | None = None,
+    tiles: Tiles | None = None,
+) -> Grads:  # fmt: skip
+    """What becomes of dh [M, H], which is used up: du is in its place. down: its T [M, R] and A [R, H], whose term dh
+    does not have yet. All ranks at most `fused_rank`."""
+    (rows, columns), matrices = dh.shape, [None if each is None else each.b for each in sides]
+    given = [m for m in (*matrices, None if down is None else down[1]) if m is not None]
+    modes = _modes(dh.dtype, given[0].dtype if given else dh.dtype)
+    ranks = [1 if down is None else len(down[1]), *(1 if b is None else b.shape[1] for b in matrices)]
+    tiles = tiles or mlp_tiles(
+        "gated_backward", max(ranks) if given else 0, modes["MODE"], dropout is not None, dh.device
+    )
+    column_blocks = triton.cdiv(columns, tiles.columns)
+    run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dh) // column_blocks))
+    made = dict(dtype=torch.float32, device=dh.device)
+    dgate, h = torch.empty_like(dh), torch.empty_like(dh) if with_h else None
+    da = None if down is None else torch.empty(runs, ranks[0], columns, **made)
+    t_parts = [None if b is None else torch.empty(column_blocks, rows, b.shape[1], **made) for b in matrices]
+    db_parts = [None if b is None else torch.empty(runs, columns, b.shape[1], **made) for b in matrices]
+    per_side = [
+        (None if side is None else side.s, b, t, db)
+        for side, b, t, db in zip(sides, matrices, t_parts, db_parts, strict=True)
+    ]
+    t_down, a = down or (None, None)
+    seed, keep_scale, threshold = _mask_arguments(dropout)
+    with on_device_of(dh):
+        _gated_backward_kernel[(column_blocks, runs)](
+            dh, gate, up, dgate, dh, h, t_down, a, da, seed, keep_scale, threshold, *per_side[0], *per_side[1],
+            rows, columns, *ranks, run, *((0, 0) if a is None else a.stride()),
+            *((0, 0) if matrices[0] is None else matrices[0].stride()),
+            *((0, 0) if matrices[1] is None else matrices[1].stride()),
+            NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, BLOCK_DOWN=rank_block(ranks[0]),
+            BLOCK_GATE=rank_block(ranks[1]), BLOCK_UP=rank_block(ranks[2]), WITH_DOWN=down is not None,
+            WITH_GATE=sides[0] is not None, WITH_UP=sides[1] is not None, WITH_H=with_h, DROPOUT=dropout is not None,
+            UNIT_DOWN=math.gcd(ranks[0], 16), UNIT_GATE=math.gcd(ranks[1], 16), UNIT_UP=math.gcd(ranks[2], 16),
+            **modes, **tiles.options,
+        )  # fmt: skip
+    scales = [1.0 if side is None else side.scale for side in sides]
+    return Grads(
+        dgate,
+        dh,
+        h,
+        [None if t is None else sum_partials(t, b.dtype, c) for t, b, c in zip(t_parts, matrices, scales, strict=True)],
+        [
+            None if d is None else sum_partials(d, b.dtype, c)
+            for d, b, c in zip(db_parts, matrices, scales, strict=True)
+        ],
+        None if da is None else sum_partials(da, a.dtype, keep_scale),
+    )
