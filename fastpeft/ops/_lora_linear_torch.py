@@ -34,6 +34,7 @@ class Dropout:
     def __init__(self, seed: torch.Tensor, p: float, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(int(seed))
         self.p = p
+        self.one = torch.ones((), device=self.generator.device)
 
     @property
     def scale(self) -> float:
@@ -45,8 +46,9 @@ class Dropout:
         # Ten standard deviations above the mean: that the draws do not reach the end has a chance below 1e-20.
         count = math.ceil(size * self.p + 10 * math.sqrt(size * self.p) + 16)
         draws = torch.empty(count, device=self.generator.device).uniform_(2.0**-25, 1.0, generator=self.generator)
-        gaps = draws.log_().div_(math.log1p(-self.p)).to(torch.int64).add_(1)
-        places = gaps.cumsum(0).sub_(1)
+        gaps = torch.add(self.one, draws.log_(), alpha=1 / math.log1p(-self.p)).to(torch.int64)
+        gaps[0] -= 1
+        places = gaps.cumsum_(0)
         return places[: int(torch.searchsorted(places, size))]
 
 
@@ -121,6 +123,15 @@ def product(p: torch.Tensor, q: torch.Tensor, scale: float, out: torch.Tensor | 
     return torch.addmm(p.new_zeros(1), p, q, beta=0, alpha=scale, out=out)
 
 
+def drop_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float, places: torch.Tensor) -> None:
+    """out = scale·p q, in place, with zeros at these places: out [M, N] contiguous, p [M, R], q [R, N]."""
+    if out.dtype == q.dtype:
+        product(p, q, scale, out)
+    else:
+        out.copy_(product(p, q, scale))
+    drop(out, places)
+
+
 def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """out += scale·p q, in place, rounded once: out [M, N], p [M, R], q [R, N]."""
     q, scale = _factors(q, scale)
@@ -182,7 +193,7 @@ def _masked_grads(dy, x, t, weight, a, dropout: Dropout, dx_dtype: torch.dtype, 
         if need_a:
             da.addmm_(t[block].t(), dropped(x[block], t.dtype, places), alpha=dropout.scale)
         if need_x:
-            dx[block] = drop(product(t[block], a, dropout.scale), places)
+            drop_product(dx[block], t[block], a, dropout.scale, places)
     if weight is None or dx is None:
         return da, dx
     return da, dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)
