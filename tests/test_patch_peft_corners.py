@@ -206,3 +206,17 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     with pytest.raises(fastpeft.OpError, match="first derivatives only"):
         torch.autograd.grad(first.pow(2).sum(), parameters, allow_unused=True)
     assert gradients(model)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_without_an_adapter_in_force_a_peft_model_is_refused(kind):
+    """peft cannot call it either, and says KeyError or TypeError."""
+    model = made() if kind == "lora" else with_prompts(kind)
+    config = model.peft_config["default"]
+    model.delete_adapter("default")
+    with pytest.raises(fastpeft.PatchError, match="no adapter is in force"):
+        fastpeft.patch(model)
+    quietly(model.add_adapter, "again", config)
+    model.set_adapter("again")
+    fastpeft.patch(model)
+    assert fastpeft.report(model).layers

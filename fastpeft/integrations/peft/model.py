@@ -43,7 +43,7 @@ def patch_peft(model: nn.Module, backend: str | None = None) -> nn.Module:
         parameter = next(model.parameters())
         choose_backend(torch.empty(0, device=parameter.device), torch.float32, patched=backend)
     check_neighbours(model)
-    check_peft_s_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    check_peft_s_head(_base_of(model))
     extension = Extension(backend)
     try:
         _swap_all(model, extension)
@@ -51,6 +51,19 @@ def patch_peft(model: nn.Module, backend: str | None = None) -> nn.Module:
         _swap_all_back(model)
         raise
     return model
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    """What peft has adapted. Raises PatchError if no adapter is in force, of which peft itself says KeyError."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    active = model.active_adapter
+    if not set([active] if isinstance(active, str) else active) & model.peft_config.keys():
+        raise PatchError(
+            f"patch: no adapter is in force in this {type(model).__name__}, and peft cannot call it; add one with "
+            "model.add_adapter(name, config) or choose one with model.set_adapter(name) first"
+        )
+    return model.get_base_model()
 
 
 def _swap_all(model: nn.Module, extension: Extension) -> None:
@@ -146,7 +159,7 @@ def _layer_rows(path: str, layer: FusedLayer) -> Iterator[LayerReport]:
     a = layer.factors(names[0])[0]
     dtype = layer.base_layer.weight.dtype if layer.plain_base() else a.dtype
     try:
-        choice = choose_backend(a, dtype, max(layer.r[name] for name in names), layer.backend())
+        choice = choose_backend(a, dtype, patched=layer.backend())
     except BackendError as error:
         yield LayerReport(path, kind, names, layer.op, "none", str(error))
         return
