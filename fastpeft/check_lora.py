@@ -59,7 +59,7 @@ def measure(method: str, base: nn.Module, arguments: argparse.Namespace, peft, c
     model = fastpeft.patch(copy.deepcopy(base), fastpeft.LoraConfig(**config)).eval()
     check_lora_model.randomize(model, seed=0)
     layer = check_lora_model.lora_layers(model)[0][1]
-    choice = choose_backend(layer.weight, layer.weight.dtype, arguments.rank)
+    choice = choose_backend(layer.weight, layer.weight.dtype)
     console.line(str(fastpeft.report(model)))
     extent = extent_of(choice, arguments.rank)
     rows = op_rows(model, arguments, choice, extent)

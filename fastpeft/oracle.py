@@ -175,7 +175,7 @@ def op_dropout(problem: LoraProblem) -> tuple[torch.Tensor | None, float]:
     if not problem.dropout:
         return None, 0.0
     x = problem.x
-    backend = choose_backend(x, x.dtype, len(problem.lora_A)).backend
+    backend = choose_backend(x, x.dtype).backend
     seed = torch.empty(1, dtype=torch.int64, device=x.device if backend == "triton" else "cpu").random_()
     columns = x.shape[-1]
     keep = dropout_mask(seed, problem.dropout, x.numel() // columns, columns, x.device, backend)

@@ -159,12 +159,12 @@ def check_plan(model: nn.Module, plan, backend: str | None) -> None:
     if backend != "triton":
         return
     if isinstance(plan.config, LoraConfig):
-        calls = [(each.module, stand_in(each.module), each.r) for each, kind, _ in plan.targets if kind.has_op]
+        calls = [(each.module, stand_in(each.module)) for each, kind, _ in plan.targets if kind.has_op]
     else:
-        calls = [(model, parameter, 1) for parameter in model.parameters()][:1]
+        calls = [(model, parameter) for parameter in model.parameters()][:1]
     with forced_backend("triton"):
-        for module, like, width in calls:
-            choose_backend(torch.empty(0, device=offloaded_to(module) or like.device), like.dtype, width)
+        for module, like in calls:
+            choose_backend(torch.empty(0, device=offloaded_to(module) or like.device), like.dtype)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,10 @@ from fastpeft.kernels._common import (
 )
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
 
+# Registers hold a block of ranks up to the one; beyond, a kernel that holds ranks takes them in slices of the other,
+# and reads what it streams once for each. In slices of 256 it would read it half as often, and spill.
+MOST_RANKS, SLICE = 256, 128
+
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -273,6 +277,8 @@ def shrink(
 ) -> torch.Tensor:
     """scale·drop(x) aᵀ: x [M, K], a [R, K] (any strides) -> [M, R] in `dtype`."""
     (rows, depth), rank = x.shape, a.shape[0]
+    if rank > MOST_RANKS:
+        return torch.cat([shrink(x, each, scale, dtype, dropout, tiles) for each in a.split(SLICE)], 1)
     modes = _modes(rank, x.dtype, a.dtype)
     tiles = tiles or _tiles("shrink", rank, modes, dropout, x)
     row_blocks = triton.cdiv(rows, tiles.rows)
@@ -368,6 +374,12 @@ def grad_columns(
     The first is [R, K], or [K, R] if `transposed`; each is None where it was not asked for.
     """
     (rows, columns), rank = x.shape, t.shape[1] if t is not None else 1
+    if rank > MOST_RANKS:
+        slices = [(each.contiguous(), with_sum and not number) for number, each in enumerate(t.split(SLICE, 1))]
+        options = dict(transposed=transposed, scale=scale, dropout=dropout, tiles=tiles)
+        found = [grad_columns(each, x, dtype, with_sum=summed, **options) for each, summed in slices]
+        tail_out = None if tail_of is None else tail(t, tail_of.t(), x.dtype, dropout=dropout)
+        return torch.cat([product for product, _, _ in found], int(transposed)), tail_out, found[0][2]
     modes = _modes(rank, x.dtype, t.dtype if t is not None else x.dtype)
     fuse = tail_of is not None and rank <= FUSED_TAIL_RANK[modes["MODE"]]
     fused, tail_out = (tail_of, torch.empty(rows, columns, dtype=x.dtype, device=x.device)) if fuse else (None, None)

@@ -142,19 +142,31 @@ def test_deleting_leaves_what_is_frozen_as_it_is():
 
 
 @pytest.mark.interpreter
-def test_a_rank_beyond_the_kernels_is_refused_by_patch_and_by_what_adds_adapters(tmp_path):
-    model, words = tiny(), "the triton backend was demanded but cannot serve this call: rank 257 is above 256"
-    refused(lambda: fastpeft.patch(model, config(r=257), backend="triton"), model, fastpeft.BackendError, words)
-    pattern = config(rank_pattern={"layers.1.self_attn.v_proj": 257})
-    refused(lambda: fastpeft.patch(model, pattern, backend="triton"), model, fastpeft.BackendError, words)
-    fastpeft.save_adapter(fastpeft.patch(tiny(), config(r=257)), tmp_path)
-    fastpeft.patch(model, config(r=4), backend="triton")
-    refused(lambda: model.add_adapter("b", config(r=257)), model, fastpeft.BackendError, words)
+def test_a_rank_beyond_what_registers_hold_is_served():
+    """In slices of ranks, so that Triton may be demanded of any rank."""
+    model = fastpeft.patch(tiny(), config(r=300), backend="triton")
+    model.add_adapter("b", config(rank_pattern={"layers.1.self_attn.v_proj": 257}))
+    assert {row.backend for row in fastpeft.report(model).layers} == {"triton"}
+    plain = fastpeft.patch(tiny(), config(r=300))
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if ".b." not in key})
+    close(result(model, batch()), result(plain, batch()), 1e-5)
+
+
+@pytest.mark.interpreter
+def test_what_no_kernel_serves_is_refused_by_patch_and_by_what_adds_adapters(tmp_path):
+    words = "the triton backend was demanded but cannot serve this call: torch.float64 is not served"
+    half = config(target_modules=["layers.0.self_attn.v_proj"])
+    every, model = config(target_modules=["v_proj"]), tiny()
+    model.model.layers[1].self_attn.v_proj.double()
+    refused(lambda: fastpeft.patch(model, every, backend="triton"), model, fastpeft.BackendError, words)
+    fastpeft.save_adapter(fastpeft.patch(tiny(), every), tmp_path)
+    fastpeft.patch(model, half, backend="triton")
+    refused(lambda: model.add_adapter("b", every), model, fastpeft.BackendError, words)
     refused(lambda: model.load_adapter(tmp_path, "b"), model, fastpeft.BackendError, words)
-    embeddings = config(r=257, target_modules=["embed_tokens"])  # which no kernel serves, and none has to
-    fastpeft.patch(tiny(), embeddings, backend="triton")
+    embeddings = config(target_modules=["embed_tokens"])  # which no kernel serves, and none has to
+    fastpeft.patch(tiny(dtype=torch.float64), embeddings, backend="triton")
     for backend in (None, "auto", "torch"):
-        fastpeft.patch(tiny(), config(r=257), backend=backend)
+        fastpeft.patch(tiny(dtype=torch.float64), every, backend=backend)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")

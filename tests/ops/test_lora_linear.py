@@ -65,7 +65,7 @@ def test_kernels_in_bfloat16_to_within_the_interpreters_truncation(dtypes, strat
 
 
 @interpreted
-@pytest.mark.parametrize("rank", [1, 2, 3, 7, 8, 16, 17, 24, 31, 33, 48, 64, 65, 100, 128, 145, 256])
+@pytest.mark.parametrize("rank", [1, 2, 3, 7, 8, 16, 17, 24, 31, 33, 48, 64, 65, 100, 128, 145, 256, 300, 1024])
 def test_kernels_at_rank(rank):
     # The error of a result of low rank is that of few roundings, so it takes more draws to know its size.
     with on("triton", "fused"):
