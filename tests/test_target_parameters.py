@@ -2,7 +2,9 @@
 wrappers beside ours: names, values, logits, gradients, files, merging, training."""
 
 import copy
+import importlib
 import pickle
+import types
 import warnings
 
 import pytest
@@ -207,6 +209,100 @@ def test_nothing_of_the_experts_size_is_made():
         greatest[library] = max(made.sizes)
     whole = 32 * 32 * 48 * 4
     assert greatest["ours"] < whole / 2 and greatest["peft"] >= 2 * whole
+
+
+class Routed(nn.Module):
+    """Experts of transformers, and the routing that they are called with."""
+
+    def __init__(self, kind, config):
+        super().__init__()
+        self.experts = kind(config).eval()
+        generator = torch.Generator().manual_seed(2)
+        for parameter in self.experts.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 2
+
+    def forward(self, x, chosen):
+        return self.experts(x, chosen, torch.softmax(chosen.float(), -1))
+
+
+VARIANTS = {
+    "nemotron_h.NemotronHExperts": "up_proj",  # no gate
+    "muse_spark.MuseSparkExperts": "gate_up_proj",  # a norm behind
+    "aria.AriaExperts": "gate_up_proj",  # (E, K, N)
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": "gate_up_proj",  # the same with biases
+    "olmoe.OlmoeExperts": "gate_up_proj",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_transformers_experts_as_in_peft(variant):
+    family, _, name = variant.partition(".")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    counts = dict.fromkeys(("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"), 4)
+    widths = dict.fromkeys(("moe_intermediate_size", "intermediate_size"), 6)
+    config = types.SimpleNamespace(
+        **counts, **widths, hidden_size=8, moe_hidden_size=8, moe_latent_size=None, mlp_hidden_act="relu2",
+        hidden_act="silu", post_norm_eps=1e-5, swiglu_alpha=1.7, swiglu_limit=7.0, _experts_implementation="eager",
+    )  # fmt: skip
+    named = [f"experts.{VARIANTS[variant]}", "experts.down_proj"]
+    settings = settings_for(target_modules=[], target_parameters=named, task_type=None)
+    hf, ours = pair_of(lambda: Routed(getattr(module, name), config), settings)
+    assert fastpeft.report(ours).layers[0].op == "expert_lora_linear"
+    assert_same_tensors(own(ours), own(hf))
+    chosen = torch.tensor([[0, 3], [3, 2], [0, 2], [2, 3], [3, 0]])  # never expert 1
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(4))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    results = [model(each, chosen) for model, each in zip((hf, ours), inputs, strict=True)]
+    close(results[1], results[0], 1e-5)
+    for each in results:
+        each.square().sum().backward()
+    close(inputs[1].grad, inputs[0].grad, 2e-5)
+    assert_same_tensors(own(ours, "grad"), own(hf, "grad"), 2e-5)
+
+
+def test_compiled_as_one_graph_and_for_other_sizes():
+    layer = patched("gpt_oss").model.layers[0].mlp
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    weights = layer.experts.parameters_of("default")
+    for rows in (7, 12, 15):
+        x = torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(rows), requires_grad=True)
+        found = []
+        for each in (layer, compiled):
+            y = each(x)[0]
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *weights.values()])])
+        for ours, expected in zip(*found, strict=True):
+            close(ours, expected, 1e-5)
+
+
+def test_verbs_of_a_patched_model(tmp_path):
+    from fastpeft.restoring import restore_adapter
+    from fastpeft.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
+
+    model, other, third = patched("gpt_oss"), patched("gpt_oss", init_lora_weights=True), patched("gpt_oss")
+    expected, held = result(model, batch()), get_peft_model_state_dict(model)
+    whole = get_peft_model_state_dict(model, state_dict=model.state_dict())
+    assert whole.keys() == held.keys() and all(torch.equal(whole[name], held[name]) for name in held)
+    assert not torch.equal(result(other, batch()), expected)
+    set_peft_model_state_dict(other, {name: each.clone() for name, each in held.items()})
+    assert torch.equal(result(other, batch()), expected)
+    fastpeft.save_adapter(model, tmp_path)
+    with torch.no_grad():
+        for each in own(third, "data").values():
+            each.zero_()
+    restore_adapter(third, tmp_path)
+    assert torch.equal(result(third, batch()), expected)
+    prompt = batch()["input_ids"][:1, :5]
+    generated = [each.generate(input_ids=prompt, max_new_tokens=6, do_sample=False) for each in (model, third)]
+    last = model(input_ids=generated[0][:, :-1]).logits[:, 4:].argmax(-1)
+    assert torch.equal(generated[0], generated[1]) and torch.equal(generated[0][:, 5:], last)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_trained_and_saved_as_in_peft(bias, tmp_path):
+    hf, ours = peft_pair(lambda: experts("gpt_oss"), bias=bias)
+    assert sum(p.requires_grad for p in ours.parameters()) == sum(p.requires_grad for p in hf.parameters()) > 10
+    assert_same_files(hf, ours, tmp_path)
+    assert_interchangeable(hf, ours, lambda: experts("gpt_oss"), batch(), tmp_path)
 
 
 class Mixture(nn.Module):

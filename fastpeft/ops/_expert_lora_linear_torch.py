@@ -1,8 +1,6 @@
 """`expert_lora_linear` in plain torch: expert by expert, each on its own rows, by `lora_linear`'s steps. Rows that lie
 together are views, written in place; experts without rows cost nothing."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -11,13 +9,13 @@ from fastpeft.ops._lora_linear_torch import add_product, shrink, transposed_prod
 ALIGNMENT = 16  # bytes, of the strides that torch's grouped product takes
 
 
-def segments(ends: list[int]) -> Iterator[tuple[int, slice]]:
+Rows = list[tuple[int, slice]]
+
+
+def segments(ends: list[int]) -> Rows:
     """(expert, its rows), for those that have any."""
-    start = 0
-    for expert, end in enumerate(ends):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
+    bounds = zip([0, *ends], ends, strict=False)
+    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(bounds) if end > start]
 
 
 def can_group(x: Tensor, weight: Tensor) -> bool:
@@ -34,7 +32,7 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.nn.functional.grouped_mm(x, weight, offs=ends.to(torch.int32))
 
 
-def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, rows: list) -> Tensor:
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, rows: Rows) -> Tensor:
     """x_e W_eᵀ + bias_e [M, N]: x [M, K], weight [E, N, K], bias [E, N]."""
     if can_group(x, weight):
         y = _grouped(x, weight.transpose(1, 2), ends)
@@ -51,7 +49,7 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, r
     return y
 
 
-def input_gradient(dy: Tensor, weight: Tensor, ends: Tensor, rows: list) -> Tensor:
+def input_gradient(dy: Tensor, weight: Tensor, ends: Tensor, rows: Rows) -> Tensor:
     """dY_e W_e [M, K]: dY [M, N], weight [E, N, K]."""
     if can_group(dy, weight):
         return _grouped(dy, weight, ends)

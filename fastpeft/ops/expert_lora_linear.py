@@ -93,11 +93,13 @@ def apply_expert_lora(
     for a, b, _ in adapters:
         wide = torch.promote_types(wide, torch.promote_types(a.dtype, b.dtype))
     pairs = [by_expert(a.to(wide), b.to(wide), len(weight_ENK)) for a, b, _ in adapters]
-    call = Call(tuple(float(scaling) for *_, scaling in adapters), list(torch_path.segments(ends_E.tolist())))
+    a, b = [a for a, _ in pairs], [b for _, b in pairs]
+    scalings = [float(scaling) for *_, scaling in adapters]
+    if torch.compiler.is_compiling():
+        return torch.ops.fastpeft.expert_lora_linear(x_MK, weight_ENK, bias_EN, ends_E, a, b, scalings)[0]
+    call = Call(tuple(scalings), torch_path.segments(ends_E.tolist()))
     with torch.autocast(x_MK.device.type, enabled=False):
-        return ExpertLoraLinearFunction.apply(
-            x_MK, weight_ENK, bias_EN, ends_E, call, *(a for a, _ in pairs), *(b for _, b in pairs)
-        )  # fmt: skip
+        return ExpertLoraLinearFunction.apply(x_MK, weight_ENK, bias_EN, ends_E, call, *a, *b)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, ends) -> None:

@@ -8,7 +8,12 @@ import torch
 
 from fastpeft.errors import OpError
 from fastpeft.ops import _expert_lora_linear_torch as torch_path
-from fastpeft.ops.expert_lora_linear import apply_expert_lora, expert_lora_linear, expert_lora_linear_reference
+from fastpeft.ops.expert_lora_linear import (
+    apply_expert_lora,
+    by_expert,
+    expert_lora_linear,
+    expert_lora_linear_reference,
+)
 from tests.memory import Allocations, saved_for_backward
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -178,6 +183,31 @@ def test_a_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(call(tensors).square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(OpError, match="first derivatives only"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("lora_A",), ("lora_B",), ("x", "lora_A", "lora_B"), NAMES], ids="-".join)
+def test_compiled_as_one_graph(wanted):
+    tensors = tensors_for("experts without rows", torch.float32, torch.float64)
+    compiled = torch.compile(expert_lora_linear_unchecked, backend="aot_eager", fullgraph=True)
+    y, found = gradients(tensors, wanted, compiled)
+    expected_y, expected = gradients(tensors, wanted)
+    close(y, expected_y.double(), 1e-6)
+    for name in NAMES:
+        assert (found[name] is None) == (name not in wanted)
+        if name in wanted:
+            close(found[name], expected[name].double(), 1e-6)
+
+
+def expert_lora_linear_unchecked(x, weight, bias, lora_A, lora_B, scaling, ends):
+    return apply_expert_lora(x, weight, bias, [(lora_A, lora_B, scaling)], ends)
+
+
+def test_the_operators_keep_torch_s_rules():
+    tensors = tensors_for("some")
+    a, b = by_expert(tensors["lora_A"], tensors["lora_B"], 3)
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    args = (tensors["x"].requires_grad_(), tensors["weight"], tensors["bias"], tensors["ends"], [a], [b], [0.7])
+    torch.library.opcheck(torch.ops.fastpeft.expert_lora_linear, args)
 
 
 WRONG = {
