@@ -14,6 +14,17 @@ from torch import nn
 import fastpeft
 from tests.memory import Allocations
 from tests.models import batch, differences, snapshot, tiny
+from tests.parameters_pair import (
+    EXPERTS,
+    FAMILIES,
+    Outer,
+    assert_same_tensors,
+    experts,
+    own,
+    patched,
+    peft_pair,
+    settings_for,
+)
 from tests.peft_pair import (
     assert_interchangeable,
     assert_same_files,
@@ -25,47 +36,7 @@ from tests.peft_pair import (
     result,
 )
 
-EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
-FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 CELLS = [(family, how) for family in FAMILIES for how in ("grouped_mm", "eager")] + [("qwen3_moe", "batched_mm")]
-
-
-def experts(family: str, how: str = "grouped_mm", dtype=torch.float32) -> nn.Module:
-    model = tiny(family, dtype=dtype)
-    model.set_experts_implementation(how)
-    return model
-
-
-def settings_for(**more) -> dict:
-    both = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "task_type": "CAUSAL_LM"}
-    return {"init_lora_weights": False, **both, **more}
-
-
-def peft_pair(build, **more):
-    """(peft's model, ours), their adapters the same and not neutral."""
-    return pair_of(build, settings_for(**more))
-
-
-def own(model: nn.Module, of: str = "data") -> dict[str, torch.Tensor]:
-    """The adapter's tensors, or their gradients, by their names in peft's file."""
-    if hasattr(model, "_fastpeft"):
-        found = {
-            f"base_model.model.{path}.{key}": each
-            for path, layer in fastpeft.patching.layers(model)
-            for key, each in layer.parameters_of("default").items()
-        }
-    else:
-        found = {n.replace(".default", ""): each for n, each in model.named_parameters() if ".lora_" in n}
-    return {name: getattr(each, of) for name, each in found.items()}
-
-
-def assert_same_tensors(found: dict, expected: dict, rtol: float = 0.0) -> None:
-    assert found.keys() == expected.keys() and expected
-    for name, each in expected.items():
-        if rtol:
-            close(found[name], each, rtol)
-        else:
-            assert found[name].dtype == each.dtype and torch.equal(found[name], each), name
 
 
 @pytest.mark.parametrize(("family", "how"), CELLS, ids=lambda each: each)
@@ -174,11 +145,6 @@ def test_copies_and_pickles_compute_the_same():
         expected = result(model, batch())
         assert torch.equal(result(copy.deepcopy(model), batch()), expected)
         assert torch.equal(result(pickle.loads(pickle.dumps(model)), batch()), expected)
-
-
-def patched(family: str, **more) -> nn.Module:
-    torch.manual_seed(1)
-    return fastpeft.patch(tiny(family), fastpeft.LoraConfig(**settings_for(**more)))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -305,31 +271,6 @@ def test_biases_are_trained_and_saved_as_in_peft(bias, tmp_path):
     assert_interchangeable(hf, ours, lambda: experts("gpt_oss"), batch(), tmp_path)
 
 
-class Mixture(nn.Module):
-    """Two matrices for each expert, multiplied in a way that nobody knows."""
-
-    def __init__(self, transposed: bool | None):
-        super().__init__()
-        if transposed is not None:
-            self.is_transposed = transposed
-        self.up = nn.Parameter(torch.randn(3, 4, 6))
-        self.down = nn.Parameter(torch.randn(3, 6, 4))
-        self.gain = nn.Parameter(torch.randn(3, 4))
-
-    def forward(self, x):
-        return torch.bmm(torch.bmm(x.expand(3, -1, -1), self.up), self.down).mul(self.gain[:, None]).sum(0)
-
-
-class Outer(nn.Module):
-    def __init__(self, transposed: bool | None = None, task=None):
-        super().__init__()
-        torch.manual_seed(5)
-        self.first, self.experts, self.table = nn.Linear(4, 4), Mixture(transposed), nn.Embedding(7, 4)
-
-    def forward(self, ids):
-        return self.experts(self.first(self.table(ids)))
-
-
 @pytest.mark.parametrize("transposed", [None, False, True])
 def test_parameters_of_any_module_as_in_peft(transposed, tmp_path):
     named = ["experts.up", "down", "experts.gain", "first.weight", "table.weight"]
@@ -390,111 +331,3 @@ def test_what_has_no_effect_is_said():
     for words in ("target_parameters has 'experts.nothing'", "layers_to_transform does not reach", "'up_proj_'"):
         assert sum(words in text for text in texts) == 1, texts
     assert len(own(model)) == 2 * 4 + 2  # both layers' experts, and q_proj of the first
-
-
-def integers() -> nn.Module:
-    model = tiny("qwen3_moe")
-    experts_ = model.model.layers[0].mlp.experts
-    experts_.down_proj = nn.Parameter(experts_.down_proj.to(torch.int8), requires_grad=False)
-    return model
-
-
-def elsewhere() -> nn.Module:
-    model = tiny("mixtral")
-    model.model.layers[1].mlp.experts._is_expert_parallel = True
-    return model
-
-
-def on_meta() -> nn.Module:
-    model = tiny("mixtral")
-    model.model.layers[1].mlp.experts.to("meta")
-    return model
-
-
-def empty() -> nn.Module:
-    model = Outer()
-    model.experts.up = nn.Parameter(torch.empty(0, 4, 6))
-    return model
-
-
-def odd() -> nn.Module:
-    model = Outer()
-    model.experts.up = nn.Parameter(torch.empty(1, 3, 4, 6))
-    return model
-
-
-def adapted() -> nn.Module:
-    return patched("mixtral", target_parameters=["experts.down_proj"])
-
-
-def whole() -> nn.Module:
-    config = fastpeft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
-    return fastpeft.patch(tiny("mixtral"), config)
-
-
-REFUSED = {
-    "one dimension": (lambda: tiny("llama"), {"target_parameters": ["norm.weight"]}, "has 1 dimensions"),
-    "four dimensions": (odd, {"target_parameters": ["up"]}, "has 4 dimensions"),
-    "no elements": (empty, {"target_parameters": ["up"]}, "without elements"),
-    "integers": (integers, {}, "down_proj is a Parameter of torch.int8"),
-    "the meta device": (on_meta, {}, "is on the meta device, or offloaded"),
-    "a part of the experts": (elsewhere, {}, "load without expert parallelism"),
-    "a rank beyond all": (lambda: tiny("mixtral"), {"rank_pattern": {"down_proj": 70_000}}, "r=70000 for"),
-    "a scaling beyond all": (lambda: tiny("mixtral"), {"alpha_pattern": {"down_proj": 1e6}}, "lower lora_alpha"),
-    "a target's": (lambda: tiny("llama"), {"target_parameters": ["q_proj.weight"]}, "is in target_modules; choose one"),
-    "trained whole": (lambda: tiny("mixtral"), {"modules_to_save": ["mlp"]}, "trained whole by modules_to_save"),
-    "trained whole before": (whole, {}, "trained whole by modules_to_save"),
-    "an adapter of its own": (
-        lambda: fastpeft.patch(tiny("llama"), fastpeft.LoraConfig(target_modules=["k_proj"])),
-        {"target_parameters": ["k_proj.weight"]},
-        "carries an adapter of its own already",
-    ),
-    "other parameters": (adapted, {}, "and adapter 'default' has down_proj"),
-    "nothing": (
-        lambda: tiny("mixtral"),
-        {"target_modules": [], "target_parameters": ["experts.gate_up_prok"]},
-        "(model type 'mixtral'); give whole paths, or their ends; did you mean 'gate_up_proj'?",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_adapted_is_refused_and_nothing_changed(case):
-    build, more, words = REFUSED[case]
-    model = build()
-    before = snapshot(model)
-    config = fastpeft.LoraConfig(**settings_for(**{"target_modules": ["q_proj"], **more}))
-    with pytest.raises((fastpeft.TargetError, fastpeft.ConfigError)) as refusal:
-        if "_fastpeft" in vars(model):
-            model.add_adapter("other", config)
-        else:
-            fastpeft.patch(model, config)
-    assert words in str(refusal.value)
-    assert differences(before, snapshot(model)) == []
-
-
-def test_calls_and_verbs_that_parameters_do_not_go_with(tmp_path):
-    model = patched("mixtral")
-    with pytest.raises(fastpeft.PatchError, match="adapts parameters"):
-        model(**batch(), adapter_names=["default", "__base__"])
-    with pytest.raises(fastpeft.PatchError, match="parameters are not added up"):
-        fastpeft.add_weighted_adapter(model, ["default"], [1.0], "sum")
-    fastpeft.save_adapter(model, tmp_path)
-    with pytest.raises(fastpeft.ConfigError, match="parameters are not swapped"):
-        fastpeft.hotswap_adapter(model, tmp_path)
-    with torch.no_grad():
-        model.model.layers[0].mlp.experts.lora_B["default"]["down_proj"].weight.fill_(torch.inf)
-    before = model.model.layers[0].mlp.experts.gate_up_proj.detach().clone()
-    with pytest.raises(fastpeft.PatchError, match="would put NaN or Inf into down_proj"):
-        fastpeft.merge(model)
-    assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj, before)
-    with pytest.raises(fastpeft.ConfigError, match="target_parameters=.*AdaLoRA adapts modules alone"):
-        fastpeft.AdaLoraConfig(total_step=9, target_parameters=EXPERTS)
-
-
-def test_a_parameter_that_its_module_does_not_read_is_refused():
-    model = Outer()
-    model.experts.unused = nn.Parameter(torch.randn(3, 4))
-    fastpeft.patch(model, fastpeft.LoraConfig(target_modules=[], target_parameters=["unused"]))
-    with pytest.raises(fastpeft.PatchError, match="LoraMixture has not read unused from itself"):
-        model(torch.tensor([1]))
