@@ -19,6 +19,7 @@ from fastpeft.kernels import (
     lora_linear,
     mixed_lora_linear,
     prompt_embedding,
+    row_norms,
 )
 from fastpeft.kernels._common import dot_mode
 from tests import aot
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODES = ("half", "split", "tf32x3", "tf32", "ieee")
 KERNELS = {
     name.strip("_")
-    for module in (lora_linear, mixed_lora_linear, _attention_kernels, _attention_decode, prompt_embedding)
+    for module in (lora_linear, mixed_lora_linear, _attention_kernels, _attention_decode, prompt_embedding, row_norms)
     for name in vars(module)
     if name.startswith("_") and name.endswith("_kernel")
 }  # fmt: skip

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import fastpeft
 from fastpeft.ops import _lora_linear_torch as torch_path
 from fastpeft.ops.lora_linear import dropout_mask
-from fastpeft.tuners import dora
+from fastpeft.ops.row_norms import row_norms
 from tests.peft_pair import assert_same_gradients, assert_same_start, close, pair_of, quietly, randomise
 
 
@@ -307,11 +307,11 @@ def test_the_norm_of_dora_is_as_exact_as_that_of_the_sum(left, dtype):
     a, b = a.float(), b.float()
     exact = torch.linalg.norm(weight.double() + s * b.double() @ a.double(), dim=1)
     sum_first = torch.linalg.norm(weight.float() + s * (b @ a), dim=1)
-    error = ((dora.row_norms(weight, a, b, s) - exact) / exact).abs()
+    error = ((row_norms(weight, a, b, s) - exact) / exact).abs()
     assert error.max() <= 2 * ((sum_first - exact) / exact).abs().max() + torch.finfo(torch.float32).eps
     with torch.autocast("cpu", torch.bfloat16):
-        inside = dora.row_norms(weight, a, b, s)
-    assert torch.equal(inside, dora.row_norms(weight, a, b, s))
+        inside = row_norms(weight, a, b, s)
+    assert torch.equal(inside, row_norms(weight, a, b, s))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["plain", "dora"])
