@@ -118,9 +118,9 @@ def _one_side(
 ):  # fmt: skip
     """db + gradᵀ s of one of gate and up; its share of T is written to t [column blocks, M, R]."""
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
-    t = dot(b, tl.trans(grad), tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32), MODE, HALF, UPCAST)
-    mask = (ranks < R)[:, None] & (rows < M)[None, :]
-    tl.store(t_ptr + (column_block * M + rows)[None, :] * R + ranks[:, None], t, mask=mask)
+    t = dot(grad, tl.trans(b), tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32), MODE, HALF, UPCAST)
+    mask = (rows < M)[:, None] & (ranks < R)[None, :]
+    tl.store(t_ptr + (column_block * M + rows)[:, None] * R + ranks[None, :], t, mask=mask)
     return dot(_by_rows(s_ptr, rows, M, R, BLOCK_R), grad, db, MODE, HALF, UPCAST)
 
 
@@ -273,9 +273,7 @@ def gated_backward(
     given = [m for m in (*matrices, None if down is None else down[1]) if m is not None]
     modes = _modes(dh.dtype, given[0].dtype if given else dh.dtype)
     ranks = [1 if down is None else len(down[1]), *(1 if b is None else b.shape[1] for b in matrices)]
-    tiles = tiles or mlp_tiles(
-        "gated_backward", max(ranks) if given else 0, modes["MODE"], dropout is not None, dh.device
-    )
+    tiles = tiles or mlp_tiles("gated_backward", max(ranks) if given else 0, modes["MODE"], len(given) < 3, dh.device)
     column_blocks = triton.cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dh) // column_blocks))
     made = dict(dtype=torch.float32, device=dh.device)

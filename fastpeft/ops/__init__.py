@@ -2,6 +2,7 @@
 
 from fastpeft.ops import _expert_lora_linear_compiled as _expert_lora_linear_compiled
 from fastpeft.ops import _lora_linear_compiled as _lora_linear_compiled  # registers the operators
+from fastpeft.ops import _lora_mlp_compiled as _lora_mlp_compiled
 from fastpeft.ops import _lora_projections_compiled as _lora_projections_compiled
 from fastpeft.ops import _mixed_lora_linear_compiled as _mixed_lora_linear_compiled
 from fastpeft.ops import _prefix_attention_compiled as _prefix_attention_compiled

@@ -6,11 +6,13 @@ and down, in this order, and so are `s`, `seeds` and whatever else has three ent
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fastpeft.ops import _lora_projections_torch as shared
 from fastpeft.ops._lora_linear_torch import (
     Dropout,
     Given,
@@ -21,8 +23,6 @@ from fastpeft.ops._lora_linear_torch import (
     grad_b_and_t,
     product,
     row_blocks,
-    shrink,
-    transposed_product,
 )
 from fastpeft.ops._lora_linear_torch import draw_seed as draw_seed
 
@@ -100,26 +100,14 @@ def _dropouts(seeds, call, device) -> list[Dropout | Given | None]:
     return [dropout_of(seed, p, device) for seed, p in zip(seeds, call.dropouts, strict=True)]
 
 
-def _side_by_side(gate: Tensor | None, up: Tensor | None, dim: int) -> Tensor:
-    """The two as one, or the one there is."""
-    parts = [part for part in (gate, up) if part is not None]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _apart(joint: Tensor, gate, up, dim: int) -> list[Tensor | None]:
-    """What of a dimension of all ranks is gate's and up's."""
-    ranks = [0 if each.a is None else len(each.a) for each in (gate, up)]
-    return [part if rank else None for part, rank in zip(joint.split(ranks, dim), ranks, strict=True)]
-
-
 def _shrink_both(x: Tensor, gate, up, dropouts) -> list[Tensor | None]:
-    """S [M, R] of gate and of up. Without dropout one read of x serves both."""
-    if gate.a is None and up.a is None:
-        return [None, None]
-    if any(dropouts):
-        pairs = zip((gate, up), dropouts, strict=True)
-        return [None if each.a is None else shrink(x, each.a, 1.0, d) for each, d in pairs]
-    return _apart(shrink(x, _side_by_side(gate.a, up.a, 0), 1.0), gate, up, 1)
+    """S [M, R] of gate and of up, x read once for both where it can be."""
+    own = [i for i, each in enumerate((gate, up)) if each.a is not None]
+    found = shared._shrink(x, [(gate, up)[i].a for i in own], [dropouts[i] for i in own]) if own else ()
+    s: list[Tensor | None] = [None, None]
+    for i, each in zip(own, found, strict=True):
+        s[i] = each
+    return s
 
 
 def _add_terms(block: slice, products, s, projections, call) -> None:
@@ -226,45 +214,27 @@ def _add_masked(dh: Tensor, t: Tensor, a: Tensor, places: Tensor | None, dropout
         dh.copy_(drop(product(t, a, dropout.scale), places).add_(dh))
 
 
-def _rank_terms(t, x, gate, up, dropouts, dx_dtype: torch.dtype, needs):
-    """(Σ mask⊙(T A) [M, K] in `dx_dtype`, dA of gate, dA of up), each None where not wanted."""
-    if not any(dropouts):
-        return _plain_rank_terms(t, x, gate, up, dx_dtype, needs)
+class _Wanted(NamedTuple):
+    x: bool
+    a: tuple[bool, ...]
+
+
+def _rank_terms(t, x, projections, dropouts, dx_dtype: torch.dtype, needs):
+    """(Σ mask⊙(T A) [M, K] in `dx_dtype`, dA of gate, dA of up), each None where not wanted; x read once for both."""
     own = [i for i in (0, 1) if t[i] is not None]
-    matrices = (gate.a, up.a)
-    da = [_Sum(needs.a[i], t[i], matrices[own[0]].shape[1]) for i in (0, 1)]
-    rows, columns = len(t[own[0]]), matrices[own[0]].shape[1]
-    dx = torch.empty(rows, columns, dtype=dx_dtype, device=t[own[0]].device) if needs.x else None
-    for block in row_blocks(rows, columns, masked=True):
-        total = None
-        for i in own:
-            dropout = dropouts[i]
-            places = None if dropout is None else dropout.next(block.stop - block.start, columns)
-            scale = 1.0 if dropout is None else dropout.scale
-            if needs.a[i]:
-                z = x[block] if places is None else dropped(x[block], t[i].dtype, places)
-                da[i].add(t[i][block], z, scale)
-            if needs.x:
-                term = product(t[i][block], matrices[i], scale)
-                term = term if places is None else drop(term, places)
-                total = term if total is None else total.add_(term)
-        if needs.x:
-            dx[block] = total
-    return dx, da[0].result(), da[1].result()
-
-
-def _plain_rank_terms(t, x, gate, up, dx_dtype: torch.dtype, needs):
-    """`_rank_terms` without dropout: one read of x for both dA."""
-    a = [each.a if t_each is not None else None for each, t_each in zip((gate, up), t, strict=True)]
-    joint = _side_by_side(*t, 1)
-    dx = product(joint, _side_by_side(*a, 0), 1.0).to(dx_dtype) if needs.x else None
-    if not (needs.a[0] or needs.a[1]):
-        return dx, None, None
-    wanted = [each if need else None for each, need in zip(t, needs.a, strict=False)]
-    da = transposed_product(_side_by_side(*wanted, 1), x)
-    ranks = [0 if each is None else each.shape[1] for each in wanted]
-    da_gate, da_up = (part if rank else None for part, rank in zip(da.split(ranks), ranks, strict=True))
-    return dx, da_gate, da_up
+    da: list[Tensor | None] = [None, None]
+    if not own:
+        return None, *da
+    ts, a, drops = ([each[i] for i in own] for each in (t, [each.a for each in projections], dropouts))
+    wanted = _Wanted(needs.x, tuple(needs.a[i] for i in own))
+    if any(drops):
+        found, dx = shared._masked_grads(x, ts, a, drops, dx_dtype, wanted)
+    else:
+        found = shared._grads_of_a(x, ts, wanted.a)
+        dx = product(torch.cat(ts, 1), torch.cat(a), 1.0).to(dx_dtype) if needs.x else None
+    for i, each in zip(own, found, strict=True):
+        da[i] = each
+    return dx, *da
 
 
 def backward(dy, x, products, s, projections, seeds, call, needs):
@@ -284,10 +254,8 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
     if not needs.hidden:
         return None, (None, None, da_down), (None, None, db_down), None, None
     t = (gate_side.t, up_side.t)
-    dx = da_gate = da_up = None
-    if t != (None, None):
-        dropouts = _dropouts(seeds, call, dy.device)[:2]
-        dx, da_gate, da_up = _rank_terms(t, x, gate, up, dropouts, call.dx_dtype, needs)
+    dropouts = _dropouts(seeds, call, dy.device)
+    dx, da_gate, da_up = _rank_terms(t, x, projections, dropouts, call.dx_dtype, needs)
     if needs.x:
         dx = add_base(dx, dgate, gate.weight, call.dx_dtype)
         dx = add_base(dx, dup, up.weight, call.dx_dtype)

@@ -281,10 +281,15 @@ def apply_lora_mlp(
             )
         flat += [each.weight, each.bias, *(None if m is None else m.to(wide) for m in (each.lora_A, each.lora_B))]
     numbers = [
-        [each.scaling if each.lora_A is not None else 1.0 for each in projections],
-        [each.dropout if each.lora_A is not None else 0.0 for each in projections],
+        [float(each.scaling) if each.lora_A is not None else 1.0 for each in projections],
+        [float(each.dropout) if each.lora_A is not None else 0.0 for each in projections],
     ]
     x_MK = as_rows(x)
+    if torch.compiler.is_compiling():
+        from fastpeft.ops._lora_mlp_compiled import compiled_lora_mlp
+
+        y_MN = compiled_lora_mlp(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
+        return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
     call = decide(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
     with torch.autocast(device_type, enabled=False):
         y_MN = LoraMlpFunction.apply(x_MK, call, *flat)

@@ -1,4 +1,5 @@
-"""What `lora_mlp` promises besides numbers: autograd's rules, its errors, what it keeps for backward and allocates."""
+"""What `lora_mlp` promises besides numbers: autograd's rules, its errors, what it keeps for backward and allocates, and
+one graph under torch.compile."""
 
 import pytest
 import torch
@@ -86,8 +87,7 @@ def test_backward_keeps_gate_up_x_s_and_seeds(name, dropout, recompute):
     besides = [*(leaf for key, leaf in leaves.items() if key != "x"), *(each.weight for each in problem.projections)]
     with backend(name), saved_for_backward(besides=besides) as saved:
         call(problem, leaves)
-    of_s = [S * GATE, S * UP] if dropout and name == "torch" else [S * (GATE + UP)]
-    expected = [X, *of_s, S * DOWN, *[HIDDEN, HIDDEN] * (not recompute), *[8] * 3 * dropout]
+    expected = [X, S * (GATE + UP), S * DOWN, *[HIDDEN, HIDDEN] * (not recompute), *[8] * 3 * dropout]
     assert sorted(saved.values()) == sorted(expected)
 
 
@@ -175,3 +175,67 @@ def test_float64():
     with backend("torch"):
         found = results(lambda leaves: call(problem, leaves), problem, problem.tensors, torch.float64)
     assert {each.dtype for each in found.values()} == {torch.float64}
+
+
+COMPILED = {"all": None, "some": ("up.lora_B", "down.lora_A", "down.bias"), "x": ("x",)}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("wanted", COMPILED.values(), ids=COMPILED)
+def test_compiled_as_one_graph(wanted, recompute):
+    torch.compiler.reset()
+    problem = draw(ranks=(5, 0, 3), recompute=recompute)
+    wanted = list(problem.tensors) if wanted is None else wanted
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    found = [results(lambda leaves, op=op: op(problem, leaves), problem, wanted) for op in (call, compiled)]
+    assert found[0].keys() == found[1].keys()
+    for key, expected in found[0].items():
+        assert found[1][key].dtype == expected.dtype
+        torch.testing.assert_close(found[1][key], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_dropout_is_drawn_anew_and_the_same_in_backward():
+    """y and dB of down are linear in what is kept of h: the same step of both masks gives the same sums."""
+    torch.compiler.reset()
+    problem = draw(dropout=True)
+    leaves = problem.leaves()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    first, second = compiled(problem, leaves), compiled(problem, leaves)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    again = compiled(problem, leaves)
+    assert torch.equal(first, again)
+    (da,) = torch.autograd.grad(again, leaves["down.lora_A"], problem.dy)
+    step, delta = 0.5, torch.randn(leaves["down.lora_A"].shape, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    moved = compiled(problem, leaves | {"down.lora_A": leaves["down.lora_A"] + step * delta})
+    expected = ((moved - again) * problem.dy).sum() / step
+    torch.testing.assert_close((da * delta).sum(), expected, rtol=1e-3, atol=1e-2)
+
+
+@interpreted
+def test_compiled_on_the_kernels():
+    torch.compiler.reset()
+    problem = draw(shape=(5, 33), inner=40, outputs=20, ranks=(3, 5, 4), dropout=True)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    with backend("triton"):
+        found = results(lambda leaves: compiled(problem, leaves), problem, problem.tensors)
+    assert all(each.isfinite().all() for each in found.values())
+    with backend("triton"):
+        silent = draw(shape=(5, 33), inner=40, outputs=20, ranks=(3, 5, 4))
+        found = [results(lambda leaves, op=op: op(silent, leaves), silent, silent.tensors) for op in (call, compiled)]
+    for key, expected in found[0].items():
+        torch.testing.assert_close(found[1][key], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operators_are_what_torch_takes_them_for():
+    problem = draw(shape=(4, 6), inner=5, outputs=3, ranks=(2, 0, 2), dropout=False)
+    flat = [
+        tensor for each in problem.projections for tensor in (each.weight, each.bias, each.lora_A, each.lora_B)
+    ]  # fmt: skip
+    has = [each is not None for each in flat]
+    given = [each.clone().requires_grad_(i % 4 > 0) for i, each in enumerate(flat) if each is not None]
+    numbers = (None, "silu", [0.5, 1.0, 2.0], [0.0] * 3, "float32", False, "torch")
+    x = problem.x.clone().requires_grad_()
+    torch.library.opcheck(torch.ops.fastpeft.lora_mlp, (x, given, has, *numbers))
