@@ -1,0 +1,144 @@
+"""Gated MLPs whose projections are adapted, each as one op (`fastpeft.ops.lora_mlp`).
+
+A module that computes down(act(gate(x))·up(x)) (`fastpeft.tuners.gated_mlp`) is kept, and its class is swapped for a subclass
+whose forward asks, call by call, whether all of it is the op's: one adapter in each adapted projection, plain products
+of frozen dense weights, and no hook, nor any forward of an instance's own, on what would not be called. If not, the
+forward of its own class runs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastpeft.dispatch import MAX_RANK
+from fastpeft.distributed import is_sharded
+from fastpeft.tuners.gated_mlp import GatedMlp, activation_of, gated_mlp_of
+from fastpeft.ops.lora_mlp import Projection, apply_lora_mlp
+from fastpeft.tuners.layer import AdapterLayer, give_back_forward, patched_class
+from fastpeft.tuners.siblings import projection_of
+
+KEY = "_fastpeft_mlp"  # where a module remembers its Found
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Found:
+    """What was read from a module's class and its activation, and from which, so that it is read again if these are
+    others; structure and activation are None where the module has become something else."""
+
+    def __init__(self, original: type):
+        self.original = original
+        self.structure: GatedMlp | None = None
+        self.activation: str | None = None
+        self.of: tuple = ()
+
+    def look(self, module: nn.Module) -> bool:
+        """Whether the module is a gated MLP with a known activation now."""
+        act = self.structure.act if self.structure is not None else None
+        now = (self.original.forward, module._modules.get(act) if isinstance(act, str) else act)
+        if not self.of or any(a is not b for a, b in zip(now, self.of, strict=True)):
+            if torch.compiler.is_compiling():
+                return False
+            self._read(module)
+        return self.activation is not None
+
+    def _read(self, module: nn.Module) -> None:
+        self.structure, self.activation = gated_mlp_of(module, self.original), None
+        act = None if self.structure is None else self.structure.act
+        act = module._modules.get(act) if isinstance(act, str) else act
+        if act is not None:
+            self.activation = activation_of(act)
+        self.of = (self.original.forward, act)
+
+
+class FusedMlp:
+    """A gated MLP that is one op in the calls that the op knows."""
+
+    prefix = "Fused"
+    behind: tuple[type, ...] = ()
+    __reduce_ex__ = AdapterLayer.__reduce_ex__
+
+    def forward(self, *args, **kwargs):
+        found: Found = self.__dict__[KEY]
+        projections = _projections(self, found, *args) if len(args) == 1 and not kwargs else None
+        if projections is None:
+            return found.original.forward(self, *args, **kwargs)
+        backend = next(each.backend() for each in _children(self, found) if hasattr(each, "backend"))
+        return apply_lora_mlp(args[0], *projections, found.activation, patched_backend=backend)
+
+
+def _children(module: nn.Module, found: Found) -> list[nn.Module]:
+    """Those that are gate, up and down."""
+    return [module._modules[name] for name in found.structure[:3]]
+
+
+def _projections(module: nn.Module, found: Found, x) -> list[Projection] | None:
+    """What the op computes of this call; None if it does not."""
+    if not isinstance(x, Tensor) or x.ndim == 0 or _has_any_global_hook() or not found.look(module):
+        return None
+    children = _children(module, found)
+    if any(map(_is_watched, (*children, *(each for each in found.of[1:] if isinstance(each, nn.Module))))):
+        return None
+    projections = []
+    for child in children:
+        projection = _projection(child)
+        if projection is None or not _fits(projection, x):
+            return None
+        projections.append(projection)
+    gate, up, down = projections
+    adapted = any(each.lora_A is not None for each in projections)
+    widths = gate.weight.shape == up.weight.shape and down.weight.shape[1] == gate.weight.shape[0]
+    return projections if adapted and widths and gate.weight.shape[1] == x.shape[-1] else None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling the module is more than its class's forward."""
+    own = module.__dict__
+    return "forward" in own or "_hf_hook" in own or any(own[name] for name in HOOKS)
+
+
+def _projection(child: nn.Module) -> Projection | None:
+    find: Callable[[], str | None] | None = getattr(child, "lone_adapter", None)
+    if find is not None:
+        name = find()
+        if name is None:
+            return None
+        a, b = child.factors(name)
+        return None if is_sharded(a) or is_sharded(b) or a.shape[0] > MAX_RANK else projection_of(child, name)
+    weight = child._parameters.get("weight")
+    if type(child).forward is not nn.Linear.forward or type(weight) not in (nn.Parameter, Tensor):
+        return None
+    return Projection(weight, child.bias)
+
+
+def _fits(projection: Projection, x: Tensor) -> bool:
+    """Whether the op takes a weight for x, frozen and in its dtype."""
+    weight = projection.weight
+    same = weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64)
+    frozen = not weight.requires_grad or not torch.is_grad_enabled()
+    return same and frozen and weight.device == x.device and weight.is_floating_point()
+
+
+def join_mlps(model: nn.Module) -> None:
+    """Let gated MLPs with an adapted projection be one op."""
+    for module in list(model.modules()):
+        if KEY in module.__dict__ or "forward" in module.__dict__:
+            continue
+        if not any(hasattr(child, "lone_adapter") for child in module.children()):
+            continue
+        found = Found(type(module))
+        if not found.look(module) or not any(hasattr(child, "lone_adapter") for child in _children(module, found)):
+            continue
+        module.__dict__[KEY] = found
+        module.__class__ = patched_class(FusedMlp, found.original)
+
+
+def part_mlps(model: nn.Module) -> None:
+    """Undo `join_mlps`, as far as it went."""
+    for module in model.modules():
+        found = module.__dict__.get(KEY)
+        if found is not None:
+            if isinstance(module, FusedMlp):
+                give_back_forward(module, found.original, None)
+            del module.__dict__[KEY]
