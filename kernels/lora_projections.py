@@ -3,6 +3,7 @@
     _shrink_all          S_p = drop_p(x) A_pᵀ for every p                              one read of x
     _grad_all_columns    dA_p = T_pᵀ drop_p(x) for every p; on request also            one read of x
                          Σ mask_p⊙(T_p A_p), which then seeds dX
+    _tail_all            that sum alone, where registers do not suffice for both, or no dA is wanted
 
 The base products, their tails, and dB_p with T_p, which read each dY_p once, are those of `lora_linear`. Shapes: x [M,
 K], A_p [R_p, K] contiguous, S_p and T_p [M, R_p] contiguous. Masks are independent: each projection has a seed, and an
@@ -31,6 +32,7 @@ from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
 from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, sum_partials
 
 MOST = 4  # projections of one launch
+MOST_RANKS = 256  # of a projection, which registers hold
 
 
 @triton.jit
@@ -226,6 +228,74 @@ def _grad_all_columns_kernel(
         _store_columns(acc_3, p_out + K_64 * (R_0 + R_1 + R_2), columns, K_64, R_3, scale_3, BLOCK_R)
 
 
+@triton.jit
+def _with_term(
+    acc, t_ptr, a_ptr, seed_ptr, keep_scale, threshold, rows, columns, row_start, column_start, M, K, R,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPS: tl.constexpr,
+    MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + mask⊙(t a)·keep_scale of one projection's tile."""
+    term = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32) if DROPS else acc
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = r + tl.arange(0, BLOCK_R).to(tl.int64)
+        m_t = (rows < M)[:, None] & (ranks < R)[None, :]
+        t = tl.load(t_ptr + rows[:, None] * R + ranks[None, :], mask=m_t, other=0.0)  # [BLOCK_M, BLOCK_R]
+        m_a = (ranks < R)[:, None] & (columns < K)[None, :]
+        a = tl.load(a_ptr + ranks[:, None] * K + columns[None, :], mask=m_a, other=0.0)  # [BLOCK_R, BLOCK_K]
+        term = dot(t, a, term, MODE, HALF, UPCAST)
+    if DROPS:
+        keep = keep_mask(seed_ptr, row_start, column_start, threshold, BLOCK_M, BLOCK_K)
+        term = acc + tl.where(keep, term * keep_scale, 0.0)
+    return term
+
+
+@triton.jit
+def _tail_all_kernel(
+    t_0, t_1, t_2, t_3, a_0, a_1, a_2, a_3, out_ptr, seed_0, seed_1, seed_2, seed_3,
+    scale_0, scale_1, scale_2, scale_3, threshold_0, threshold_1, threshold_2, threshold_3,
+    M, K, R_0, R_1, R_2, R_3,
+    COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPS: tl.constexpr,
+    ONTO: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program writes a [BLOCK_M, BLOCK_K] tile of the sum of the rank-r terms of dX; ONTO adds it to what is there.
+    Bit p of DROPS: projection p has a mask."""
+    R_0 = _known_multiple(R_0, RANK_UNIT)
+    R_1 = _known_multiple(R_1, RANK_UNIT)
+    R_2 = _known_multiple(R_2, RANK_UNIT)
+    R_3 = _known_multiple(R_3, RANK_UNIT)
+    blocks = tl.cdiv(K, BLOCK_K)
+    row_start = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M
+    column_start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_K
+    rows = row_start + tl.arange(0, BLOCK_M)
+    columns = column_start + tl.arange(0, BLOCK_K)
+    K_64 = tl.cast(K, tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+    acc = _with_term(
+        acc, t_0, a_0, seed_0, scale_0, threshold_0, rows, columns, row_start, column_start, M, K_64, R_0,
+        BLOCK_M, BLOCK_K, BLOCK_R, DROPS % 2 == 1, MODE, HALF, UPCAST,
+    )  # fmt: skip
+    if COUNT > 1:
+        acc = _with_term(
+            acc, t_1, a_1, seed_1, scale_1, threshold_1, rows, columns, row_start, column_start, M, K_64, R_1,
+            BLOCK_M, BLOCK_K, BLOCK_R, DROPS // 2 % 2 == 1, MODE, HALF, UPCAST,
+        )  # fmt: skip
+    if COUNT > 2:
+        acc = _with_term(
+            acc, t_2, a_2, seed_2, scale_2, threshold_2, rows, columns, row_start, column_start, M, K_64, R_2,
+            BLOCK_M, BLOCK_K, BLOCK_R, DROPS // 4 % 2 == 1, MODE, HALF, UPCAST,
+        )  # fmt: skip
+    if COUNT > 3:
+        acc = _with_term(
+            acc, t_3, a_3, seed_3, scale_3, threshold_3, rows, columns, row_start, column_start, M, K_64, R_3,
+            BLOCK_M, BLOCK_K, BLOCK_R, DROPS // 8 % 2 == 1, MODE, HALF, UPCAST,
+        )  # fmt: skip
+    p_out = out_ptr + rows[:, None] * K_64 + columns[None, :]
+    m_out = (rows < M)[:, None] & (columns < K)[None, :]
+    if ONTO:
+        acc += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(p_out, acc, mask=m_out)
+
+
 def _four(values: list, rest) -> list:
     return [*values, *(rest for _ in range(MOST - len(values)))]
 
@@ -317,6 +387,33 @@ def grad_all_columns(
         )  # fmt: skip
     grads = sum_partials(parts, a[0].dtype).split([each * columns for each in ranks])
     return [grad.view(-1, columns) for grad in grads], tail
+
+
+def tail_all(
+    ts: list[torch.Tensor],
+    a: list[torch.Tensor],
+    dropouts: list[Dropout | None],
+    data_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    onto: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Σ mask_p⊙(t_p a_p) [M, K] in `out_dtype`, or added to `onto` in place: t_p [M, R_p], a_p [R_p, K]; up to MOST of
+    them. `data_dtype` is what the products are made for."""
+    rows, columns, ranks = len(ts[0]), a[0].shape[1], [len(each) for each in a]
+    modes = _modes(ranks, data_dtype, a[0].dtype)
+    seeds, scales, thresholds, drops = _mask_arguments(dropouts)
+    out = torch.empty(rows, columns, dtype=out_dtype, device=a[0].device) if onto is None else onto
+    burden = bool(drops) or out.dtype != data_dtype
+    tiles = tiles or tiles_for("expand", rank_block(max(ranks)), modes["MODE"], burden, table_of(out.device))
+    with on_device_of(out):
+        _tail_all_kernel[(triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
+            *_four(ts, None), *_four([each.contiguous() for each in a], None), out, *seeds, *scales, *thresholds,
+            rows, columns, *_four(ranks, 0), COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns,
+            BLOCK_R=min(rank_block(max(ranks)), tiles.ranks), DROPS=drops, ONTO=onto is not None,
+            **modes, **tiles.options,
+        )  # fmt: skip
+    return out
 
 
 def holds_tail(a: list[torch.Tensor], dtype: torch.dtype) -> bool:

@@ -113,6 +113,8 @@ def _masked_grads(x, ts, a, droppers, dx_dtype, needs):
     for block in row_blocks(rows, columns, masked=True):
         total = None
         for t, matrix, into, dropout in zip(ts, a, da, droppers, strict=True):
+            if t is None:
+                continue
             scale = 1.0 if dropout is None else dropout.scale
             places = None if dropout is None else dropout.next(len(dx[block]) if needs.x else len(x[block]), columns)
             if into is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.kernels import lora_projections as kernels
-from fastpeft.kernels.lora_linear import tail
+from fastpeft.kernels.lora_linear import grad_columns, shrink, tail
 from fastpeft.ops import _lora_linear_triton as single
 from fastpeft.ops._lora_linear_triton import honoured as honoured
 
@@ -38,9 +38,12 @@ def _by_launches(values: list) -> list[list]:
 
 def forward(x, weights, biases, a, b, seeds, call):
     """((y [M, N], ...), (S [M, R], ...)): as the torch path's."""
-    ss = []
-    for matrices, dropouts in zip(_by_launches(list(a)), _by_launches(_dropouts(seeds, call.dropouts)), strict=True):
-        ss += kernels.shrink_all(x, matrices, a[0].dtype, dropouts)
+    ss, dropouts = [], _dropouts(seeds, call.dropouts)
+    if max(map(len, a)) > kernels.MOST_RANKS:
+        ss = [shrink(x, matrix, 1.0, matrix.dtype, dropout) for matrix, dropout in zip(a, dropouts, strict=True)]
+    else:
+        for few in zip(_by_launches(list(a)), _by_launches(dropouts), strict=True):
+            ss += kernels.shrink_all(x, few[0], a[0].dtype, few[1])
     products = zip(ss, weights, biases, b, call.scalings, call.plans, strict=True)
     return tuple(single.expand(s, x, w, bias, b, scaling, plan) for s, w, bias, b, scaling, plan in products), tuple(ss)
 
@@ -70,6 +73,10 @@ def _grads_of_a(x, ts, a, dropouts, wanted, with_tail: bool):
     """([dA, ...], the sum of the rank-r terms of dX or None)"""
     da, dx = [None] * len(a), None
     chosen = [p for p, want in enumerate(wanted) if want]
+    if max(map(len, a)) > kernels.MOST_RANKS:
+        for p in chosen:
+            da[p] = grad_columns(ts[p], x, ts[p].dtype, dropout=dropouts[p])[0]
+        return da, None
     for places in _by_launches(chosen):
         t, matrices, drops = ([each[p] for p in places] for each in (ts, a, dropouts))
         found, dx = kernels.grad_all_columns(t, x, matrices, drops, with_tail)
@@ -89,8 +96,8 @@ def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, fused: bool):
             )  # fmt: skip
         return dx
     if dx is None:
-        for t, matrix, dropout in zip(ts, a, dropouts, strict=True):
-            dx = tail(t, matrix.t(), narrow, dropout=dropout, out_dtype=dx_dtype, residual=dx)
+        for few in zip(*map(_by_launches, (ts, list(a), dropouts)), strict=True):
+            dx = kernels.tail_all(*few, narrow, dx_dtype, onto=dx)
     for each, w in zip(dy, weight, strict=True):
         dx = dx.addmm_(each, w) if dx_dtype == narrow else dx.add_(each @ w)
     return dx

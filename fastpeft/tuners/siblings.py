@@ -1,102 +1,174 @@
 """Projections of one module that read one tensor (q, k and v of attention; gate and up of an MLP) as one op.
 
-Which do is not looked up by name but seen: the first call of their parent is watched, and those that were called one
-after the other with the same tensor object are a run. From then on the first of a run computes all of it, and the
-others find their results there, each if it is called with that very tensor, unchanged. Whenever something is
-otherwise (a hook that changes an input, an adapter that only some of them have, a projection that is not called), each
-computes by itself as without all this.
+Which do is not looked up by name but seen: a call of their parent is watched, and those that were called one after the
+other with the same tensor object, unchanged, are a run. From then on the first of a run computes all of it, and the
+others find their results there, each if it is called with that very tensor, unchanged. Whenever something is otherwise
+(a hook that changes an input, an adapter that only some of them have, a projection that is not called), each computes
+by itself as without all this.
+
+A checkpointed segment computes in backward what it computed in forward, tensor for tensor: what is learned in between
+waits until no such segment is open.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.dispatch import MAX_RANK
-from fastpeft.distributed import check_gathered
+from fastpeft.distributed import is_sharded
 from fastpeft.ops.lora_projections import Projection, apply_lora_projections
 
 KEY = "_fastpeft_siblings"  # where a projection remembers its Siblings
 PATIENCE = 3  # parents' calls that may turn out otherwise than those before, until nothing is expected of them any more
+Runs = dict[nn.Module, list[nn.Module]]  # of each projection that was called, it and what followed it in its run
+
+_threads = threading.local()  # `call`: the parent's call that is going on in a thread
+
+
+class _Call:
+    """One call of a parent, while it goes on. runs: what it goes by, None while it is watched."""
+
+    def __init__(self, of: "Siblings", runs: Runs | None):
+        self.of, self.runs = of, runs
+        self.seen: list[tuple] = []  # (projection, x, its state), in the order of their calls
+        self.x: Tensor | None = None
+        self.circumstances: list = []
+        self.results: dict[nn.Module, tuple[str, Tensor]] = {}  # those computed ahead that nobody has taken yet
+        self.surprising = False
 
 
 class Siblings:
-    """The projections of one parent. runs: of each run's first the whole of it; None until a call was watched."""
+    """The projections of one parent. runs: what was learned of their calls, None until one was watched. `settled` is
+    what those calls go by that may be repeated in backward, of which `open` ones were not yet."""
 
     def __init__(self, members: Sequence[nn.Module]):
         self.members = list(members)
-        self.runs: dict[nn.Module, list[nn.Module]] | None = None
-        self.surprises = 0
-        self.calls: dict[int, list] = {}  # thread -> what of its parent's call is going on, see `_Watched`, `_Ahead`
+        self.runs: Runs | None = None
+        self.settled: Runs | None = None
+        self.open = self.surprises = 0
+        self.traced: _Call | None = None  # the call that torch.compile is tracing
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "calls": {}}
+    def began(self, parent: nn.Module, args) -> None:
+        """Before a call of the parent. What is left of another (it was interrupted, or this one is inside it) is let
+        go of, so that one call's tensors are held, at most."""
+        if torch.compiler.is_dynamo_compiling():
+            self.traced = _Call(self, self.runs or {})
+            return
+        before = getattr(_threads, "call", None)
+        if before is not None and before.results:
+            before.of.surprised()
+        _threads.call = _Call(self, self._runs_of_a_call(parent))
 
-    def result(self, layer: nn.Module, name: str, x: Tensor) -> Tensor | None:
-        """What `layer`, whose adapter `name` a call uses, gives for x, if it is computed as one of a run."""
-        if self.surprises > PATIENCE:
-            return None
-        tracing = torch.compiler.is_dynamo_compiling()
-        here = 0 if tracing else threading.get_ident()
-        if self.runs is None:
-            if not tracing:
-                self.calls.setdefault(here, []).append((layer, x))
-            return None
-        ahead = self.calls.get(here)
-        if ahead is not None and layer in ahead[-1]:
-            *taken_for, results = ahead
-            found = results.pop(layer)
-            if taken_for[0] is x and taken_for[1:] == _circumstances(x, tracing) and found[0] == name:
-                return found[1]
-            self._surprised(here)
-            return None
-        run = self.runs.get(layer)
-        return None if run is None else self._compute(run, x, here, tracing)
-
-    def _compute(self, run: list[nn.Module], x: Tensor, here: int, tracing: bool) -> Tensor | None:
-        names = [_lone_adapter(each) for each in run]
-        usable = [(each, name) for each, name in zip(run, names, strict=True) if name is not None]
-        if len(usable) < 2 or usable[0][0] is not run[0]:
-            return None
-        projections = [projection_of(each, name) for each, name in usable]
-        if not all(_fits(each, x) for each in projections):
-            return None
-        backend = run[0].backend()
-        first, *others = apply_lora_projections(x, projections, backend)
-        results = {each: (name, y) for (each, name), y in zip(usable[1:], others, strict=True)}
-        self.calls[here] = [x, *_circumstances(x, tracing), results]
-        return first
+    def _runs_of_a_call(self, parent: nn.Module) -> Runs | None:
+        repeated = _is_backward()
+        if not (repeated or _may_be_repeated(parent)):
+            return self.runs
+        if not repeated:
+            if not self.open:
+                self.settled = self.runs
+            self.open += 1
+        return self.settled
 
     def ended(self, parent: nn.Module, args, output) -> None:
         """After a call of the parent, of which `output` is None if it was broken off: nothing of it is kept."""
-        record = self.calls.pop(0 if torch.compiler.is_dynamo_compiling() else threading.get_ident(), None)
-        if record is None or output is None:
+        if torch.compiler.is_dynamo_compiling():
+            self.traced = None
             return
-        if self.runs is None:
-            self._learn(record)
-        elif record[-1]:
-            self._surprised(None)
+        if _is_backward():
+            self.open = max(0, self.open - 1)
+        call = getattr(_threads, "call", None)
+        if call is None or call.of is not self:
+            return
+        _threads.call = None
+        if output is None:
+            return
+        if call.surprising or call.results:
+            self.surprised()
+        elif call.runs is None and call.seen:
+            self._learn(call.seen)
 
-    def _learn(self, record: list[tuple[nn.Module, Tensor]]) -> None:
-        runs: list[list] = []
-        for layer, x in record:
-            if runs and runs[-1][0] is x:
-                runs[-1].append(layer)
-            else:
-                runs.append([x, layer])
-        seen = [layer for layer, _ in record]
-        if len(set(seen)) < len(seen):  # called twice: which of a run's results would be whose?
-            self.surprises += 1
-        else:
-            self.runs = {run[1]: run[1:] for run in runs if len(run) > 2}
+    def result(self, layer: nn.Module, name: str, x: Tensor) -> Tensor | None:
+        """What `layer`, whose adapter `name` a call uses, gives for x, if it is computed as one of a run."""
+        tracing = torch.compiler.is_dynamo_compiling()
+        call = self.traced if tracing else getattr(_threads, "call", None)
+        if call is None or call.of is not self or layer not in self.members:
+            return None
+        if call.runs is None:
+            call.seen.append((layer, x, _state(x)))
+            return None
+        if layer in call.results:
+            return self._taken(call, layer, name, x, tracing)
+        run = call.runs.get(layer)
+        if run is None and not tracing and self.surprises <= PATIENCE:
+            self.runs = None  # the adapter in use has more layers than the one before: watch once more
+        return None if run is None or len(run) < 2 or call.results else self._compute(call, run, name, x, tracing)
 
-    def _surprised(self, here: int | None) -> None:
-        """Watch once more."""
+    def _taken(self, call: _Call, layer: nn.Module, name: str, x: Tensor, tracing: bool) -> Tensor | None:
+        computed, y = call.results.pop(layer)
+        right = call.x is x and computed == name and call.circumstances == _circumstances(x, tracing)
+        if not right:
+            call.surprising = True
+            call.results.clear()
+        if not call.results:
+            call.x = None
+        return y if right else None
+
+    def _compute(self, call: _Call, run: list[nn.Module], name: str, x: Tensor, tracing: bool) -> Tensor | None:
+        others = [(each, _lone_adapter(each)) for each in run[1:]]
+        usable = [(run[0], name), *((each, other) for each, other in others if other is not None)]
+        if call.surprising or len(usable) < 2 or run[0].lone_adapter() != name:
+            return None
+        projections = [projection_of(each, other) for each, other in usable]
+        if not all(_fits(each, x) for each in projections):
+            return None
+        first, *rest = apply_lora_projections(x, projections, run[0].backend())
+        call.x, call.circumstances = x, _circumstances(x, tracing)
+        call.results = {each: (other, y) for (each, other), y in zip(usable[1:], rest, strict=True)}
+        return first
+
+    def _learn(self, seen: list[tuple]) -> None:
+        layers = [layer for layer, *_ in seen]
+        if len(set(layers)) < len(layers):  # called twice: which of a run's results would be whose?
+            self.surprised()
+            return
+        runs: Runs = {}
+        after = its_x = its_state = None
+        for layer, x, state in reversed(seen):
+            runs[layer] = [layer, *runs[after]] if its_x is x and _same(state, its_state) else [layer]
+            after, its_x, its_state = layer, x, state
+        self.runs = runs
+
+    def surprised(self) -> None:
+        """Watch once more, or no more."""
         self.surprises += 1
-        self.runs = None
-        if here is not None:
-            self.calls.pop(here, None)
+        self.runs = None if self.surprises <= PATIENCE else {}
+
+
+def _is_backward() -> bool:
+    """Whether autograd is running, so that a call of a module is a checkpointed segment's second."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _may_be_repeated(parent: nn.Module) -> bool:
+    """Whether this may be a checkpointed segment's first call: of those that record no graph of their own by nothing
+    but that nothing records one in training."""
+    if not torch.is_grad_enabled():
+        return parent.training
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
+def _state(x: Tensor) -> int | Tensor:
+    """By which a change of x is seen: tensors of inference mode have no versions."""
+    return x.detach().clone() if x.is_inference() else x._version
+
+
+def _same(first: int | Tensor | None, second: int | Tensor | None) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return type(first) is type(second) and first == second
 
 
 def _circumstances(x: Tensor, tracing: bool) -> list:
@@ -109,19 +181,19 @@ def _circumstances(x: Tensor, tracing: bool) -> list:
 
 
 def _lone_adapter(layer: nn.Module) -> str | None:
-    """The one adapter that a layer's call uses now, where the op can compute it with its base product."""
-    find: Callable | None = getattr(layer, "lone_adapter", None)
-    return None if find is None or KEY not in layer.__dict__ else find()
+    """The one adapter that a layer's call will use, where the op can compute it with its base product; what its hooks
+    do before a call (gather a weight, change an input) is not done yet."""
+    if KEY not in layer.__dict__ or not hasattr(layer, "lone_adapter") or layer._forward_pre_hooks:
+        return None
+    name = layer.lone_adapter()
+    return None if name is None or any(map(is_sharded, layer.factors(name))) else name
 
 
 def projection_of(layer: nn.Module, name: str) -> Projection:
     """A layer with one adapter, for the op."""
     settings = layer.settings(name)
-    a, b = layer.factors(name)
-    check_gathered(a, "a factor of LoRA")
-    check_gathered(b, "a factor of LoRA")
     bias = layer._bias_with(name, settings)
-    return Projection(layer.matrix(), bias, a, b, settings.scaling, layer.dropout_of(name))
+    return Projection(layer.matrix(), bias, *layer.factors(name), settings.scaling, layer.dropout_of(name))
 
 
 def _fits(projection: Projection, x: Tensor) -> bool:
@@ -129,7 +201,18 @@ def _fits(projection: Projection, x: Tensor) -> bool:
     weight = projection.weight
     same = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
     held = projection.lora_A.shape[0] <= MAX_RANK  # beyond, `lora_linear` has slices of ranks, which this op has not
-    return x.ndim > 0 and same and held and weight.device == x.device and weight.shape[1] == x.shape[-1]
+    return x.ndim > 0 and same and held and weight.device == x.device and weight.shape[-1] == x.shape[-1]
+
+
+def partners_of(layer: nn.Module) -> list[nn.Module] | None:
+    """The other projections with which a layer computes; none if it computes alone, None if that is not known yet."""
+    siblings = layer.__dict__.get(KEY)
+    if siblings is None:
+        return []
+    if siblings.runs is None:
+        return None
+    whole = max((run for run in siblings.runs.values() if layer in run), key=len, default=[layer])
+    return [each for each in whole if each is not layer]
 
 
 def join_siblings(model: nn.Module) -> None:
@@ -138,22 +221,30 @@ def join_siblings(model: nn.Module) -> None:
         members = [child for child in dict.fromkeys(parent.children()) if _can_join(child)]
         widths = [child.width()[1] for child in members]
         members = [each for each, width in zip(members, widths, strict=True) if widths.count(width) > 1]
-        if members:
-            siblings = Siblings(members)
-            parent.register_forward_hook(siblings.ended, always_call=True)
-            for each in members:
-                each.__dict__[KEY] = siblings
+        if all(KEY in each.__dict__ for each in members):
+            continue
+        _part(parent)
+        siblings = Siblings(members)
+        parent.register_forward_pre_hook(siblings.began)
+        parent.register_forward_hook(siblings.ended, always_call=True)
+        for each in members:
+            each.__dict__[KEY] = siblings
 
 
 def _can_join(module: nn.Module) -> bool:
-    return KEY not in module.__dict__ and hasattr(module, "lone_adapter") and module.is_dense()
+    return hasattr(module, "lone_adapter") and module.is_dense()
 
 
 def part_siblings(model: nn.Module) -> None:
     """Undo `join_siblings`, as far as it went."""
     for module in model.modules():
         module.__dict__.pop(KEY, None)
-        for key, hook in list(module._forward_hooks.items()):
+        _part(module)
+
+
+def _part(parent: nn.Module) -> None:
+    for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
+        for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), Siblings):
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+                del hooks[key]
+                parent._forward_hooks_always_called.pop(key, None)
