@@ -29,6 +29,7 @@ from fastpeft.preconditions import adapted_by_peft, check_model, check_not_wrapp
 from fastpeft.quantised import stand_in
 from fastpeft.selection import CarriedCheckpoint, carry_no_more
 from fastpeft.tuners.attention_layer import AdaptedAttention
+from fastpeft.tuners.experts import calls_of
 from fastpeft.tuners.fusions import part_all
 from fastpeft.tuners.layer import AdapterLayer, attached, detach, give_back_forward, offloaded_to, take_forward
 from fastpeft.tuners.prefix_encoder import PromptEncoders
@@ -159,12 +160,13 @@ def check_plan(model: nn.Module, plan, backend: str | None) -> None:
     if backend != "triton":
         return
     if isinstance(plan.config, LoraConfig):
-        calls = [(each.module, stand_in(each.module)) for each, kind, _ in plan.targets if kind.has_op]
+        calls = [(each.module, stand_in(each.module), 0) for each, kind, _ in plan.targets if kind.has_op]
+        calls += calls_of(getattr(plan, "parameters", ()))
     else:
-        calls = [(model, parameter) for parameter in model.parameters()][:1]
+        calls = [(model, parameter, 0) for parameter in model.parameters()][:1]
     with forced_backend("triton"):
-        for module, like in calls:
-            choose_backend(torch.empty(0, device=offloaded_to(module) or like.device), like.dtype)
+        for module, like, rank in calls:
+            choose_backend(torch.empty(0, device=offloaded_to(module) or like.device), like.dtype, rank)
 
 
 @contextlib.contextmanager

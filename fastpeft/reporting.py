@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastpeft import tables
-from fastpeft.dispatch import choose_backend, lora_linear_plan_for
+from fastpeft.dispatch import choose_backend, lora_linear_plan_for, requested_backend
 from fastpeft.errors import BackendError
 from fastpeft.fallback import kernel_failures
 from fastpeft.patching import layers, state_of
@@ -107,7 +107,15 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
 def _parameters_report(layer: LoraParameters) -> tuple[str, str, str]:
     """(op, backend, reason)."""
     if isinstance(layer, LoraExperts):
-        return "expert_lora_linear", "torch", "rank-r terms on the tokens of each expert"
+        weight, each = layer.down_proj, layer._fastpeft.adapters.values()
+        if requested_backend(layer._fastpeft.model.backend) != "triton":
+            return "expert_lora_linear", "torch", "each expert on its own tokens; Triton where it is demanded"
+        try:
+            rank = max(settings.r for held in each for settings in held.each.values())
+            choice = choose_backend(weight, weight.dtype, rank, layer._fastpeft.model.backend)
+        except BackendError as error:
+            return "expert_lora_linear", "none", str(error)
+        return "expert_lora_linear", choice.backend, choice.reason
     return "adapted parameters", "torch", "its forward is not known, so every call adds the update to the weight"
 
 

@@ -8,6 +8,7 @@ it, and nothing waits for the device.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,10 @@ REMEMBERED = 64  # layouts; a table has a few hundred bytes
 
 
 class Layout(NamedTuple):
-    """samples: of each adapter the samples that it serves, in order, at least one; rest: those of no adapter. tokens:
+    """samples: of each adapter the samples that it serves, in order; rest: those of no adapter. tokens:
     S, the rows of a sample. ranks, scalings, dropouts: each adapter's."""
 
-    samples: tuple[tuple[int, ...], ...]
+    samples: tuple[Sequence[int], ...]
     rest: tuple[int, ...]
     tokens: int
     ranks: tuple[int, ...]
@@ -50,8 +51,15 @@ def _table(rows: list, width: int, device: torch.device) -> torch.Tensor:
 
 
 @functools.lru_cache(REMEMBERED)
+def _counted(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(count, device=device).view(-1, 1)
+
+
+@functools.lru_cache(REMEMBERED)
 def order(layout: Layout, device: torch.device) -> torch.Tensor:
-    """[samples] int64: the samples, sorted."""
+    """[samples] int64: the samples, sorted. Ranges of them, one behind the other, are sorted as they are."""
+    if isinstance(layout.samples[0], range):
+        return _counted(sum(map(len, layout.samples)), device)
     return _table([*(each for samples in layout.samples for each in samples), *layout.rest], 1, device)
 
 

@@ -322,6 +322,29 @@ def test_the_report_says_how_they_are_served():
     assert {each.name for each in fastpeft.status.get_layer_status(model)} == set(served)
 
 
+@pytest.mark.interpreter
+def test_on_triton_where_that_is_demanded():
+    inputs, found = batch(), []
+    for on in ("torch", "triton"):
+        torch.manual_seed(1)
+        model = fastpeft.patch(experts("gpt_oss"), fastpeft.LoraConfig(**settings_for()), backend=on)
+        output = model(**inputs)
+        output.loss.backward()
+        assert {each.backend for each in fastpeft.report(model).layers} == {on}
+        found.append((output.logits, own(model, "grad")))
+    close(found[1][0], found[0][0], 1e-5)
+    assert_same_tensors(found[1][1], found[0][1], 2e-5)
+    assert not torch.equal(found[1][0], found[0][0])
+
+
+def test_triton_is_refused_by_patch_where_it_cannot_serve():
+    model, config = experts("gpt_oss"), fastpeft.LoraConfig(**settings_for(rank_pattern={"down_proj": 500}))
+    before = snapshot(model)
+    with pytest.raises(fastpeft.BackendError, match="demanded but cannot serve this call: rank 500 is above"):
+        fastpeft.patch(model, config, backend="triton")
+    assert differences(before, snapshot(model)) == []
+
+
 def test_what_has_no_effect_is_said():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

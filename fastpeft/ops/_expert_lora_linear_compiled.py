@@ -4,21 +4,21 @@ however many rows each expert has."""
 import torch
 from torch import Tensor
 
-from fastpeft.ops import _expert_lora_linear_torch as torch_path
+from fastpeft.ops.expert_lora_linear import decide, run_backward, run_forward
 
 
 @torch.library.custom_op("fastpeft::expert_lora_linear", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, a: list[Tensor], b: list[Tensor],
-    scalings: list[float],
+    scalings: list[float], patched: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, S of all adapters [M, Σr]): shapes as in `ExpertLoraLinearFunction`."""
-    y, s = torch_path.forward(x, weight, bias, a, b, scalings, ends, torch_path.segments(ends.tolist()))
+    y, s = run_forward(x, weight, bias, a, b, ends, decide(x, a, ends, scalings, patched or None))
     return y, torch.cat(s, 1) if s else x.new_empty(0)
 
 
 @_forward.register_fake
-def _(x, weight, bias, ends, a, b, scalings):
+def _(x, weight, bias, ends, a, b, scalings, patched):
     rank = sum(each.shape[1] for each in a)
     s = a[0].new_empty(x.shape[0], rank) if a else x.new_empty(0)
     return x.new_empty(x.shape[0], weight.shape[1]), s
@@ -27,13 +27,14 @@ def _(x, weight, bias, ends, a, b, scalings):
 @torch.library.custom_op("fastpeft::expert_lora_linear_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, ends: Tensor, a: list[Tensor], b: list[Tensor], s: Tensor,
-    scalings: list[float], need_x: bool, need_w: bool, need_bias: bool, need_a: list[bool], need_b: list[bool],
+    scalings: list[float], patched: str, need_x: bool, need_w: bool, need_bias: bool, need_a: list[bool],
+    need_b: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dX, dW, dbias, every dA, every dB), the last two one behind the other; empty where they are not needed."""
     needs = (need_x, need_w, need_bias, need_a, need_b)
     parts = s.split([each.shape[1] for each in a], 1) if a else []
-    rows = torch_path.segments(ends.tolist())
-    dx, dw, dbias, da, db = torch_path.backward(dy, x, weight, a, b, parts, scalings, ends, rows, needs)
+    call = decide(dy, a, ends, scalings, patched or None)
+    dx, dw, dbias, da, db = run_backward(dy, x, weight, a, b, parts, ends, call, needs)
     none = dy.new_empty(0)
     return *(none.clone() if each is None else each for each in (dx, dw, dbias)), _behind(da, dy), _behind(db, dy)
 
@@ -44,7 +45,7 @@ def _behind(grads: list[Tensor | None], like: Tensor) -> Tensor:
 
 
 @_backward.register_fake
-def _(dy, x, weight, ends, a, b, s, scalings, need_x, need_w, need_bias, need_a, need_b):
+def _(dy, x, weight, ends, a, b, s, scalings, patched, need_x, need_w, need_bias, need_a, need_b):
     count, outputs, inputs = weight.shape
     shapes = ((dy.shape[0], inputs), (count, outputs, inputs), (count, outputs))
     base = [
@@ -58,21 +59,21 @@ def _(dy, x, weight, ends, a, b, s, scalings, need_x, need_w, need_bias, need_a,
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ends, a, b, scalings = inputs
+    x, weight, bias, ends, a, b, scalings, patched = inputs
     ctx.save_for_backward(x, weight, ends, output[1], *a, *b)
-    ctx.scalings, ctx.has_bias = scalings, bias is not None
+    ctx.scalings, ctx.patched, ctx.has_bias = scalings, patched, bias is not None
 
 
 def _autograd(ctx, dy, _s):
     x, weight, ends, s, *matrices = ctx.saved_tensors
     a, b = matrices[: len(ctx.scalings)], matrices[len(ctx.scalings) :]
-    need_x, need_w, need_bias, _, need_a, need_b, _ = ctx.needs_input_grad
+    need_x, need_w, need_bias, _, need_a, need_b, *_ = ctx.needs_input_grad
     needs = (need_x, need_w, need_bias and ctx.has_bias, list(need_a), list(need_b))
     *base, da, db = torch.ops.fastpeft.expert_lora_linear_backward(
-        dy.contiguous(), x, weight, ends, a, b, s, ctx.scalings, *needs
+        dy.contiguous(), x, weight, ends, a, b, s, ctx.scalings, ctx.patched, *needs
     )  # fmt: skip
     dx, dw, dbias = (grad if need else None for grad, need in zip(base, needs[:3], strict=True))
-    return dx, dw, dbias, None, _apart(da, a, needs[3]), _apart(db, b, needs[4]), None
+    return dx, dw, dbias, None, _apart(da, a, needs[3]), _apart(db, b, needs[4]), None, None
 
 
 def _apart(grads: Tensor, like: list[Tensor], needs: list[bool]) -> list[Tensor | None]:

@@ -4,18 +4,23 @@ together are views, written in place; experts without rows cost nothing."""
 import torch
 from torch import Tensor
 
+from fastpeft.errors import OpError
 from fastpeft.ops._lora_linear_torch import add_product, shrink, transposed_product
 
 ALIGNMENT = 16  # bytes, of the strides that torch's grouped product takes
 
-
 Rows = list[tuple[int, slice]]
 
 
-def segments(ends: list[int]) -> Rows:
-    """(expert, its rows), for those that have any."""
-    bounds = zip([0, *ends], ends, strict=False)
-    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(bounds) if end > start]
+def segments(ends: Tensor, rows: int) -> Rows:
+    """(expert, its rows), for those that have any. Raises OpError unless `ends` rises to the number of rows."""
+    bounds = [0, *ends.tolist()]
+    if bounds != sorted(bounds) or bounds[-1] != rows:
+        raise OpError(
+            f"expert_lora_linear: ends must rise from 0 or more to the {rows} rows of x, the last of them that number"
+        )
+    each = zip(bounds, bounds[1:], strict=False)
+    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(each) if end > start]
 
 
 def can_group(x: Tensor, weight: Tensor) -> bool:
@@ -49,14 +54,21 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, r
     return y
 
 
-def input_gradient(dy: Tensor, weight: Tensor, ends: Tensor, rows: Rows) -> Tensor:
-    """dY_e W_e [M, K]: dY [M, N], weight [E, N, K]."""
-    if can_group(dy, weight):
-        return _grouped(dy, weight, ends)
-    dx = dy.new_empty(len(dy), weight.shape[2])
+def base_gradients(dy: Tensor, x: Tensor | None, weight: Tensor, ends: Tensor, rows: Rows, needs: tuple[bool, ...]):
+    """(dY_e W_e [M, K], dW [E, N, K], dbias [E, N]), each None where `needs` does not ask for it."""
+    need_x, need_w, need_bias = needs
+    grouped = need_x and can_group(dy, weight)
+    dx = _grouped(dy, weight, ends) if grouped else dy.new_empty(len(dy), weight.shape[2]) if need_x else None
+    dw = weight.new_zeros(weight.shape) if need_w else None
+    dbias = dy.new_zeros(len(weight), dy.shape[1]) if need_bias else None
     for expert, each in rows:
-        torch.mm(dy[each], weight[expert], out=dx[each])
-    return dx
+        if need_x and not grouped:
+            torch.mm(dy[each], weight[expert], out=dx[each])
+        if need_w:
+            torch.mm(dy[each].t(), x[each], out=dw[expert])
+        if need_bias:
+            torch.sum(dy[each], 0, out=dbias[expert])
+    return dx, dw, dbias
 
 
 def forward(x, weight, bias, a, b, scalings, ends, rows) -> tuple[Tensor, list[Tensor]]:
@@ -74,15 +86,8 @@ def forward(x, weight, bias, a, b, scalings, ends, rows) -> tuple[Tensor, list[T
 def backward(dy, x, weight, a, b, s, scalings, ends, rows, needs):
     """(dX [M, K], dW [E, N, K], dbias [E, N], [dA [E, r, K], ...], [dB [E, N, r], ...]), each None where `needs`, which
     has a list for each of the last two, does not ask for it."""
-    need_x, need_w, need_bias, need_a, need_b = needs
-    dx = input_gradient(dy, weight, ends, rows) if need_x else None
-    dw = weight.new_zeros(weight.shape) if need_w else None
-    dbias = dy.new_zeros(len(weight), dy.shape[1]) if need_bias else None
-    for expert, each in rows:
-        if need_w:
-            torch.mm(dy[each].t(), x[each], out=dw[expert])
-        if need_bias:
-            torch.sum(dy[each], 0, out=dbias[expert])
+    need_x, _, _, need_a, need_b = needs
+    dx, dw, dbias = base_gradients(dy, x, weight, ends, rows, needs[:3])
     da, db = [], []
     for g, scaling in enumerate(scalings):
         da.append(torch.zeros_like(a[g]) if need_a[g] else None)

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpeft.dispatch import choose_backend, requested_backend
 from fastpeft.errors import OpError
+from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _expert_lora_linear_torch as torch_path
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops.lora_linear import DTYPES
@@ -26,10 +28,12 @@ from fastpeft.ops.lora_linear import DTYPES
 
 
 class Call(NamedTuple):
-    """What a call computes besides its tensors: each adapter's scaling, and of every expert that has rows which."""
+    """What a call computes besides its tensors: each adapter's scaling, of every expert that has rows which, and
+    whether on Triton."""
 
     scalings: tuple[float, ...]
-    rows: list[tuple[int, slice]]
+    rows: torch_path.Rows
+    triton: bool
 
 
 def expert_lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, ends):
@@ -42,6 +46,39 @@ def expert_lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, ends)
         term = (x[rows].to(a.dtype) @ a[expert].t()) @ b[expert].t() * scaling
         parts.append((y + term).to(y.dtype))
     return torch.cat(parts)
+
+
+def decide(x_MK: Tensor, a: Sequence[Tensor], ends_E: Tensor, scalings, patched: str | None) -> Call:
+    """The call's numbers, and its backend: Triton where it is demanded, as no GPU has measured it. Raises OpError for
+    wrong ends, BackendError where Triton is demanded in vain."""
+    rows = torch_path.segments(ends_E, len(x_MK))
+    ranks = [each.shape[1] for each in a]
+    triton = bool(rows and ranks) and requested_backend(patched) == "triton"
+    if triton:
+        choose_backend(x_MK, x_MK.dtype, max(ranks), patched)
+    return Call(tuple(scalings), rows, triton)
+
+
+def run_forward(x_MK, weight_ENK, bias_EN, a, b, ends_E, call: Call):
+    """(y [M, N], S [M, r] of each adapter) on the call's backend."""
+    args = (x_MK, weight_ENK, bias_EN, a, b, call.scalings, ends_E, call.rows)
+    return _on_backend("forward", call, a, lambda path: path.forward(*args))
+
+
+def run_backward(dy_MN, x_MK, weight_ENK, a, b, s, ends_E, call: Call, needs):
+    """(dX, dW, dbias, [dA, ...], [dB, ...]), each None where `needs` does not ask for it."""
+    args = (dy_MN, x_MK, weight_ENK, a, b, s, call.scalings, ends_E, call.rows, needs)
+    return _on_backend("backward", call, a, lambda path: path.backward(*args))
+
+
+def _on_backend(phase: str, call: Call, a: Sequence[Tensor], run):
+    if not call.triton:
+        return run(torch_path)
+    from fastpeft.ops import _expert_lora_linear_triton as triton_path
+
+    kind = ("expert_lora_linear", phase, a[0].device, f"adapters {a[0].dtype} {[tuple(each.shape) for each in a]}")
+    result, _ = kernels_or_torch(lambda: kind, True, lambda: run(triton_path), lambda: run(torch_path))
+    return result
 
 
 def by_expert(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +95,7 @@ class ExpertLoraLinearFunction(torch.autograd.Function):
     def forward(ctx, x_MK, weight_ENK, bias_EN, ends_E, call: Call, *matrices):
         count = len(call.scalings)
         a, b = matrices[:count], [each.contiguous() for each in matrices[count:]]
-        y_MN, s = torch_path.forward(x_MK, weight_ENK, bias_EN, a, b, call.scalings, ends_E, call.rows)
+        y_MN, s = run_forward(x_MK, weight_ENK, bias_EN, a, b, ends_E, call)
         need_x, need_w, _, _, _, *need = ctx.needs_input_grad
         need_a, need_b = need[:count], need[count:]
         s = [each if need_s else None for each, need_s in zip(s, need_b, strict=True)]
@@ -77,15 +114,13 @@ class ExpertLoraLinearFunction(torch.autograd.Function):
         need_x, need_w, need_bias, _, _, *need = ctx.needs_input_grad
         needs = (need_x, need_w, need_bias, need[:count], need[count:])
         with torch.autocast(dy_MN.device.type, enabled=False):
-            dx, dw, dbias, da, db = torch_path.backward(
-                dy_MN, x, weight, a, b, s, call.scalings, ends, call.rows, needs
-            )  # fmt: skip
+            dx, dw, dbias, da, db = run_backward(dy_MN, x, weight, a, b, s, ends, call, needs)
         return dx, dw, dbias, None, None, *da, *db
 
 
 def apply_expert_lora(
     x_MK: Tensor, weight_ENK: Tensor, bias_EN: Tensor | None, adapters: Sequence[tuple[Tensor, Tensor, float]],
-    ends_E: Tensor,
+    ends_E: Tensor, patched_backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """`expert_lora_linear` with any number of adapters (A, B, scaling), for callers that have checked their tensors.
     autocast is of no effect: everything is computed in the weight's dtype, which is x's, as by transformers."""
@@ -96,8 +131,9 @@ def apply_expert_lora(
     a, b = [a for a, _ in pairs], [b for _, b in pairs]
     scalings = [float(scaling) for *_, scaling in adapters]
     if torch.compiler.is_compiling():
-        return torch.ops.fastpeft.expert_lora_linear(x_MK, weight_ENK, bias_EN, ends_E, a, b, scalings)[0]
-    call = Call(tuple(scalings), torch_path.segments(ends_E.tolist()))
+        tensors = (x_MK, weight_ENK, bias_EN, ends_E, a, b)
+        return torch.ops.fastpeft.expert_lora_linear(*tensors, scalings, patched_backend or "")[0]
+    call = decide(x_MK, a, ends_E, scalings, patched_backend)
     with torch.autocast(x_MK.device.type, enabled=False):
         return ExpertLoraLinearFunction.apply(x_MK, weight_ENK, bias_EN, ends_E, call, *a, *b)
 
@@ -136,15 +172,8 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, ends) -> None:
             raise OpError(f"{op}: x is {x.dtype} but {name} is {tensor.dtype}; cast one")
     if isinstance(scaling, bool) or not isinstance(scaling, int | float):
         raise OpError(f"{op}: scaling is {scaling!r}; a number is needed")
-    _check_ends(op, ends, len(x))
-
-
-def _check_ends(op: str, ends: Tensor, rows: int) -> None:
     if ends.dtype not in (torch.int32, torch.int64):
         raise OpError(f"{op}: ends is {ends.dtype}; int32 or int64 is needed")
-    listed = [0, *ends.tolist()]
-    if listed != sorted(listed) or listed[-1] != rows:
-        raise OpError(f"{op}: ends must rise from 0 or more to the {rows} rows of x, the last of them that number")
 
 
 def expert_lora_linear(
@@ -173,6 +202,7 @@ def expert_lora_linear(
 
     Raises:
         OpError (a ValueError): a shape, device, dtype or type does not fit, or ends does not rise to M.
+        BackendError: the triton backend was demanded and cannot serve the call. Where it is not demanded, torch does.
     """
     _check(x, weight, bias, lora_A, lora_B, scaling, ends)
     return apply_expert_lora(x, weight, bias, [(lora_A, lora_B, scaling)], ends)

@@ -22,6 +22,12 @@ def parameters_class(module: nn.Module) -> type[LoraParameters]:
     return LoraExperts if _is_known(module) else LoraMatrices
 
 
+def calls_of(parameters) -> list[tuple[nn.Module, nn.Parameter, int]]:
+    """(module, parameter, rank) of each product of experts, of a plan's (path, module, settings)."""
+    served = [(module, settings) for _, module, settings in parameters if parameters_class(module) is LoraExperts]
+    return [(m, m._parameters[key], each.r) for m, settings in served for key, each in settings.each.items()]
+
+
 def _is_known(module: nn.Module) -> bool:
     """Whether the module's forward is one that transformers' `use_experts_implementation` has made, so that the module
     says what it computes."""
@@ -62,4 +68,4 @@ class LoraExperts(LoraParameters):
             bias = self.adapted(names, name) if name in targeted else self._parameters[name]
         adapters = [self.factors(name, key) for name in names] if key in targeted else []
         weight = weight.transpose(1, 2) if self.is_transposed else weight
-        return apply_expert_lora(x.to(weight.dtype), weight, bias, adapters, ends)
+        return apply_expert_lora(x.to(weight.dtype), weight, bias, adapters, ends, self._fastpeft.model.backend)

@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from fastpeft.errors import OpError
+from fastpeft.dispatch import backend
+from fastpeft.errors import BackendError, OpError
 from fastpeft.ops import _expert_lora_linear_torch as torch_path
 from fastpeft.ops.expert_lora_linear import (
     apply_expert_lora,
@@ -15,6 +16,8 @@ from fastpeft.ops.expert_lora_linear import (
     expert_lora_linear_reference,
 )
 from tests.memory import Allocations, saved_for_backward
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 # (rows of each expert, K, N, r)
@@ -95,6 +98,38 @@ def test_outputs_and_gradients_are_those_of_float64(shape, transposed, dtypes):
     for name in wanted:
         assert found[name].dtype == tensors[name].dtype
         close(found[name], expected[name], DTYPES[dtypes])
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("symmetric_products", "overflow_checks")
+@pytest.mark.parametrize("dtypes", list(DTYPES)[1:2] + list(DTYPES)[5:], ids=["float32", "float16-float32"])
+@pytest.mark.parametrize("shape", ["some", "experts without rows", "one row", "a rank beyond both widths", "wide"])
+def test_the_kernels_are_right_too(shape, dtypes):
+    tensors = tensors_for(shape, *dtypes)
+    with backend("triton"):
+        y, found = gradients(tensors, NAMES)
+    truth, expected = gradients(exact(tensors), NAMES, expert_lora_linear_reference)
+    close(y, truth, DTYPES[dtypes])
+    for name in NAMES:
+        close(found[name], expected[name], DTYPES[dtypes])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wanted", [("x",), ("lora_A",), ("lora_B",)], ids="-".join)
+def test_every_gradient_of_the_kernels_alone(wanted):
+    tensors = tensors_for("experts without rows")
+    with backend("triton"):
+        _, found = gradients(tensors, wanted)
+    _, expected = gradients(exact(tensors), NAMES, expert_lora_linear_reference)
+    close(found[wanted[0]], expected[wanted[0]], 1e-5)
+    assert [name for name in NAMES if found[name] is not None] == list(wanted)
+
+
+def test_the_kernels_are_used_where_they_are_demanded_alone():
+    tensors = tensors_for("some", torch.float64)
+    call(tensors)
+    with backend("triton"), pytest.raises(BackendError, match="demanded but cannot serve this call"):
+        call(tensors)
 
 
 @pytest.mark.parametrize("wanted", [w for n in range(1, 6) for w in itertools.combinations(NAMES, n)], ids="-".join)
@@ -206,7 +241,7 @@ def test_the_operators_keep_torch_s_rules():
     tensors = tensors_for("some")
     a, b = by_expert(tensors["lora_A"], tensors["lora_B"], 3)
     a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
-    args = (tensors["x"].requires_grad_(), tensors["weight"], tensors["bias"], tensors["ends"], [a], [b], [0.7])
+    args = (tensors["x"].requires_grad_(), tensors["weight"], tensors["bias"], tensors["ends"], [a], [b], [0.7], "")
     torch.library.opcheck(torch.ops.fastpeft.expert_lora_linear, args)
 
 
