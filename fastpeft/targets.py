@@ -215,7 +215,7 @@ class _Selection:
         if fused:
             warnings.warn(
                 f"target_modules='all-linear' leaves out {len(fused)} modules whose experts are one fused parameter "
-                f"({listed(fused)}): they are not linear layers",
+                f"({listed(fused)}): they are not linear layers; target_parameters adapts them",
                 stacklevel=4,
             )
         return shortest_ends(found, self.modules.keys() - found)
