@@ -25,6 +25,7 @@ from fastpeft.kernels._tiles import (
 # 16·M·H·rank/columns: at rank 16 and 256 columns 10 %, at rank 32 and 128 columns 40 %, as much as the second reads of
 # dg and du that they save; registers do not hold more columns.
 CUDA = (
+    Row("gated_forward", HALF, 32, Tiles(32, 64)),
     Row("gated_forward", HALF, 128, Tiles(64, 64)),
     Row("gated_forward", HALF, ANY, Tiles(32, 64)),
     Row("gated_forward", SPLIT + TF32X3, 32, Tiles(32, 64)),
@@ -32,7 +33,8 @@ CUDA = (
     Row("gated_forward", SINGLE, ANY, Tiles(16, 32, warps=4)),
     Row("gated_backward", ALL, 0, Tiles(16, 128, warps=4), above=-1),
     Row("gated_backward", HALF, 16, Tiles(16, 256), dropout=False, above=8),
-    Row("gated_backward", HALF, 16, Tiles(32, 128)),
+    Row("gated_backward", HALF, 8, Tiles(32, 128), dropout=False),
+    Row("gated_backward", HALF, 8, Tiles(16, 64)),
     Row("gated_backward", HALF, 32, Tiles(16, 128)),
     Row("gated_backward", SPLIT + TF32X3, 16, Tiles(16, 128)),
     Row("gated_backward", SPLIT, 32, Tiles(16, 64)),

@@ -50,7 +50,7 @@ def called(model: nn.Module) -> torch.Tensor:
 
 def fused(model: nn.Module) -> nn.Module:
     """The model, whose calls go together from now on."""
-    called(fastpeft.fuse(model))
+    called(fastpeft.fuse(model, "projections"))
     return model
 
 

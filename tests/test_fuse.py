@@ -38,7 +38,7 @@ def test_a_family_is_as_in_peft(family, task, targets, sizes, seen):
     """Across attention the query is the decoder's, and key and value are the encoder's."""
     hf, model = patched_pair(family, {"target_modules": targets}, task=task)
     randomise(hf, model)
-    assert fastpeft.fuse(model) is model
+    assert fastpeft.fuse(model, "projections") is model
     inputs = batch_for(family, task)
     with torch.no_grad():
         model(**inputs)
@@ -96,7 +96,7 @@ def test_conv1d_siblings(seen):
     config = fastpeft.LoraConfig(r=2, target_modules=["first", "second"], lora_dropout=0.2)
     alone = fastpeft.patch(torch.nn.Sequential(Both()), config).train()
     randomise(alone)
-    model, x = fastpeft.fuse(copy.deepcopy(alone)), torch.randn(3, 5, 8)
+    model, x = fastpeft.fuse(copy.deepcopy(alone), "projections"), torch.randn(3, 5, 8)
     model(x)
     found = []
     for each in (model, alone):
@@ -118,7 +118,7 @@ def test_losses_of_twenty_steps_are_peft_s(cell, seen):
         torch.manual_seed(11)
         model = quietly(library.wrap, cell.base(), cell).eval()
         if found:
-            fastpeft.fuse(model)
+            fastpeft.fuse(model, "projections")
         learned = [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
         optimiser, losses = torch.optim.AdamW(learned, lr=1e-3), []
         for _ in range(20):
@@ -139,7 +139,7 @@ def test_checkpointing_from_the_first_step_on(way, kwargs, seen):
     """What a segment computed in forward it computes again, also where its projections were watched in between."""
     model = adapted(way, lora_dropout=0.3)
     alone = copy.deepcopy(model)
-    fastpeft.fuse(model)
+    fastpeft.fuse(model, "projections")
     for each in (model, alone):
         each.train()
         if kwargs:
@@ -158,7 +158,7 @@ def test_checkpointing_from_the_first_step_on(way, kwargs, seen):
 def test_several_checkpointed_calls_are_open_at_once(reentrant, seen):
     """The first was watched, and is repeated after later ones; then they go together."""
     model = adapted().train()
-    fastpeft.fuse(model)
+    fastpeft.fuse(model, "projections")
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     for round_ in range(2):
@@ -227,7 +227,7 @@ def test_half_precision_and_autocast(way, dtype, seen):
 def test_compiled_as_one_graph(before, seen):
     """What is compiled before any call goes layer by layer; after one it is one op."""
     alone = of_one_layer("lora", target_modules="all-linear")
-    model = fastpeft.fuse(copy.deepcopy(alone))
+    model = fastpeft.fuse(copy.deepcopy(alone), "projections")
     if before:
         called(model)
     torch._dynamo.reset()

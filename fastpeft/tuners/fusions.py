@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fastpeft.tuners.mlp import join_mlps, part_mlps
 from fastpeft.tuners.siblings import join_siblings, part_siblings
 
 
@@ -16,7 +17,7 @@ class Fusion(NamedTuple):
     part: Callable[[nn.Module], None]
 
 
-FUSIONS = {"projections": Fusion(join_siblings, part_siblings)}
+FUSIONS = {"projections": Fusion(join_siblings, part_siblings), "mlp": Fusion(join_mlps, part_mlps)}
 
 
 def part_all(model: nn.Module) -> None:

@@ -372,8 +372,10 @@ class LoraLinear(LinearArithmetic, LoraLayer):
 
     def lone_adapter(self) -> str | None:
         """The adapter of which the op computes this layer's call now, with the base product; None if it does not."""
-        names = self.active_adapters()
+        names, model = self.active_adapters(), self._fastpeft.model
         if len(names) != 1 or "_hf_hook" in self.__dict__ or not self.plain_base():
+            return None
+        if model.merged or row_names(model) is not None:
             return None
         return None if self.settings(names[0]).use_dora or self.is_offloaded(names[0]) else names[0]
 

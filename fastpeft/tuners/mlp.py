@@ -1,9 +1,9 @@
 """Gated MLPs whose projections are adapted, each as one op (`fastpeft.ops.lora_mlp`).
 
-A module that computes down(act(gate(x))·up(x)) (`fastpeft.tuners.gated_mlp`) is kept, and its class is swapped for a subclass
-whose forward asks, call by call, whether all of it is the op's: one adapter in each adapted projection, plain products
-of frozen dense weights, and no hook, nor any forward of an instance's own, on what would not be called. If not, the
-forward of its own class runs.
+A module that computes down(act(gate(x))·up(x)) (`fastpeft.tuners.gated_mlp`) is kept, and its class is swapped for a
+subclass whose forward asks, call by call, whether all of it is the op's: one adapter in each adapted projection, plain
+products of frozen dense weights, and no hook, nor any forward of an instance's own, on what would not be called. If
+not, the forward of its own class runs.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastpeft.dispatch import MAX_RANK
 from fastpeft.distributed import is_sharded
-from fastpeft.tuners.gated_mlp import GatedMlp, activation_of, gated_mlp_of
 from fastpeft.ops.lora_mlp import Projection, apply_lora_mlp
+from fastpeft.tuners.gated_mlp import GatedMlp, activation_of, gated_mlp_of
 from fastpeft.tuners.layer import AdapterLayer, give_back_forward, patched_class
 from fastpeft.tuners.siblings import projection_of
 
