@@ -325,10 +325,14 @@ def _block_and_rank(ranks: list[int]) -> tuple[int, int]:
 
 def _tiles(kernel: str, rank: int, mode: str, drops: bool, x: torch.Tensor) -> Tiles:
     """Those of one adapter of that rank; with fewer rows where several masks, or several parts of a product, are in
-    registers at once."""
+    registers at once, and fewer stages where several wide A are in shared memory."""
     tiles = tiles_for(kernel, rank, mode, drops, table_of(x.device))
     crowded = drops or (mode == "split" and kernel == "grad_columns")
-    return replace(tiles, rows=max(16, tiles.rows // 2)) if crowded else tiles
+    rows = max(16, tiles.rows // 2) if crowded else tiles.rows
+    if kernel == "shrink":
+        stages = min(tiles.stages, 2) if rank > MOST_RANKS else tiles.stages
+        return replace(tiles, rows=min(64, rows), stages=stages)
+    return replace(tiles, rows=rows)
 
 
 def shrink_all(

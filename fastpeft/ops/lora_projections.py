@@ -218,8 +218,8 @@ def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs, have: l
 
 def decide(x_MK: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str | None) -> Call:
     """The call's numbers, and its backend by `dispatch`, as in `lora_linear`."""
-    elements, rank = x_MK.numel() * min(map(Tensor.numel, b)), max(map(len, a))
-    triton = elements > 0 and choose_backend(x_MK, dtype, rank, patched).backend == "triton"
+    elements = x_MK.numel() * min(map(Tensor.numel, b))
+    triton = elements > 0 and choose_backend(x_MK, dtype, patched=patched).backend == "triton"
     plans = tuple(map(lambda *each: lora_linear_plan(x_MK, dtype, *each), a, b, dropouts)) if triton else None
     dx_dtype = torch.promote_types(x_MK.dtype, dtype)
     return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, triton and is_demanded(patched))

@@ -24,6 +24,9 @@ def launch_all(dtypes: str, ranks: tuple[int, ...], dropout: float, size: int = 
         ts = kernels.shrink_all(x, a, adapter, seeds)
         kernels.grad_all_columns(ts, x, a, seeds, with_tail=True)
         kernels.grad_all_columns(ts, x, a, seeds, with_tail=False)
+        for out in dict.fromkeys((data, torch.float32)):  # x was fp32
+            dx = kernels.tail_all(ts, a, seeds, data, out)
+        kernels.tail_all(ts, a, seeds, data, out, onto=dx)
 
 
 def _case(dtypes: str, ranks: tuple[int, ...], dropout: float, bounded=True, quick=(), **shape) -> Case:

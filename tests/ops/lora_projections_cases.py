@@ -77,7 +77,7 @@ def masks_of(problem: Problem, lone: bool = False) -> tuple[list[torch.Tensor | 
     count, x = len(problem.A), problem.x
     if not problem.dropouts:
         return [None] * count, [0.0] * count
-    name = choose_backend(x, x.dtype, max(map(len, problem.A))).backend
+    name = choose_backend(x, x.dtype).backend
     if name == "triton" and not lone:
         drawn = torch.empty(count, dtype=torch.int64, device=x.device).random_().split(1)
     else:

@@ -348,9 +348,11 @@ def test_adapters_of_different_dtypes_keep_their_own_gradients(name):
     assert [found[f"dB{i}"].dtype for i in range(3)] == [torch.float32, torch.float32, torch.float16]
 
 
-def test_beyond_the_kernels_ranks_it_is_torch():
-    with backend("auto"):
-        assert_right(drawn("torch", "bf16", ranks=(300, 4)), FEW)
+@pytest.mark.parametrize("name", BOTH)
+def test_ranks_beyond_what_registers_hold(name):
+    """Projection by projection, in the slices of single layers."""
+    with backend(name):
+        assert_right([draw("fp16", shape=(9, 33), outputs=(20,), ranks=(260, 4), dropout=True, seed=2)], FEW)
 
 
 def test_the_definition_is_that_of_single_layers():

@@ -1,0 +1,136 @@
+"""The kernels of `lora_projections` move the bytes that `lora_projections_traffic` derives, and not one more: x once
+for every S and once for every dA, each dY once, and dX written once before the base products accumulate onto it.
+
+Counted in the interpreter by tests/traffic.py.
+"""
+
+import pytest
+import torch
+
+from fastpeft.dispatch import Plan, backend, override_plan
+from fastpeft.kernels import lora_projections as kernels
+from fastpeft.kernels._common import Dropout
+from fastpeft.kernels._tiles import SMALL
+from fastpeft.ops import lora_linear
+from tests.memory import saved_for_backward
+from tests.ops import lora_projections_traffic as expected
+from tests.ops.lora_linear_traffic import Sizes
+from tests.ops.lora_projections_cases import call, draw
+from tests.traffic import count_traffic
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
+
+M, K, TILES, SIZES = 37, 100, SMALL, Sizes(2, 4)
+RANKS = {"1": (5,), "2": (8, 8), "3": (5, 17, 3), "4": (1, 2, 3, 4)}
+projections = pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
+dropping = pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+processors = pytest.mark.parametrize("processors", [1, 13])
+
+
+def data(*shape):
+    return torch.randn(*shape).half()
+
+
+def matrices(ranks, *shape):
+    return [torch.randn(r, K) for r in ranks] if not shape else [torch.randn(*shape, r) for r in ranks]
+
+
+def masks_of(ranks, dropout):
+    """The second projection has none."""
+    drops = [dropout and p != 1 for p in range(len(ranks))]
+    return drops, [Dropout(torch.tensor([7 + p]), 0.3) if each else None for p, each in enumerate(drops)]
+
+
+@projections
+@dropping
+@processors
+@pytest.mark.parametrize("rows", [M, 3])
+def test_shrink_all_reads_x_once(ranks, dropout, processors, rows, monkeypatch):
+    monkeypatch.setattr(kernels, "processor_count", lambda tensor: processors)
+    drops, dropouts = masks_of(ranks, dropout)
+    with count_traffic() as traffic:
+        kernels.shrink_all(data(rows, K), matrices(ranks), torch.float32, dropouts, TILES)
+    found = expected.shrink_all(rows, K, ranks, TILES, SIZES, 4, processors, drops)
+    assert traffic.of("_shrink_all_kernel") == found
+    assert traffic.atomics == 0
+
+
+@projections
+@dropping
+@processors
+@pytest.mark.parametrize("tail", [False, True], ids=["", "tail"])
+def test_grad_all_columns_reads_x_once(ranks, dropout, processors, tail, monkeypatch):
+    monkeypatch.setattr(kernels, "processor_count", lambda tensor: processors)
+    monkeypatch.setattr(kernels, "holds_tail", lambda a, dtype: True)
+    drops, dropouts = masks_of(ranks, dropout)
+    with count_traffic() as traffic:
+        kernels.grad_all_columns(matrices(ranks, M), data(M, K), matrices(ranks), dropouts, tail, TILES)
+    found = expected.grad_all_columns(M, K, ranks, TILES, SIZES, processors, drops, tail)
+    assert traffic.of("_grad_all_columns_kernel") == found
+    loads, stores = traffic.of("_sum_partials_kernel")  # every partial sum is read back once, in one launch
+    assert loads["parts_ptr"] == found[1]["out_ptr"] and stores == {"out_ptr": sum(ranks) * K * 4}
+    assert traffic.kernels() == ["_grad_all_columns_kernel", "_sum_partials_kernel"] and traffic.atomics == 0
+
+
+@projections
+@dropping
+@pytest.mark.parametrize("onto", [False, True], ids=["", "onto"])
+@pytest.mark.parametrize("out", [torch.float16, torch.float32], ids=["narrow", "wide"])
+def test_tail_all_writes_once(ranks, dropout, onto, out):
+    drops, dropouts = masks_of(ranks, dropout)
+    with count_traffic() as traffic:
+        there = torch.randn(M, K).to(out) if onto else None
+        kernels.tail_all(matrices(ranks, M), matrices(ranks), dropouts, torch.float16, out, there, TILES)
+    found = expected.tail_all(M, K, ranks, TILES, SIZES, drops, out.itemsize, onto)
+    assert traffic.of("_tail_all_kernel") == found
+    assert traffic.atomics == 0
+
+
+STEP = {  # dtypes, ranks, whether the pass that makes dA also holds the sum of the rank-r terms of dX
+    "half": ("fp16", (4, 8, 3), True),
+    "wide": ("fp16-fp32", (16, 33, 8), False),
+}
+
+
+@dropping
+@pytest.mark.parametrize(("dtypes", "ranks", "holds"), STEP.values(), ids=STEP)
+def test_a_training_step_reads_x_twice_and_each_gradient_once(dtypes, ranks, holds, dropout):
+    problem = draw(dtypes, shape=(3, 7, 40), outputs=(50, 20, 20), ranks=ranks, dropout=dropout)
+    leaves = {name: leaf.requires_grad_(name[0] in "xAB") for name, leaf in problem.leaves().items()}
+    with backend("triton"), override_plan(Plan("prewrite", "prewrite", "a test")), count_traffic() as traffic:
+        ys = call(problem, leaves)
+        assert traffic.loaded(leaves["x"]) == leaves["x"].nbytes
+        torch.autograd.backward(ys, problem.dy)
+    assert traffic.loaded(leaves["x"]) == 2 * leaves["x"].nbytes
+    assert all(traffic.loaded(dy) == dy.nbytes for dy in problem.dy)
+    found = [name for name in traffic.kernels() if name != "_sum_partials_kernel"]
+    own = 3 * ["_tail_kernel", "_grad_b_and_t_kernel"]  # each projection's
+    shared = ["_shrink_all_kernel", "_grad_all_columns_kernel", *([] if holds else ["_tail_all_kernel"])]
+    assert sorted(found) == sorted(own + shared)
+
+
+def test_single_layers_read_x_once_each():
+    """What the count above is beside: lora.md's ledger of single layers."""
+    x, a, b = data(5, 40).requires_grad_(), matrices((4,))[0][:, :40].contiguous(), torch.randn(20, 4)
+    with backend("triton"), override_plan(Plan("prewrite", "prewrite", "a test")), count_traffic() as traffic:
+        for _ in range(3):
+            y = lora_linear(x, data(20, 40), None, a.requires_grad_(), b.requires_grad_(), 0.5)
+            y.backward(torch.ones_like(y))
+    assert traffic.loaded(x) == 6 * x.nbytes
+
+
+@dropping
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_backward_keeps_x_once_and_of_each_projection_s_and_a_seed(name, dropout):
+    """No mask, no copy of x or of a matrix; single layers keep the same, x being one tensor."""
+    problem = draw("bf16-fp32", dropout=dropout)
+    leaves = {key: leaf.requires_grad_(key[0] in "xAB") for key, leaf in problem.leaves().items()}
+    besides = [leaf for key, leaf in leaves.items() if key != "x"]
+    with backend(name), saved_for_backward(besides=besides) as saved:
+        call(problem, leaves)
+    rows = problem.x.shape[:-1].numel()
+    sums = [4 * rows * len(a) for a in problem.A]  # in fp32
+    drops = sum(p > 0 for p in problem.dropouts or ())
+    seeds = [24 if name == "triton" else 8 * drops] * bool(drops)  # on the kernels drawn in one launch
+    assert leaves["x"].nbytes in saved.values()
+    assert sum(saved.values()) == leaves["x"].nbytes + sum(sums) + sum(seeds)
