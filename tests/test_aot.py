@@ -16,6 +16,7 @@ from fastpeft.kernels import (
     _attention_kernels,
     _attention_tiles,
     _tiles,
+    dora_linear,
     lora_linear,
     mixed_lora_linear,
     prompt_embedding,
@@ -28,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MODES = ("half", "split", "tf32x3", "tf32", "ieee")
 KERNELS = {
     name.strip("_")
-    for module in (lora_linear, mixed_lora_linear, _attention_kernels, _attention_decode, prompt_embedding, row_norms)
+    for module in (
+        *(lora_linear, mixed_lora_linear, dora_linear, row_norms),
+        *(_attention_kernels, _attention_decode, prompt_embedding),
+    )
     for name in vars(module)
     if name.startswith("_") and name.endswith("_kernel")
 }  # fmt: skip
@@ -79,7 +83,7 @@ def test_shared_memory_suffices(shipped):
 
 def test_every_matrix_product_runs_on_tensor_cores(shipped):
     sums = {"sum_partials_kernel", "merge_parts_kernel", "grad_query_kernel"}  # the last where only δ is wanted
-    sums |= {"prepend_kernel", "grad_prompt_kernel", "mixed_sum_kernel"}
+    sums |= {"prepend_kernel", "grad_prompt_kernel", "mixed_sum_kernel", "dora_grad_kernel", "dora_drop_kernel"}
     assert {each["kernel"].split()[0] for each in shipped if not each["tensor_core"]} == sums
 
 

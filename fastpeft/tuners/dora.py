@@ -2,13 +2,14 @@
 
     V = W + s·B A        y = m/‖V‖ ⊙ (V x) + bias        ‖V‖: of each output row, a constant to the gradient
 
-The row norms are `fastpeft.ops.row_norms`'s.
+The row norms are `fastpeft.ops.row_norms`'s, and of a plain layer with one adapter the rest is `dora_linear`'s.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastpeft.ops.dora_linear import apply_dora, takes
 from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.ops.row_norms import row_norms, row_norms_torch
 
@@ -43,6 +44,8 @@ def add(layer, name: str, x: torch.Tensor, result: torch.Tensor | None, p: float
     a, b = layer.factors(name)
     weight = layer.matrix()
     scale = layer.magnitude(name) / row_norms(weight, a, b, settings.scaling, backend)
+    if result is None and takes(x, weight):
+        return apply_dora(x, weight, layer.base_bias(), a, b, scale, settings.scaling, p, backend)
     dropped = F.dropout(x, p) if p else x
     bias = 0 if layer.base_bias() is None else layer.base_bias()
     base = layer.product(dropped, weight) if p or result is None else result - bias
