@@ -104,18 +104,22 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
     return LayerReport(path, kind, names, "lora_linear", choice.backend, reason)
 
 
+def experts_service(experts: nn.Module, rank: int, patched: str | None) -> tuple[str, str]:
+    """(backend, reason) of the products of experts of transformers."""
+    if requested_backend(patched) != "triton":
+        return "torch", "each expert on its own tokens; Triton where it is demanded"
+    try:
+        choice = choose_backend(experts.down_proj, experts.down_proj.dtype, rank, patched)
+    except BackendError as error:
+        return "none", str(error)
+    return choice.backend, choice.reason
+
+
 def _parameters_report(layer: LoraParameters) -> tuple[str, str, str]:
     """(op, backend, reason)."""
     if isinstance(layer, LoraExperts):
-        weight, each = layer.down_proj, layer._fastpeft.adapters.values()
-        if requested_backend(layer._fastpeft.model.backend) != "triton":
-            return "expert_lora_linear", "torch", "each expert on its own tokens; Triton where it is demanded"
-        try:
-            rank = max(settings.r for held in each for settings in held.each.values())
-            choice = choose_backend(weight, weight.dtype, rank, layer._fastpeft.model.backend)
-        except BackendError as error:
-            return "expert_lora_linear", "none", str(error)
-        return "expert_lora_linear", choice.backend, choice.reason
+        ranks = [each.r for held in layer._fastpeft.adapters.values() for each in held.each.values()]
+        return "expert_lora_linear", *experts_service(layer, max(ranks), layer._fastpeft.model.backend)
     return "adapted parameters", "torch", "its forward is not known, so every call adds the update to the weight"
 
 

@@ -5,6 +5,7 @@ All of transformers' implementations (eager, batched_mm, grouped_mm) compute the
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,14 @@ from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.lora_matrices import LoraMatrices
 from fastpeft.tuners.lora_parameters import LoraParameters
 
+Adapter = tuple[Tensor, Tensor, float]
+
 
 def parameters_class(module: nn.Module) -> type[LoraParameters]:
     """Which class serves a module some of whose parameters are targets."""
     if isinstance(module, AdapterLayer):
         return type(module).__bases__[0]
-    return LoraExperts if _is_known(module) else LoraMatrices
+    return LoraExperts if is_known(module) else LoraMatrices
 
 
 def calls_of(parameters) -> list[tuple[nn.Module, nn.Parameter, int]]:
@@ -28,7 +31,7 @@ def calls_of(parameters) -> list[tuple[nn.Module, nn.Parameter, int]]:
     return [(m, m._parameters[key], each.r) for m, settings in served for key, each in settings.each.items()]
 
 
-def _is_known(module: nn.Module) -> bool:
+def is_known(module: nn.Module) -> bool:
     """Whether the module's forward is one that transformers' `use_experts_implementation` has made, so that the module
     says what it computes."""
     made_by, own = sys.modules.get("transformers.integrations.moe"), type(module).forward
@@ -41,31 +44,47 @@ def _is_known(module: nn.Module) -> bool:
 class LoraExperts(LoraParameters):
     """LoRA on the experts of a mixture of transformers."""
 
-    def adapted_forward(
-        self, names: list[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
-        """[tokens, K] of hidden_states [tokens, K], and of each token the experts and their weights [tokens, k]."""
-        tokens, chosen = len(hidden_states), top_k_index.shape[-1]
-        ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        ends = torch.searchsorted(ids, torch.arange(self.num_experts, device=ids.device), right=True)
-        x = hidden_states[order // chosen]
-        x = self._product(names, "gate_up_proj" if self.has_gate else "up_proj", x, ids, ends)
-        x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
-        x = self._product(names, "down_proj", x, ids, ends)
-        if self.has_post_expert_norm:
-            x = self.post_expert_norm(x)
-        x = x * top_k_weights.reshape(-1)[order, None]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return x[back].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+    def adapted_forward(self, names: list[str], *args, **kwargs) -> Tensor:
+        targeted = self._fastpeft.adapters[names[0]].each
+        adapters = {key: [self.factors(name, key) for name in names] for key in targeted}
 
-    def _product(self, names: list[str], key: str, x: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
-        """x_e W_eᵀ + bias_e of each expert, with these adapters."""
-        weight, targeted = self._parameters[key], self._fastpeft.adapters[names[0]].each
-        bias = None
-        if self.has_bias:
-            name = f"{key}_bias"
-            bias = self.adapted(names, name) if name in targeted else self._parameters[name]
-        adapters = [self.factors(name, key) for name in names] if key in targeted else []
-        weight = weight.transpose(1, 2) if self.is_transposed else weight
-        return apply_expert_lora(x.to(weight.dtype), weight, bias, adapters, ends, self._fastpeft.model.backend)
+        def value_of(key: str) -> Tensor:
+            return self.adapted(names, key) if key in targeted else self._parameters[key]
+
+        return experts_forward(self, adapters, value_of, self._fastpeft.model.backend, *args, **kwargs)
+
+
+def products_of(module: nn.Module) -> tuple[str, str]:
+    """The parameters of the experts' two products."""
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def experts_forward(
+    module: nn.Module, adapters: dict[str, list[Adapter]], value_of: Callable[[str], Tensor], backend: str | None,
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor,
+) -> Tensor:  # fmt: skip
+    """What experts of transformers (`is_known`) compute with LoRA: [tokens, K] of hidden_states [tokens, K], and of
+    each token the experts and their weights [tokens, k].
+
+    adapters: of each product's parameter (A [E·r, K], B [N, r·E], scaling) of those in force, none of one that is no
+    target. value_of: a bias by its name. backend: as in `patch`.
+    """
+    tokens, chosen = len(hidden_states), top_k_index.shape[-1]
+    ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    ends = torch.searchsorted(ids, torch.arange(module.num_experts, device=ids.device), right=True)
+
+    def product(key: str, x: Tensor) -> Tensor:
+        weight = module._parameters[key]
+        bias = value_of(f"{key}_bias") if module.has_bias else None
+        each = weight.transpose(1, 2) if module.is_transposed else weight
+        return apply_expert_lora(x.to(weight.dtype), each, bias, adapters.get(key, []), ends, backend)
+
+    first, last = products_of(module)
+    x = product(first, hidden_states[order // chosen])
+    x = product(last, module._apply_gate(x) if module.has_gate else module.act_fn(x))
+    if module.has_post_expert_norm:
+        x = module.post_expert_norm(x)
+    x = x * top_k_weights.reshape(-1)[order, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return x[back].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpeft import quantised
-from fastpeft.integrations.peft.swapping import Swapped, full_name
+from fastpeft.integrations.peft.experts import FusedExperts
+from fastpeft.integrations.peft.swapping import Swapped, full_name, is_bare
 from fastpeft.tuners.linear_arithmetic import LinearArithmetic
 from fastpeft.tuners.lora import Settings
 from fastpeft.tuners.mixed import mixed_linear
@@ -16,13 +17,6 @@ from fastpeft.tuners.mixed import mixed_linear
 PLAIN_DROPOUTS = (nn.Dropout, nn.Identity)
 DORA = "peft.tuners.lora.variants.DoraLinearVariant"
 CONV1D = "transformers.pytorch_utils.Conv1D"
-
-
-def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module is its class's forward and nothing else, so that its parameters can be read without
-    calling it: no hooks (of accelerate, of ZeRO-3, of a user), no forward on the instance."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in module.__dict__
 
 
 class FusedLayer(Swapped, LinearArithmetic):
@@ -176,6 +170,7 @@ class FusedAdaLora(FusedLayer):
 _LORA = "peft.tuners.lora"
 FUSED = {
     f"{_LORA}.layer.Linear": FusedLora,
+    f"{_LORA}.layer.ParamWrapper": FusedExperts,
     f"{_LORA}.bnb.Linear8bitLt": FusedLora,
     f"{_LORA}.bnb.Linear4bit": FusedLora,
     f"{_LORA}.gptq.GPTQLoraLinear": FusedLora,

@@ -8,13 +8,14 @@ from torch import nn
 from fastpeft.dispatch import choose_backend
 from fastpeft.errors import BackendError, PatchError
 from fastpeft.integrations.peft.adalora_checkpoints import ResumingAdaLora
+from fastpeft.integrations.peft.experts import FusedExperts
 from fastpeft.integrations.peft.gated import swap_adaption
 from fastpeft.integrations.peft.layers import FUSED, FusedLayer
 from fastpeft.integrations.peft.prompts import swap_prompts
 from fastpeft.integrations.peft.swapping import KEY, Extension, Swapped, full_name, swap, swap_back
 from fastpeft.integrations.peft.tuners import TUNERS, SwappingAdaLora, SwappingModel, swap_layers
 from fastpeft.neighbours import check_neighbours, check_peft_s_head
-from fastpeft.reporting import LEFT, LayerReport, Report, rows_of
+from fastpeft.reporting import LEFT, LayerReport, Report, experts_service, rows_of
 from fastpeft.tuners.fusions import part_all
 
 ADAPTION = "peft.tuners.adaption_prompt.model.AdaptionPromptModel"
@@ -128,6 +129,8 @@ def _rows(model: nn.Module) -> Iterator[LayerReport]:
         kind = full_name(type(module))
         if isinstance(module, FusedLayer):
             yield from _layer_rows(path, module)
+        elif isinstance(module, FusedExperts):
+            yield _experts_row(path, module)
         elif hasattr(module, "base_layer") and _is_of_peft(type(module)):
             why = _why_left(module, kind)
             yield LayerReport(path, type(module).__name__, tuple(module._get_available_adapters()), LEFT, "torch", why)
@@ -147,6 +150,14 @@ def _why_left(module: nn.Module, kind: str) -> str:
     if kind in FUSED:
         return "its forward was replaced by somebody"
     return "no kernel serves this kind of layer"
+
+
+def _experts_row(path: str, layer: FusedExperts) -> LayerReport:
+    kind, names, why = type(layer).__name__, tuple(layer.lora_A), layer.why_not()
+    if why is not None:
+        return LayerReport(path, kind, names, LEFT, "torch", why)
+    base, rank = layer.get_base_layer(), max(layer.r.values())
+    return LayerReport(path, kind, names, layer.op, *experts_service(base, rank, layer.extension.backend))
 
 
 def _layer_rows(path: str, layer: FusedLayer) -> Iterator[LayerReport]:

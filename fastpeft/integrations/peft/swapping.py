@@ -80,6 +80,13 @@ def swap_back(module: nn.Module) -> None:
     module.__dict__.pop(KEY, None)
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module is its class's forward and nothing else, so that its parameters can be read without
+    calling it: no hooks (of accelerate, of ZeRO-3, of a user), no forward on the instance."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
 def full_name(kind: type) -> str:
     """A class's module and name, for tables of classes that are not imported for their sake."""
     return f"{kind.__module__}.{kind.__qualname__}"
