@@ -6,6 +6,7 @@ from fastpeft.dispatch import Plan
 from fastpeft.ops import (
     gated_prompt_attention,
     lora_linear,
+    lora_projections,
     mixed_lora_linear,
     prefix_attention,
     prepend_prompt,
@@ -27,6 +28,11 @@ def of_mixed(x, weight, bias, *matrices, **more):
     )
 
 
+def of_projections(x, *tensors, **more):
+    weights, biases, a, b = (tensors[i : i + 2] for i in range(0, 8, 2))
+    return torch.cat(lora_projections(x, weights, biases, a, b, [1.0, 2.0], training=True, **more), -1)
+
+
 def of_prefix(q, k, v, pk, pv, padding, **more):
     return prefix_attention(q, k, v, pk, pv, padding_mask=padding, training=True, **more)
 
@@ -46,6 +52,11 @@ def _attention(*gate, queries: int = 7):
     return lambda: (*(leaf(*shape) for shape in shapes), padding)
 
 
+def _projections():
+    shapes = ((24, 16), (9, 16), (24,), (9,), (2, 16), (4, 16), (24, 2), (9, 4))
+    return leaf(3, 5, 16), *(leaf(*shape) for shape in shapes)
+
+
 LORA, MIXED = _linear((4, 16), (24, 4)), _linear((2, 16), (4, 16), (24, 2), (24, 4))
 OPS = {  # name -> (the op, its tensors, its options, the plan that is forced)
     **{
@@ -55,6 +66,8 @@ OPS = {  # name -> (the op, its tensors, its options, the plan that is forced)
     "lora-dropout": (of_lora, LORA, {"dropout": 0.5}, None),
     "mixed": (of_mixed, MIXED, {}, None),
     "mixed-dropout": (of_mixed, MIXED, {"dropouts": [0.5, 0.0]}, None),
+    "projections": (of_projections, _projections, {}, None),
+    "projections-dropout": (of_projections, _projections, {"dropouts": [0.5, 0.0]}, None),
     "prefix": (of_prefix, _attention(), {}, None),
     "prefix-window": (of_prefix, _attention(), {"sliding_window": 3}, None),
     "prefix-decode": (of_prefix, _attention(queries=1), {}, None),

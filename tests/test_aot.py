@@ -18,6 +18,7 @@ from fastpeft.kernels import (
     _tiles,
     dora_linear,
     lora_linear,
+    lora_projections,
     mixed_lora_linear,
     prompt_embedding,
     row_norms,
@@ -30,7 +31,7 @@ MODES = ("half", "split", "tf32x3", "tf32", "ieee")
 KERNELS = {
     name.strip("_")
     for module in (
-        *(lora_linear, mixed_lora_linear, dora_linear, row_norms),
+        *(lora_linear, mixed_lora_linear, lora_projections, dora_linear, row_norms),
         *(_attention_kernels, _attention_decode, prompt_embedding),
     )
     for name in vars(module)
@@ -89,6 +90,7 @@ def test_every_matrix_product_runs_on_tensor_cores(shipped):
 
 def test_the_kernels_that_wait_for_memory_copy_ahead(shipped):
     waiting = ("shrink_kernel", "grad_b_and_t_kernel", "grad_columns_kernel", "mixed_shrink", "mixed_grad_columns")
+    waiting += ("shrink_all_kernel", "grad_all_columns_kernel")
     found = [each for each in shipped if each["target"] == "sm_90" and each["kernel"].startswith(waiting)]
     assert found and all(each["async_copies"] >= 6 for each in found)
 

@@ -32,7 +32,13 @@ def on_triton(monkeypatch):
     def choose(x, dtype, width=0, patched=None, of="rank"):
         return Choice("torch" if dispatch.requested_backend(patched) == "torch" else "triton", "a test")
 
-    for name in ("dispatch", "ops.lora_linear", "ops.mixed_lora_linear", "ops.prompt_embedding"):
+    for name in (
+        "dispatch",
+        "ops.lora_linear",
+        "ops.mixed_lora_linear",
+        "ops.lora_projections",
+        "ops.prompt_embedding",
+    ):
         monkeypatch.setattr(importlib.import_module(f"fastpeft.{name}"), "choose_backend", choose)
 
 
@@ -52,6 +58,14 @@ def mixed(dropout):
     weight = torch.randn(20, 24, generator=torch.Generator().manual_seed(2))
     adapters = [(a, b, 2.0, dropout), (c, d, 0.5, dropout)]
     return leaves, lambda: apply_mixed_lora(x, weight, None, None, adapters, [1, -1, 0])
+
+
+def projections(dropout):
+    x, a, b, c, d = leaves = tensors((3, 5, 24), (3, 24), (20, 3), (4, 24), (7, 4))
+    draw = torch.Generator().manual_seed(2)
+    weights = [torch.randn(n, 24, generator=draw) for n in (20, 7)]
+    options = {"dropouts": [dropout, 0.5 * dropout], "training": True}
+    return leaves, lambda: torch.cat(ops.lora_projections(x, weights, None, [a, c], [b, d], [2.0, 0.5], **options), -1)
 
 
 def attention(dropout):
@@ -77,6 +91,11 @@ OPS = {  # name -> a call, the kernels of its forward, those of its backward
         ("_mixed_lora_linear_triton", "forward"),
         ("_mixed_lora_linear_triton", "grad_a_and_x"),
     ),
+    "lora_projections": (
+        projections,
+        ("_lora_projections_triton", "forward"),
+        ("_lora_projections_triton", "grads"),
+    ),
     "prefix_attention": (attention, ("_prefix_attention_triton", "forward"), ("_prefix_attention_triton", "backward")),
     "gated_prompt_attention": (
         gated,
@@ -86,6 +105,13 @@ OPS = {  # name -> a call, the kernels of its forward, those of its backward
     "prompt_embedding": (prompt, ("_prompt_embedding_triton", "forward"), ("_prompt_embedding_triton", "grad_prompt")),
 }
 DROPPING = [name for name in OPS if name != "prompt_embedding"]
+
+
+def _masks(name: str) -> tuple[str, str]:
+    """Where the kernels' masks come from."""
+    if "attention" in name:
+        return "_prefix_attention_triton", "keep_mask"
+    return OPS[name][1][0], "keep_masks" if name == "lora_projections" else "keep_mask"
 
 
 def break_(monkeypatch, place, how=None):
@@ -153,9 +179,8 @@ def test_without_any_kernel_the_mask_is_torch_s(name, monkeypatch):
     monkeypatch.setattr("fastpeft.ops._mixed_lora_linear_torch.draw_seeds", one_seed)
     with fastpeft.backend("torch"):
         expected = outcome(name, 0.3)
-    module, _ = OPS[name][1]
     break_(monkeypatch, OPS[name][1])
-    break_(monkeypatch, ("_prefix_attention_triton" if "attention" in name else module, "keep_mask"))
+    break_(monkeypatch, _masks(name))
     with pytest.warns(RuntimeWarning, match="dropout"):
         assert_close(outcome(name, 0.3), expected)
 
@@ -163,9 +188,8 @@ def test_without_any_kernel_the_mask_is_torch_s(name, monkeypatch):
 @pytest.mark.parametrize("name", DROPPING)
 def test_a_backward_whose_forward_s_mask_is_lost_is_an_error(name, monkeypatch):
     """Gradients under another mask would be wrong ones."""
-    module, _ = OPS[name][1]
     break_(monkeypatch, OPS[name][2])
-    break_(monkeypatch, ("_prefix_attention_triton" if "attention" in name else module, "keep_mask"))
+    break_(monkeypatch, _masks(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(BackendError, match="cannot be done without.*dropout, on cpu"):

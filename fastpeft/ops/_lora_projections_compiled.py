@@ -33,6 +33,12 @@ def _seeds(seeds: Tensor | None, dropouts: list[float]) -> list[Tensor | None] |
     return [seed if p else None for seed, p in zip(seeds.split(1), dropouts, strict=True)]
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """Contiguous, in a storage of its own: no result of an operator may lie in another's."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("fastpeft::lora_projections", mutates_args=())
 def _forward(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], a: list[Tensor], b: list[Tensor], seeds: Tensor | None,
@@ -41,7 +47,7 @@ def _forward(
     """[y, ..., S, ..., how it was served]: the last for backward, see `fastpeft.fallback.served`."""
     call = decide(x, getattr(torch, dtype), a, b, scalings, dropouts, patched or None)
     ys, ss, call = run_forward(x, weights, _spread(biases, has_bias), a, b, _seeds(seeds, dropouts), call)
-    return [*ys, *(s.contiguous() for s in ss), torch.tensor([code_of(call.plans is not None, call)])]
+    return [*ys, *map(_own, ss), torch.tensor([code_of(call.plans is not None, call)])]
 
 
 @_forward.register_fake
@@ -69,7 +75,7 @@ def _backward(
     out = [dx if dx is None else dx.to(call.dx_dtype)]
     for each, to in zip(grads, kinds, strict=True):
         out += [grad if grad is None else grad.to(to) for grad in each]
-    return [x.new_empty(0) if grad is None else grad.contiguous() for grad in out]
+    return [x.new_empty(0) if grad is None else _own(grad) for grad in out]
 
 
 def _needs(need_x: bool, needs: list[bool]) -> Needs:

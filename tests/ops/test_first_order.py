@@ -23,6 +23,12 @@ def mixed():
     return ops.mixed_lora_linear(x, leaf(4, 6).detach(), None, [a], [b], [0.5], [0, -1]), x, [a, b]
 
 
+def projections():
+    x, a, b = leaf(5, 6), leaf(2, 6), leaf(4, 2)
+    weight = leaf(4, 6).detach()
+    return torch.cat(ops.lora_projections(x, [weight, weight], None, [a, a], [b, b], [0.5, 1.0]), -1), x, [a, b]
+
+
 def prefix():
     q, k, v, pk, pv = leaf(1, 2, 4, 8), leaf(1, 2, 4, 8), leaf(1, 2, 4, 8), leaf(2, 3, 8), leaf(2, 3, 8)
     return ops.prefix_attention(q, k, v, pk, pv), q, [pk, pv]
@@ -41,7 +47,7 @@ def quantised():
     return out.pow(2), x, [scale]
 
 
-CASES = [lora, mixed, prefix, gated, quantised]
+CASES = [lora, mixed, projections, prefix, gated, quantised]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda each: each.__name__)

@@ -13,6 +13,7 @@ import torch
 from fastpeft.ops import lora_linear
 from fastpeft.oracle import _kind, _outcome, lora_linear_outcomes, op_dropout
 from tests.counting import count, how_many
+from tests.ops import lora_projections_cases as projections
 from tests.ops import mixed_lora_linear_cases as mixed
 from tests.ops import prompt_embedding_cases as prompts
 from tests.ops.lora_linear_cases import DTYPES, STRATEGIES, draws, on
@@ -108,6 +109,22 @@ def test_mixed_lora_linear(backend, tensor):
         with on(backend):
             got, eager, _ = mixed.outcomes(dataclasses.replace(problem, **{tensor: changed}))
         assert_kinds(got, eager)
+
+
+@pytest.mark.parametrize("tensor", ["x", "weight", "bias", "A", "B", "dy"])
+@pytest.mark.parametrize("backend", BOTH)
+def test_lora_projections(backend, tensor):
+    """A fault of one projection's stays with it, but for dX."""
+    problem = projections.draw(shape=(9, 33), outputs=(40, 17), ranks=(5, 3))
+    given = getattr(problem, tensor)
+    for value in values(len(tensor)):
+        changed = spoilt(given[0] if isinstance(given, tuple) else given, value)
+        changed = (changed, *given[1:]) if isinstance(given, tuple) else changed
+        with on(backend):
+            got, eager, _ = projections.outcomes(dataclasses.replace(problem, **{tensor: changed}))
+        assert_kinds(got, eager)
+        others = [key for key in got if key.endswith("1")] if tensor != "x" else []
+        assert len(others) == (0 if tensor == "x" else 4) and all(got[key].isfinite().all() for key in others)
 
 
 @pytest.mark.parametrize("form", [{}, {"embeds": True}, {"by_sample": True}, {"starts": True}], ids=str)

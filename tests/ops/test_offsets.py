@@ -13,11 +13,19 @@ import triton.language as tl
 
 from fastpeft.attention_oracle import GRADIENTS, AttentionProblem, _op
 from fastpeft.dispatch import Plan, backend, override_plan
-from fastpeft.kernels import _segments, lora_linear, mixed_lora_linear, prefix_attention, prompt_embedding
+from fastpeft.kernels import (
+    _segments,
+    lora_linear,
+    lora_projections,
+    mixed_lora_linear,
+    prefix_attention,
+    prompt_embedding,
+)
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors
 from fastpeft.ops.lora_linear import apply_lora
 from tests.counting import count, how_many
 from tests.far import LENGTH, Far, last_programs
+from tests.ops import lora_projections_cases as projections
 from tests.ops import mixed_lora_linear_cases as mixed
 from tests.ttir import narrow_offsets, narrow_products
 
@@ -81,6 +89,24 @@ def test_mixed_lora_linear(name, dim, base):
     assert_far_as_near(lambda given: mixed.call(problem, given), leaves, normal(N, 1, N), name, dim, None)
 
 
+OF_TWO = [(name, dim) for name in ("x", "weight1", "A1", "B1") for dim in (0, 1)] + [
+    ("bias0", 0),
+    ("dout", 1),
+    ("dout", 2),
+]
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "apart"])
+@pytest.mark.parametrize(("name", "dim"), OF_TWO[:: how_many(2, 1)])
+def test_lora_projections(name, dim, held, monkeypatch):
+    """With the rank-r terms of dX beside dA, and apart from it."""
+    monkeypatch.setattr(lora_projections, "holds_tail", lambda a, dtype: held)
+    problem = projections.draw("fp16", shape=(N, N), outputs=(N, N), ranks=(2, N), dropout=True)
+    leaves = {each: t.detach() for each, t in problem.leaves().items()}
+    stacked = lambda given: torch.stack(projections.call(problem, given))  # noqa: E731
+    assert_far_as_near(stacked, leaves, normal(2, N, N), name, dim, "prewrite")
+
+
 ROWS = {"query": (N, N, N, N), "key": (N, N, N, N), "value": (N, N, N, N)}
 VIRTUAL = {"prefix_key": (N, N, N, N), "prefix_value": (N, N, N, N)}
 BIASES = {"bias": (N, N, N, N), "prefix_bias": (N, N, N, N)}
@@ -138,6 +164,41 @@ def test_the_end_of_a_large_low_rank_product():
         out = lora_linear.shrink(x, a, 0.5, HALF)
     assert out.numel() > 1 << 31
     assert torch.equal(out[-16:], lora_linear.shrink(x[-16:], a, 0.5, HALF))
+
+
+def test_the_end_of_a_large_sum_of_terms():
+    rows, columns = (1 << 16) + 16, 1 << 15
+    t, a = [normal(rows, 3), normal(rows, 2)], [normal(3, columns), normal(2, columns)]
+    with last_programs():
+        out = lora_projections.tail_all(t, a, [None, None], HALF, HALF)
+    assert out.numel() > 1 << 31
+    t, a = [each[-16:] for each in t], [each[:, -32:] for each in a]
+    assert torch.equal(out[-16:, -32:], lora_projections.tail_all(t, a, [None, None], HALF, HALF))
+
+
+def test_the_end_of_large_low_rank_products_of_projections():
+    """The second's S lies behind 2**31 elements of the first's."""
+    rows = (1 << 23) + 16
+    x, a = normal(1, 5).expand(rows, -1), [normal(256, 5), normal(3, 5)]
+    with last_programs():
+        first, second = lora_projections.shrink_all(x, a, HALF, [None, None])
+    assert first.numel() > 1 << 31
+    for found, expected in zip(
+        (first, second), lora_projections.shrink_all(x[-16:], a, HALF, [None, None]), strict=True
+    ):
+        assert expected.all() and torch.equal(found[-16:], expected)
+
+
+def test_the_end_of_large_gradients_of_projections():
+    t, x = [normal(1, 256), normal(1, 3)], torch.empty(1, WIDE, dtype=HALF)
+    a = [torch.empty(256, WIDE, dtype=HALF), torch.empty(3, WIDE, dtype=HALF)]
+    x[:, -32:] = normal(32)
+    with last_programs():
+        (*_, second), _ = lora_projections.grad_all_columns(t, x, a, [None, None], with_tail=False)
+    small = [each[:, -32:] for each in a]
+    (*_, expected), _ = lora_projections.grad_all_columns(t, x[:, -32:], small, [None, None], with_tail=False)
+    assert second.storage_offset() > 1 << 31
+    assert expected.all() and torch.equal(second[2, -32:], expected[2])
 
 
 def test_the_end_of_a_large_mixed_product():
