@@ -38,12 +38,13 @@ class Call(NamedTuple):
 
 def expert_lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, ends):
     """The definition, for autograd, expert by expert; the adapter in its own dtype, one cast at the end."""
-    a, b = by_expert(lora_A, lora_B, len(weight))
-    parts, bounds = [], [0, *ends.tolist()]
-    for expert in range(len(weight)):
+    count, parts, bounds = len(weight), [], [0, *ends.tolist()]
+    rank = len(lora_A) // count
+    for expert in range(count):
         rows = slice(bounds[expert], bounds[expert + 1])
+        a, b = lora_A[expert * rank : (expert + 1) * rank], lora_B[:, expert::count]
         y = torch.nn.functional.linear(x[rows], weight[expert], None if bias is None else bias[expert])
-        term = (x[rows].to(a.dtype) @ a[expert].t()) @ b[expert].t() * scaling
+        term = (x[rows].to(a.dtype) @ a.t()) @ b.t() * scaling
         parts.append((y + term).to(y.dtype))
     return torch.cat(parts)
 

@@ -16,6 +16,7 @@ from fastpeft.ops.expert_lora_linear import (
     expert_lora_linear_reference,
 )
 from tests.memory import Allocations, saved_for_backward
+from tests.traffic import count_traffic
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -278,3 +279,19 @@ def test_what_does_not_fit_is_refused(case):
 def test_a_scaling_that_is_no_number_is_refused():
     with pytest.raises(OpError, match="scaling is '2'; a number is needed"):
         call(tensors_for("some"), "2")
+
+
+@pytest.mark.interpreter
+def test_a_step_launches_eight_kernels_and_reads_x_twice_whatever_the_number_of_experts():
+    launched = []
+    for shape in ("some", "experts without rows", "one expert"):
+        tensors = tensors_for(shape)
+        leaves = [tensors[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+        with backend("triton"), count_traffic() as traffic:
+            y = call(tensors)
+            dy = torch.ones_like(y)
+            torch.autograd.grad(y, leaves, dy)
+        launched.append([name for name in traffic.kernels() if name != "_sum_partials_kernel"])
+        assert traffic.loaded(tensors["x"]) == 2 * tensors["x"].nbytes
+        assert traffic.loaded(dy) == 2 * dy.nbytes
+    assert launched[0] == launched[1] == launched[2] and len(launched[0]) == 8

@@ -22,6 +22,7 @@ LAYOUTS = {  # samples of each adapter, of none, rows of a sample, ranks
     "apart": (((0, 3), (1, 2)), (4,), 11, (8, 24)),
     "decoding": (((0, 2, 5, 6), (1,), (3, 4)), (), 1, (4, 16, 8)),
     "one": (((0, 1),), (2,), 20, (5,)),
+    "experts": ((range(7), range(0), range(7, 40)), (), 1, (8, 8, 8)),
 }
 layouts = pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
 dropping = pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
