@@ -19,7 +19,6 @@ from fastpeft.ops._lora_linear_torch import (
     add_product,
     drop,
     dropout_of,
-    dropped,
     grad_b_and_t,
     product,
     row_blocks,
@@ -71,7 +70,7 @@ def _blocks(rows: int, columns: int, dropout: Dropout | Given | None) -> Iterato
 class _Room:
     """For blocks: made once, used for each."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype | None):
         self.dtype, self.made = dtype, {}
 
     def like(self, block: Tensor, name: str) -> Tensor:
@@ -127,6 +126,7 @@ def forward(x: Tensor, projections, seeds, call, keep: bool):
     s_down = None if down.a is None else torch.empty(len(x), len(down.a), dtype=down.a.dtype, device=x.device)
     act = ACTIVATIONS[call.activation][0]
     room = _Room(torch.promote_types(h.dtype, torch.float32))
+    dropping = _Room(None if s_down is None else s_down.dtype)
     for block, places in _blocks(*h.shape, dropout):
         _add_terms(block, products, (s_gate, s_up), projections, call)
         g, u, out = products[0][block], products[1][block], h[block]
@@ -137,7 +137,8 @@ def forward(x: Tensor, projections, seeds, call, keep: bool):
         if s_down is not None and places is None:
             product(out.to(s_down.dtype), down.a.t(), 1.0, s_down[block])
         elif s_down is not None:
-            product(dropped(out, s_down.dtype, places), down.a.t(), dropout.scale, s_down[block])
+            kept = drop(dropping.like(out, "h").copy_(out), places)
+            product(kept, down.a.t(), dropout.scale, s_down[block])
     y = linear(h, down.weight, down.bias)
     if s_down is not None:
         add_product(y, s_down, down.b.t(), call.scalings[2])
@@ -173,17 +174,19 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
     columns = products[0].shape[1]
     dropout = dropout_of(seed, call.dropouts[2], dy.device)
     da = _Sum(needs.a[2], t_down, columns)
-    dgate = sides = None
-    dup = dh = dy @ down.weight if needs.hidden else None
+    dgate = dup = dh = sides = None
+    blocks = _blocks(len(dy), columns, dropout)
     if needs.hidden:
-        dgate = torch.empty_like(dh)
+        blocks = list(blocks) if dropout is not None else blocks
+        dh = _grad_of_h(dy, t_down, down, blocks, dropout)
+        dgate, dup = torch.empty_like(dh), dh
         sides = [
             _Side(each, s[i], call.scalings[i], dh, needs.x or needs.a[i], needs.b[i])
             for i, each in enumerate((gate, up))
         ]
     act, act_grad = ACTIVATIONS[call.activation]
     room = _Room(torch.promote_types(products[0].dtype, torch.float32))
-    for block, places in _blocks(len(dy), columns, dropout):
+    for block, places in blocks:
         if call.recompute:
             _add_terms(block, products, s, projections, call)
         g, u = (each[block].to(room.dtype) for each in products)
@@ -193,8 +196,8 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
             da.add(t_down[block], h if places is None else drop(h, places), 1.0 if places is None else dropout.scale)
         if not needs.hidden:
             continue
-        if t_down is not None:
-            _add_masked(dh[block], t_down[block], down.a, places, dropout)
+        if t_down is not None and dropout is None:
+            add_product(dh[block], t_down[block], down.a)
         d = dh[block].to(room.dtype)
         into = dgate[block] if dgate.dtype == room.dtype else room.like(g, "grad")
         act_grad(torch.mul(d, u, out=other), g, into)
@@ -206,12 +209,17 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
     return dgate, dup, *(sides or (None, None)), da.result()
 
 
-def _add_masked(dh: Tensor, t: Tensor, a: Tensor, places: Tensor | None, dropout) -> None:
-    """dh += mask⊙(t a), in place."""
-    if places is None:
-        add_product(dh, t, a)
-    else:
-        dh.copy_(drop(product(t, a, dropout.scale), places).add_(dh))
+def _grad_of_h(dy: Tensor, t: Tensor | None, down, blocks, dropout) -> Tensor:
+    """dy W + mask⊙(t a) [M, H]; without dropout the second term is left to who next has a block in the cache."""
+    if dropout is None:
+        return dy @ down.weight
+    dh = dy.new_empty(len(dy), down.weight.shape[1])
+    for block, places in blocks:
+        if dh.dtype == t.dtype:
+            drop(product(t[block], down.a, dropout.scale, dh[block]), places)
+        else:
+            dh[block] = drop(product(t[block], down.a, dropout.scale), places)
+    return dh.addmm_(dy, down.weight)
 
 
 class _Wanted(NamedTuple):
