@@ -1,0 +1,114 @@
+"""What an op's own Python costs, in microseconds of the processor: `lora_linear` and a patched layer around it with
+kernels that compute nothing, beside a bare torch.autograd.Function of the same tensors, which is the least there is.
+
+    python -m benchmarks.overhead
+"""
+
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import nn
+
+import fastpeft
+
+CALLS, REPEATS = 2000, 7
+ROWS, WIDTH, RANK = 6, 8, 4
+
+
+class Bare(torch.autograd.Function):
+    """Saves what `lora_linear` saves, and gives what it is given."""
+
+    @staticmethod
+    def forward(ctx, y, x, weight, bias, a, b, s):
+        ctx.save_for_backward(x, weight, a, b, s, None)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, a, b, s, _ = ctx.saved_tensors
+        return None, x, None, None, a, b, None
+
+
+def empty_kernels(y: torch.Tensor, s: torch.Tensor):
+    """Within it the torch path of `lora_linear` gives these and computes nothing."""
+    path = importlib.import_module("fastpeft.ops._lora_linear_torch")
+    return mock.patch.multiple(
+        path,
+        forward=lambda *arguments: (y.detach(), s),
+        grad_b_and_t=lambda dy, s, b, scale, need_b, need_t: (b, s),
+        grad_a_and_x=lambda dy, x, t, weight, a, *rest: (a, x),
+    )
+
+
+def cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
+    """name -> (a forward, what wants a gradient of it); of `empty_kernels`."""
+    apply_lora = importlib.import_module("fastpeft.ops.lora_linear").apply_lora
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    layer = fastpeft.patch(nn.Sequential(nn.Linear(WIDTH, WIDTH)), fastpeft.LoraConfig(r=RANK, target_modules=["0"]))[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    weight, bias = layer.weight, layer.bias
+    y, s = torch.randn(ROWS, WIDTH), torch.randn(ROWS, RANK)
+    wanted = [x, a, b]
+    return {
+        "a bare Function": (lambda: Bare.apply(y, x, weight, bias, a, b, s), wanted),
+        "lora_linear": (lambda: apply_lora(x, weight, bias, None, a, b, 2.0, 0.0), wanted),
+        "a patched layer": (lambda: layer(x), wanted),
+    }
+
+
+def microseconds(action: Callable[[], object], calls: int = CALLS, repeats: int = REPEATS) -> float:
+    """Of one call: the least of the repeats, which nothing has disturbed."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.process_time()
+        for _ in range(calls):
+            action()
+        best = min(best, time.process_time() - start)
+    return best / calls * 1e6
+
+
+def python_calls(action: Callable[[], object]) -> int:
+    """Functions of Python's that one call enters: the same wherever it is counted."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    action()
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def measured(calls: int = CALLS, repeats: int = REPEATS) -> list[tuple[str, float, float, int]]:
+    """(name, forward, backward in microseconds, Python functions entered by a forward) of each case."""
+    rows, dy = [], torch.randn(ROWS, WIDTH)
+    with empty_kernels(torch.randn(ROWS, WIDTH), torch.randn(ROWS, RANK)):
+        for name, (forward, wanted) in cases().items():
+            y = forward()
+
+            def backward(y=y, wanted=wanted):
+                return torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+            times = [microseconds(action, calls, repeats) for action in (forward, backward)]
+            rows.append((name, *times, python_calls(forward)))
+    return rows
+
+
+def main() -> int:
+    print(f"{'':16}  forward us  backward us  Python functions")
+    for name, forward, backward, entered in measured():
+        print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {entered:16}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
