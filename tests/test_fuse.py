@@ -199,9 +199,10 @@ def test_generation_with_a_cache(way, seen):
     assert torch.equal(found, quietly(alone.generate, **inputs))
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["", "training"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode, seen):
-    model, alone = pair()
+def test_without_gradients(mode, training, seen):
+    model, alone = (each.train(training) for each in pair())
     with mode():
         assert_alike(
             dict(enumerate(model(**batch(length=n)).logits for n in (3, 5, 9))),

@@ -10,6 +10,7 @@ A checkpointed segment computes in backward what it computed in forward, tensor 
 waits until no such segment is open.
 """
 
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -59,11 +60,11 @@ class Siblings:
         before = getattr(_threads, "call", None)
         if before is not None and before.results:
             before.of.surprised()
-        _threads.call = _Call(self, self._runs_of_a_call(parent))
+        _threads.call = _Call(self, self._runs_of_a_call())
 
-    def _runs_of_a_call(self, parent: nn.Module) -> Runs | None:
+    def _runs_of_a_call(self) -> Runs | None:
         repeated = _is_backward()
-        if not (repeated or _may_be_repeated(parent)):
+        if not (repeated or _may_be_repeated()):
             return self.runs
         if not repeated:
             if not self.open:
@@ -151,11 +152,16 @@ def _is_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _may_be_repeated(parent: nn.Module) -> bool:
-    """Whether this may be a checkpointed segment's first call: of those that record no graph of their own by nothing
-    but that nothing records one in training."""
+def _may_be_repeated() -> bool:
+    """Whether this is a checkpointed segment's first call: under checkpoint's hooks, or (reentrant, DeepSpeed's) inside
+    the forward of an autograd.Function, which nothing tells but the stack."""
     if not torch.is_grad_enabled():
-        return parent.training
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",):
+                return True
+            frame = frame.f_back
+        return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
