@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fastpeft.cost import FP32, NOTHING, SEED, TOKEN, Work
+from fastpeft.plans import LORA_STRATEGIES
 
 # What a kernel is limited by besides the machine: how near to its peak products come.
 PRODUCT = "vendor's product"
@@ -42,7 +43,7 @@ FUSED_TAIL_RANK = {2: 64, 4: 32}
 
 
 def lora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int, dropout: float = 0.0) -> Launches:
-    """`strategy`: "frozen", "prewrite", "addmm", "augment" or "fused". Dropout's seed is read once by each kernel that
+    """`strategy`: "frozen", or one of fastpeft.plans.LORA_STRATEGIES. Dropout's seed is read once by each kernel that
     masks; under "addmm" and "augment" a kernel of its own then prewrites the term of dX."""
     x, y, w, a, b, s = (size * itemsize for size in (M * K, M * N, N * K, r * K, r * N, M * r))
     seed = SEED if dropout else 0
@@ -59,6 +60,7 @@ def lora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int,
         "addmm": [base, Launch("addmm_", PASS, Work(2 * M * r * N, s + b + 2 * y))],
         "augment": _beside(M * N, M * (K + r), N * (K + r), K + r, itemsize),
         "fused": [Launch("_tail_kernel", TRITON_PRODUCT, Work(2 * M * N * (K + r), x + w + s + b + y))],
+        "persistent": [Launch("_persistent_tail_kernel", TRITON_PRODUCT, Work(2 * M * N * (K + r), x + w + s + b + y))],
     }[strategy]
     if r <= ONE_READ_RANK:
         gradients = [Launch("_grad_b_and_t_kernel", PASS, Work(4 * M * r * N, y + s + b + s + b))]
@@ -80,6 +82,7 @@ def lora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int,
         "addmm": [base, Launch("addmm_", PASS, Work(2 * M * r * K, s + a + 2 * x))],
         "augment": _beside(M * K, M * (N + r), K * (N + r), N + r, itemsize),
         "fused": [Launch("_tail_kernel", TRITON_PRODUCT, fused)],
+        "persistent": [Launch("_persistent_tail_kernel", TRITON_PRODUCT, fused)],
     }[strategy]
     return [shrink, *forward], gradients
 
@@ -208,9 +211,7 @@ class Design(NamedTuple):
 
 _ATTENTION_SIZES = ("B", "H", "Hkv", "S", "P", "D")
 DESIGNS = {
-    "lora_linear": Design(
-        lora_linear, ("prewrite", "addmm", "augment", "fused"), ("M", "K", "N", "r"), PRODUCT, PRODUCT
-    ),
+    "lora_linear": Design(lora_linear, LORA_STRATEGIES, ("M", "K", "N", "r"), PRODUCT, PRODUCT),
     "prefix_attention": Design(prefix_attention, ("fused", "merge", "concat"), _ATTENTION_SIZES, FLASH, FLASH_BACKWARD),
     "gated_prompt_attention": Design(
         gated_prompt_attention, ("fused", "merge"), _ATTENTION_SIZES, FLASH, FLASH_BACKWARD

@@ -161,12 +161,28 @@ def _plan(inputs: Inputs, adapter_dtype: torch.dtype | None = None) -> str:
     return f"{plan.forward} forward, {plan.backward} backward, {plan.source}"
 
 
+def strategies_of(x: torch.Tensor, weight: torch.Tensor, adapter_dtype: torch.dtype) -> tuple[str, ...]:
+    """Those with figures of their own here: where "fused" stands in for "persistent" it would be timed twice."""
+    from fastpeft.kernels import lora_gemm
+    from fastpeft.plans import LORA_STRATEGIES
+
+    own = lora_gemm.serves(x, weight, adapter_dtype)
+    return tuple(name for name in LORA_STRATEGIES if name != "persistent" or own)
+
+
 def _strategy(name: str, label: str) -> Implementation:
     def build(inputs: Inputs) -> Call:
         return build_fastpeft(inputs, backend="triton", strategy=name)
 
     return Implementation(
-        f"fastpeft:{name}", label, build, strategy=name, needs_gpu=True, peer=False, rms_bound=MAX_RMS_RATIO
+        f"fastpeft:{name}",
+        label,
+        build,
+        strategy=name,
+        needs_gpu=True,
+        peer=False,
+        rms_bound=MAX_RMS_RATIO,
+        serves=lambda inputs: name in strategies_of(inputs.x, inputs.weight, inputs.x.dtype),
     )
 
 
@@ -212,6 +228,7 @@ IMPLEMENTATIONS = (
     _strategy("addmm", "vendor GEMM, then the low-rank term added in place"),
     _strategy("augment", "one vendor GEMM over operands copied side by side"),
     _strategy("fused", "one Triton GEMM with the low-rank term inside"),
+    _strategy("persistent", "one persistent Triton GEMM by descriptors, the low-rank term inside"),
     Implementation(
         "fastpeft:torch",
         "fastpeft, torch backend",

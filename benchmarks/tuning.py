@@ -156,7 +156,7 @@ class Course:
         known = {entry.bucket for entry in self.entries}
         for bucket in sorted(asked - known):
             numbers = candidates(bucket, self.device)
-            if len(numbers) == 1:
+            if len(numbers) < 2:
                 continue
             predicted = next(iter(numbers))
             calls = {name: with_tiles(call, self.device, {**adopted, bucket: n}) for name, n in numbers.items()}

@@ -18,7 +18,7 @@ from fastpeft import dispatch, tables
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.prefix_attention import prefix_attention, prefix_attention_reference
-from fastpeft.plans import ATTENTION_STRATEGIES, LORA_STRATEGIES, Plan
+from fastpeft.plans import ATTENTION_STRATEGIES, Plan
 from fastpeft.table_file import AttentionTileBucket, TileBucket
 
 from . import lora_linear_peers, prefix_attention_truth
@@ -129,7 +129,8 @@ class LoraTask:
         plan = dispatch.predicted_lora_plan(device, self.M)
         predicted = {"forward": plan.forward, "backward": plan.backward}
         reads = (1, 2) if self.rank <= ONE_READ_RANK else ()
-        return Prepared(self.bucket(), call, problems, LORA_STRATEGIES, predicted, reads)
+        strategies = lora_linear_peers.strategies_of(inputs.x, inputs.weight, self.adapter_dtype)
+        return Prepared(self.bucket(), call, problems, strategies, predicted, reads)
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,14 @@ class PrefixTask:
 @contextlib.contextmanager
 def tiles_asked() -> Iterator[set]:
     """Yields a set that fills with the tile buckets that launches within the block ask for."""
-    from fastpeft.kernels import _attention_tiles, _prefix_attention_decode, _tiles, lora_linear, prefix_attention
+    from fastpeft.kernels import (
+        _attention_tiles,
+        _prefix_attention_decode,
+        _tiles,
+        lora_gemm,
+        lora_linear,
+        prefix_attention,
+    )
 
     asked = set()
 
@@ -232,6 +240,7 @@ def tiles_asked() -> Iterator[set]:
     attention = recorder(_attention_tiles.attention_tiles, AttentionTileBucket)
     with (
         mock.patch.object(lora_linear, "tiles_for", recorder(_tiles.tiles_for, TileBucket)),
+        mock.patch.object(lora_gemm, "optional_tiles", recorder(_tiles.optional_tiles, TileBucket)),
         mock.patch.object(prefix_attention, "attention_tiles", attention),
         mock.patch.object(_prefix_attention_decode, "attention_tiles", attention),
     ):

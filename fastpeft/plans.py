@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-LORA_STRATEGIES = ("prewrite", "addmm", "augment", "fused")
+LORA_STRATEGIES = ("prewrite", "addmm", "augment", "fused", "persistent")
 ATTENTION_STRATEGIES = ("fused", "merge", "concat")  # which can be forced; decode is for one query alone
 GATED_STRATEGIES = ("fused", "merge")
 
@@ -13,8 +13,10 @@ class Plan(NamedTuple):
 
     prewrite: a kernel writes the rank-r term, the vendor's product accumulates onto it (beta = 1). addmm: the vendor's
     product first, the rank-r term added to it. augment: one vendor's product [x|S]·[W|B]ᵀ or [dY|T]·[W;A], for which
-    the operands are copied next to each other. fused: one Triton product carries both. Where rounding or dropout rule
-    one out, the nearest stands in: forward, an fp32 term is always added last; backward, a masked one is prewritten.
+    the operands are copied next to each other. fused: one Triton product carries both. persistent: so does one whose
+    tiles travel by descriptors (TMA), for 16-bit data on CUDA from compute capability 9.0 on. Where rounding or dropout
+    rule one out, the nearest stands in: forward, an fp32 term is always added last; backward, a masked one is
+    prewritten; fused stands in for persistent where rows are not aligned to 16 bytes or the device has no descriptors.
 
     Of `prefix_attention`, where backward goes as forward. fused: the kernels attend to prefix and sequence. merge: the
     vendor's flash to the sequence, and a kernel merges the prefix into its result. concat: the vendor's flash to both,

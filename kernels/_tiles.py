@@ -112,6 +112,10 @@ LARGE = (
     Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 256, depth=64), dropout=False),
     Row("tail", HALF, ANY, Tiles(128, 128, depth=64, ranks=32, stages=4)),
     Row("tail", SPLIT + TF32X3, ANY, Tiles(128, 128, depth=64, stages=4)),
+    Row("persistent", HALF, ANY, Tiles(128, 256, depth=64, ranks=32), dropout=False),
+    Row("persistent", SPLIT + TF32X3, ANY, Tiles(128, 256, depth=64), dropout=False),
+    Row("persistent", HALF, ANY, Tiles(128, 128, depth=64, ranks=32, stages=4)),
+    Row("persistent", SPLIT + TF32X3, ANY, Tiles(128, 128, depth=64, stages=4)),
     Row("grad_b_and_t", SPLIT, 32, Tiles(16, 512)),
     Row("grad_columns", SPLIT, 128, Tiles(32, 128)),
     Row("tail", SINGLE, ANY, Tiles(128, 128, depth=32)),
@@ -150,7 +154,8 @@ HIP = (
 
 SMALL = Tiles(16, 32, depth=32, warps=4, stages=1)  # so that every loop turns in small tests
 KERNELS = ("shrink", "tail", "expand", "grad_b_and_t", "grad_columns")
-INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL) for kernel in KERNELS)
+OPTIONAL = ("persistent",)  # on devices that copy tiles by descriptors
+INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL) for kernel in (*KERNELS, *OPTIONAL))
 
 FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_90": LARGE, "sm_100": (*SM_100, *LARGE)}
 
@@ -181,6 +186,9 @@ _CANDIDATES = (
 _LARGE_CANDIDATES = (
     Row("tail", HALF, 16, Tiles(128, 128, depth=64, ranks=32)),
     Row("tail", HALF, 16, Tiles(128, 256, depth=64, ranks=32, stages=4), dropout=False),
+    Row("persistent", HALF, 16, Tiles(128, 128, depth=64, ranks=32, stages=4), dropout=False),
+    Row("persistent", HALF, 16, Tiles(128, 256, depth=64, ranks=32, stages=4), dropout=False),
+    Row("persistent", HALF, 16, Tiles(256, 128, depth=64, ranks=32), dropout=False),
 )
 _SPILLING_ON_SM_100 = (
     Row("shrink", HALF, 16, Tiles(128, depth=64)),
@@ -229,23 +237,32 @@ def adopt(device: torch.device, name: str | None) -> None:
 def register(name: str, family: str, rows: list[Row]) -> None:
     """Makes `name` a family: these rows, and behind them those of `family`."""
     FAMILIES[name] = (*rows, *FAMILIES.get(family, CUDA))
-    tiles_for.cache_clear()
+    optional_tiles.cache_clear()
+
+
+def tiles_for(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> Tiles:
+    """The tiles of `kernel`; a family without a list of its own, known or not, has CUDA's."""
+    tiles = optional_tiles(kernel, rank, mode, dropout, family)
+    if tiles is None:
+        raise LookupError(f"no tiles for {kernel} in mode {mode} on {family}")
+    return tiles
 
 
 @functools.cache
-def tiles_for(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> Tiles:
-    """The tiles of `kernel`; a family without a list of its own, known or not, has CUDA's."""
-    for row in FAMILIES.get(family, CUDA):
-        if _serves(row, kernel, rank, mode, dropout):
-            return row.tiles
-    raise LookupError(f"no tiles for {kernel} in mode {mode} on {family}")
+def optional_tiles(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> Tiles | None:
+    """As `tiles_for`; None for one of OPTIONAL on a family that it does not serve."""
+    rows = FAMILIES.get(family, CUDA)
+    return next((row.tiles for row in rows if _serves(row, kernel, rank, mode, dropout)), None)
 
 
 def candidates(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> tuple[Tiles, ...]:
-    """What tuning tries for `kernel` at a rank block, the predicted tiles first. The compile gate has seen all of them;
-    a family that it does not compile for is offered its predicted ones alone."""
+    """What tuning tries for `kernel` at a rank block, the predicted tiles first; nothing where it does not serve. The
+    compile gate has seen all of them; a family that it does not compile for is offered its predicted ones alone."""
+    predicted = optional_tiles(kernel, rank, mode, dropout, family)
+    if predicted is None:
+        return ()
     others = (row.tiles for row in CANDIDATES.get(family, ()) if _serves(row, kernel, rank, mode, dropout))
-    return tuple(dict.fromkeys((tiles_for(kernel, rank, mode, dropout, family), *others)))
+    return tuple(dict.fromkeys((predicted, *others)))
 
 
 def _serves(row: Row, kernel: str, rank: int, mode: str, dropout: bool) -> bool:
@@ -255,7 +272,7 @@ def _serves(row: Row, kernel: str, rank: int, mode: str, dropout: bool) -> bool:
 
 def measured_row(kernel: str, rank: int, mode: str, dropout: bool, numbers: dict[str, int], family: str) -> Row | None:
     """The row of tiles that were measured at a rank block, or None if they are no candidates there."""
-    if kernel not in KERNELS or rank not in RANK_BLOCKS:
+    if kernel not in (*KERNELS, *OPTIONAL) or rank not in RANK_BLOCKS:
         return None
     tiles = Tiles(**numbers)
     if tiles not in candidates(kernel, rank, mode, dropout, family):

@@ -121,6 +121,8 @@ class Facts:
     tensor_core: dict[str, int]
     async_copies: int
     narrow_copies: int  # of fewer than 16 bytes
+    descriptors: int  # arguments that describe a tensor
+    descriptor_copies: int  # of tiles, by them
     float64: bool
     serialised: bool  # ptxas waits for each wgmma before the next: slower, not wrong
     fusion_stated: bool  # whether the launch says if a product and a sum may fuse; Triton's default is not constant
@@ -201,6 +203,8 @@ def inspect(launch: Launch, target: str, case: str) -> tuple[Facts, str]:
         tensor_core={unit: units.count(unit) for unit in sorted(set(units))},
         async_copies=len(copies),
         narrow_copies=sum(int(size, 16) < 16 for size in copies),
+        descriptors=sum(str(kind).startswith("tensordesc") for kind in launch.signature.values()),
+        descriptor_copies=len(re.findall(r"cp\.async\.bulk\.tensor", code)),
         float64=bool(re.search(r"\.f64|_f64", code)),
         serialised="are serialized" in log,
         fusion_stated="enable_fp_fusion" in launch.options,
@@ -222,6 +226,8 @@ def faults(facts: Facts, ttir: str, bounded: bool) -> Iterator[str]:
         yield "computes in float64"
     if not facts.fusion_stated:
         yield "launched without enable_fp_fusion"
+    if facts.descriptors and not facts.descriptor_copies:
+        yield "descriptors by which no tile is copied"
     yield from (f"an address hangs on a 32-bit product: {product}" for product in facts.narrow_products)
     yield from (f"a 32-bit index into a whole tensor: {offset}" for offset in facts.narrow_offsets)
     if bounded and (facts.spilled or facts.stack):

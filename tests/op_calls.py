@@ -61,7 +61,7 @@ LORA, MIXED = _linear((4, 16), (24, 4)), _linear((2, 16), (4, 16), (24, 2), (24,
 OPS = {  # name -> (the op, its tensors, its options, the plan that is forced)
     **{
         f"lora-{name}": (of_lora, LORA, {}, Plan(name, name, "test"))
-        for name in ("fused", "prewrite", "addmm", "augment")
+        for name in ("fused", "prewrite", "addmm", "augment", "persistent")
     },
     "lora-dropout": (of_lora, LORA, {"dropout": 0.5}, None),
     "mixed": (of_mixed, MIXED, {}, None),

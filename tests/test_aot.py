@@ -69,8 +69,18 @@ def planted(tmp_path_factory):
 
 def test_every_kernel_is_compiled_for_nvidia_and_amd(shipped):
     assert {"shrink_kernel", "sum_partials_kernel", "forward_kernel"} < KERNELS
-    for target in ("sm_90", "gfx942"):
-        assert {each["kernel"].split()[0] for each in shipped if each["target"] == target} == KERNELS
+    by_descriptors = {"persistent_tail_kernel"}
+    for target, kernels in (("sm_90", KERNELS | by_descriptors), ("gfx942", KERNELS)):
+        assert {each["kernel"].split()[0] for each in shipped if each["target"] == target} == kernels
+
+
+def test_tiles_travel_by_descriptors(shipped):
+    """x, W and the result, on both kinds of tensor cores."""
+    found = [each for each in shipped if each["kernel"].startswith("persistent_tail_kernel")]
+    assert {each["target"] for each in found} == {"sm_90", "sm_100"}
+    assert all(each["descriptors"] == 3 and each["descriptor_copies"] >= 6 for each in found)
+    units = {each["target"]: set(each["tensor_core"]) for each in found}
+    assert units == {"sm_90": {"wgmma.mma_async"}, "sm_100": {"tcgen05.mma"}}
 
 
 def test_nothing_spills(shipped):
@@ -158,6 +168,11 @@ def test_a_block_that_wants_all_registers_is_refused():
     assert list(aot.faults(_facts(registers=255), "", True)) == []
     (fault,) = aot.faults(_facts(registers=255, warps=16), "", True)
     assert fault == "130560 registers in a block, above 65536"
+
+
+def test_descriptors_that_copy_nothing_are_refused():
+    assert list(aot.faults(_facts(descriptors=3, descriptor_copies=8), "", True)) == []
+    assert list(aot.faults(_facts(descriptors=3), "", True)) == ["descriptors by which no tile is copied"]
 
 
 def test_spills_are_only_reported_of_what_is_not_bounded():

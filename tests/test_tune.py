@@ -307,6 +307,7 @@ def test_the_rehearsal_runs_the_whole_course(tmp_path):
     assert {entry.op for entry in table.entries} >= {"lora_linear", "prefix_attention", "tiles"}
     (lora,) = [entry for entry in table.entries if entry.op == "lora_linear"]
     names = ("prewrite forward", "addmm forward", "augment forward", "fused forward", "1 reads backward")
+    assert "persistent backward" in lora.median_ms
     assert set(names) <= lora.median_ms.keys() and lora.choice["reads"] in (1, 2)
     assert f"-> {path}" in done.stdout and "choices measured" in done.stdout
 

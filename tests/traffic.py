@@ -83,7 +83,8 @@ def _launch(function, arguments, keywords) -> Launch:
     signature = inspect.signature(function)
     known = {name: value for name, value in keywords.items() if name in signature.parameters}
     bound = signature.bind(*arguments, **known).arguments
-    tensors = {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: getattr(value, "base", value) for name, value in bound.items()}  # a descriptor has a base
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     return Launch(
         function.__name__,
         {name: _extent(tensor) for name, tensor in tensors.items()},

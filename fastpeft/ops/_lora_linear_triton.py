@@ -7,6 +7,7 @@ is a kernel's. Nothing here is written into but what was allocated here.
 import torch
 
 from fastpeft.dispatch import Plan
+from fastpeft.kernels import lora_gemm
 from fastpeft.kernels import lora_linear as kernels
 from fastpeft.kernels._common import DROPOUT_LEVELS, Dropout, dropout_threshold
 from fastpeft.ops._lora_linear_torch import add_product
@@ -45,8 +46,8 @@ def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
 
 def expand(s, x, weight, bias, b, scale, plan: Plan):
     """x Wᵀ + bias + s·S Bᵀ [M, N], S in hand."""
-    if plan.forward == "fused":
-        return kernels.tail(s, b, x.dtype, base=(x, weight), bias=bias, scale=scale)
+    if whole := _whole_product(plan.forward):
+        return whole(s, b, x.dtype, base=(x, weight), bias=bias, scale=scale)
     wide = s.dtype != x.dtype
     if plan.forward == "augment" and not wide and (abs(scale) <= 1 or s.dtype != torch.float16):  # s·S is in its range
         return torch.nn.functional.linear(_beside(x, s * scale, 1), _beside(weight, b, 1), bias)
@@ -56,6 +57,11 @@ def expand(s, x, weight, bias, b, scale, plan: Plan):
             return kernels.tail(s, b, y.dtype, residual=y, scale=scale)
         return add_product(y, s, b.t(), scale)
     return kernels.tail(s, b, x.dtype, bias=bias, scale=scale).addmm_(x, weight.t())
+
+
+def _whole_product(strategy: str):
+    """The kernel that computes the base product and the rank-r term in one, if that is the strategy."""
+    return {"fused": kernels.tail, "persistent": lora_gemm.tail}.get(strategy)
 
 
 def _beside(wide: torch.Tensor, narrow: torch.Tensor, dim: int) -> torch.Tensor:
@@ -94,8 +100,8 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, dx_dtype: torch.dtype
         da, seeded, _ = kernels.grad_columns(t, x, t.dtype, tail_of=a if prewrite else None, dropout=dropout)
     if not need_x:
         return da, None
-    if weight is not None and plan.backward == "fused":
-        return da, kernels.tail(t, a.t(), dy.dtype, base=(dy, weight.t()), dropout=dropout, out_dtype=dx_dtype)
+    if weight is not None and (whole := _whole_product(plan.backward)):
+        return da, whole(t, a.t(), dy.dtype, base=(dy, weight.t()), dropout=dropout, out_dtype=dx_dtype)
     if wide:
         return da, kernels.tail(t, a.t(), dy.dtype, residual=dy @ weight, dropout=dropout, out_dtype=dx_dtype)
     if weight is not None and plan.backward == "addmm" and exact:

@@ -12,6 +12,7 @@ import torch
 from benchmarks import designs
 from fastpeft import cost
 from fastpeft.dispatch import Plan, backend, override_plan
+from fastpeft.kernels import lora_gemm
 from fastpeft.kernels import lora_linear as lora_kernels
 from fastpeft.kernels import prefix_attention as attention_kernels
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK
@@ -24,7 +25,7 @@ SUMS = "_sum_partials_kernel"  # partial sums are no part of a ledger
 
 @pytest.fixture
 def one_processor(monkeypatch):
-    for module in (lora_kernels, attention_kernels):
+    for module in (lora_kernels, lora_gemm, attention_kernels):
         monkeypatch.setattr(module, "processor_count", lambda tensor: 1)
 
 

@@ -8,7 +8,7 @@ import torch
 from fastpeft.kernels import _attention_tiles, _tiles
 from fastpeft.kernels._common import dot_mode, rank_block
 from tests.aot import Case
-from tests.ops import aot_lora_linear, aot_prefix_attention
+from tests.ops import aot_lora_gemm, aot_lora_linear, aot_prefix_attention
 
 META = torch.device("meta")  # on which the recorded launches are
 
@@ -16,7 +16,7 @@ META = torch.device("meta")  # on which the recorded launches are
 def _with_each(module, launch, key: tuple) -> None:
     """`launch` once for each kernel and each of its candidates but the first, which is the predicted one."""
     family = _tiles.family_of(META)
-    for kernel in module.KERNELS:
+    for kernel in (*module.KERNELS, *getattr(module, "OPTIONAL", ())):
         for tiles in module.candidates(kernel, *key, family)[1:]:
             row = module.measured_row(kernel, *key, vars(tiles), family)
             for each in (_tiles, _attention_tiles):
@@ -34,6 +34,7 @@ def _lora_case(dtypes: str, rank: int, dropout: float) -> Case:
     def run():
         def launch():
             aot_lora_linear.launch_all(dtypes, rank, dropout, rows=(aot_lora_linear.MANY,))
+            aot_lora_gemm.launch_all(dtypes, rank, dropout)
 
         for burdened in (False, True):  # also without dropout there are burdened launches: an fp32 result
             _with_each(_tiles, launch, (rank_block(rank), mode, burdened))

@@ -21,7 +21,7 @@ DTYPES = {  # data, adapter
 EXACT_IN_INTERPRETER = ("fp32", "fp16", "fp16-fp32")
 
 STRATEGIES = ("fused", "prewrite", "addmm", "augment")
-PLANS = {name: Plan(name, name, "forced by a test") for name in STRATEGIES}
+PLANS = {name: Plan(name, name, "forced by a test") for name in (*STRATEGIES, "persistent")}
 
 # The interpreter truncates where it makes a bf16 of an fp32, which doubles the error of a rounding (a whole unit in
 # the last place for half of one) and shrinks every value by up to 2**-8, here S or T and then the result.
