@@ -12,7 +12,7 @@ waits until no such segment is open.
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ class Siblings:
     """The projections of one parent. runs: what was learned of their calls, None until one was watched. `settled` is
     what those calls go by that may be repeated in backward, of which `open` ones were not yet."""
 
-    def __init__(self, members: Sequence[nn.Module]):
-        self.members = list(members)
+    def __init__(self, members: dict[nn.Module, str]):
+        self.members = members  # and their names in the parent
         self.runs: Runs | None = None
         self.settled: Runs | None = None
         self.open = self.surprises = 0
@@ -210,23 +210,24 @@ def _fits(projection: Projection, x: Tensor) -> bool:
     return x.ndim > 0 and same and held and weight.device == x.device and weight.shape[-1] == x.shape[-1]
 
 
-def partners_of(layer: nn.Module) -> list[nn.Module] | None:
-    """The other projections with which a layer computes; none if it computes alone, None if that is not known yet."""
-    siblings = layer.__dict__.get(KEY)
+def in_words(layer: nn.Module) -> str:
+    """For a report: with which others a layer is one op; nothing if it is none."""
+    siblings: Siblings | None = layer.__dict__.get(KEY)
     if siblings is None:
-        return []
+        return ""
     if siblings.runs is None:
-        return None
-    whole = max((run for run in siblings.runs.values() if layer in run), key=len, default=[layer])
-    return [each for each in whole if each is not layer]
+        return "; one op with its neighbours if a call shows that they read one tensor"
+    run = max((run for run in siblings.runs.values() if layer in run), key=len, default=[layer])
+    names = ", ".join(siblings.members[each] for each in run)
+    return f"; {names} as one op, predicted to pay on GPUs" if len(run) > 1 else ""
 
 
 def join_siblings(model: nn.Module) -> None:
     """Let adapted projections compute together, wherever a module has several of one width."""
     for parent in list(model.modules()):
-        members = [child for child in dict.fromkeys(parent.children()) if _can_join(child)]
-        widths = [child.width()[1] for child in members]
-        members = [each for each, width in zip(members, widths, strict=True) if widths.count(width) > 1]
+        members = {child: name for name, child in parent.named_children() if _can_join(child)}
+        widths = Counter(child.width()[1] for child in members)
+        members = {child: name for child, name in members.items() if widths[child.width()[1]] > 1}
         if all(KEY in each.__dict__ for each in members):
             continue
         _part(parent)
