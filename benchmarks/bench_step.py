@@ -1,11 +1,11 @@
 """Whole training steps of a model with random weights: forward, backward, AdamW; frozen, HF peft and ours, interleaved.
 
     fastpeft bench step [--shape llama3-8b] ...    on a GPU the models of geometry.py in bf16, on a CPU small ones
-    python -m benchmarks.bench_step [--method lora|prefix|adapter] [--threads 2] [--rounds 12] [--clock cpu] [--profile]
+    python -m benchmarks.bench_step [--method lora|dora|prefix|…] [--threads 2] [--rounds 12] [--clock cpu] [--profile]
 
-The second line is the comparison on a CPU alone: a Llama of hidden 512 with LoRA of rank 16 on every linear layer,
-batch 4 of 256 tokens; one of hidden 256 with 30 virtual tokens, batch 2 of 1024 and 1 of 2048; fp32, and nothing of
-kernels. On a machine that others use too, `--threads 1 --clock cpu` counts the seconds of the process itself.
+The second line is the comparison on a CPU alone: a Llama of hidden 512 with LoRA or DoRA of rank 16 on every linear
+layer, batch 4 of 256 tokens; one of hidden 256 with 30 virtual tokens, batch 2 of 1024 and 1 of 2048; fp32, and nothing
+of kernels. On a machine that others use too, `--threads 1 --clock cpu` counts the seconds of the process itself.
 
 The floor is the frozen model: forward, and backward down to its embeddings. No time is shown before loss and gradients
 are right (step_check.py). What the host needs to issue a step is part of it, as in training: nothing covers it.

@@ -10,6 +10,7 @@ from .geometry import GEOMETRIES, Geometry
 from .request import Request
 
 RANK, VIRTUAL_TOKENS, ADAPTER_LEN, DROPOUT = 16, 30, 10, 0.05
+LORA = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear"}
 
 _SMALL = GEOMETRIES["small"]
 _WIDER = {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1408}
@@ -37,7 +38,8 @@ class Method:
 
 
 METHODS = {
-    "lora": Method("LORA", "LoraConfig", {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear"}),
+    "lora": Method("LORA", "LoraConfig", LORA),
+    "dora": Method("LORA", "LoraConfig", {**LORA, "use_dora": True}),
     "prefix": Method("PREFIX_TUNING", "PrefixTuningConfig", {"num_virtual_tokens": VIRTUAL_TOKENS}),
     "adapter": Method("ADAPTION_PROMPT", "AdaptionPromptConfig", {"adapter_len": ADAPTER_LEN}),
     "prompt": Method("PROMPT_TUNING", "PromptTuningConfig", {"num_virtual_tokens": VIRTUAL_TOKENS}),
@@ -72,7 +74,7 @@ class Case:
         """The adapter's configuration. LLaMA-Adapter is put into every layer, so that its backward is as long as the
         frozen model's."""
         found = {**METHODS[self.method].options, "task_type": self.geometry.task}
-        if self.method == "lora":
+        if self.method in ("lora", "dora"):
             found["lora_dropout"] = self.dropout
         if self.method == "adapter":
             arguments = self.geometry.arguments
@@ -101,6 +103,7 @@ ON_CPU = (
     Case("small", "adapter", 2, 512, "fp32"),
     Case("small", "prompt", 2, 512, "fp32"),
 )
+ON_DEMAND = (Case("llama-512", "dora", 4, 256, "fp32"), Case("llama-512", "dora", 4, 256, "fp32", DROPOUT))
 
 
 def cases(request: Request, methods: Sequence[str] = ()) -> list[Case]:
@@ -116,22 +119,22 @@ def cases(request: Request, methods: Sequence[str] = ()) -> list[Case]:
         sizes = f"rank {RANK}, {VIRTUAL_TOKENS} virtual tokens, {ADAPTER_LEN} of LLaMA-Adapter with one gate a layer"
         raise FastpeftError(f"--rank, --prefix and --per-head are for single ops: steps have {sizes}")
     found = []
-    for case in _usual(request):
+    for case in _usual(request, methods):
         for batch, seq in product(request.batches or (case.batch,), request.seqs or (case.seq,)):
             found.append(replace(case, batch=batch, seq=seq, dtype=request.data_type))
     if request.dropouts:
         undropped = [replace(case, dropout=0.0) for case in found]
         drawn = request.dropouts
-        found = [replace(c, dropout=p) for c in undropped for p in (drawn if c.method == "lora" else (0.0,))]
+        found = [replace(c, dropout=p) for c in undropped for p in (drawn if c.method in ("lora", "dora") else (0.0,))]
     return [case for case in dict.fromkeys(found) if not methods or case.method in methods]
 
 
-def _usual(request: Request) -> list[Case]:
+def _usual(request: Request, methods: Sequence[str]) -> list[Case]:
     if request.shapes:
         wanted = [(model, *each) for model in request.shapes for each in ALL_METHODS]
     elif request.tiny:
         if not request.quick:
-            return list(ON_CPU)
+            return [*ON_CPU, *(case for case in ON_DEMAND if case.method in methods)]
         wanted = [("tiny", *each) for each in ALL_METHODS]
     else:
         wanted = QUICK if request.quick else WANTED

@@ -21,7 +21,6 @@ from fastpeft.tuners.lora import LoraLinear
 from fastpeft.tuners.lora_parameters import LoraParameters
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.prompt_layer import PromptedEmbedding
-from fastpeft.tuners.siblings import in_words
 
 ROWS = 4096
 LEFT = "peft's own forward"  # in place of an op, of a layer of peft's that was left as it was
@@ -92,17 +91,18 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
         return LayerReport(path, kind, names, *_parameters_report(layer))
     if not isinstance(layer, LoraLinear):
         return LayerReport(path, kind, names, "torch modules", "torch", "no kernel serves this kind of module")
-    weight = stand_in(layer)
+    weight, plain = stand_in(layer), layer.plain_base()
+    op = "dora_linear" if plain and any(each.use_dora for each in layer._fastpeft.adapters.values()) else "lora_linear"
     try:
         choice = choose_backend(weight, weight.dtype, patched=layer._fastpeft.model.backend)
     except BackendError as error:
-        return LayerReport(path, kind, names, "lora_linear", "none", str(error))
+        return LayerReport(path, kind, names, op, "none", str(error))
     reason = choice.reason
     if choice.backend == "triton":
         reason += _strategies(layer, weight)
-    if not layer.plain_base():
+    if not plain:
         reason += "; the base product is its own class's"
-    return LayerReport(path, kind, names, "lora_linear", choice.backend, reason + in_words(layer))
+    return LayerReport(path, kind, names, op, choice.backend, reason)
 
 
 def experts_service(experts: nn.Module, rank: int, patched: str | None) -> tuple[str, str]:

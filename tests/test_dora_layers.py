@@ -106,3 +106,9 @@ def test_compiled_it_is_one_graph_with_one_node_for_the_norms():
     targets = [str(node.target) for node in graphs[0].graph.nodes]
     assert len(graphs) == 1 and targets.count("fastpeft.row_norms") == 1
     torch._dynamo.reset()
+
+
+def test_the_report_names_the_op():
+    hf, ours = pair_of(one, {"r": R, "use_dora": True, "target_modules": ["0"]})
+    for model in (ours, fastpeft.patch(hf)):
+        assert [row.op for row in fastpeft.report(model).layers] == ["dora_linear"]

@@ -200,6 +200,30 @@ def test_compiled_it_is_one_node(name):
     torch.library.opcheck(torch.ops.fastpeft.row_norms.default, (*tensors, SCALE, ""))
 
 
+@pytest.mark.interpreter
+def test_a_kernel_that_fails_is_answered_by_torch(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from fastpeft import fallback
+    from fastpeft.dispatch import Choice
+
+    def fail(*given):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    tensors = problem(37, 45, 5)
+    monkeypatch.setattr(kernels, "row_norms", fail)
+    with backend("triton"), pytest.raises(BackendError, match="row_norms, forward, on cpu"):
+        row_norms(*tensors, SCALE)
+    module = sys.modules["fastpeft.ops.row_norms"]
+    monkeypatch.setattr(module, "choose_backend", lambda *given, **more: Choice("triton", "as on a GPU"))
+    try:
+        with pytest.warns(RuntimeWarning, match="row_norms, forward, on cpu"):
+            found = row_norms(*tensors, SCALE)
+    finally:
+        fallback._failed.clear()
+    assert torch.equal(found, module.row_norms_torch(*tensors, SCALE))
+
+
 MUTANTS = [
     ("_row_norms_kernel", "last row", "m_n = rows < N", "m_n = rows < N - 1"),
     ("_row_norms_kernel", "last column", "m_k = inner < K - k", "m_k = inner < K - k - 1"),

@@ -17,7 +17,6 @@ from fastpeft.integrations.peft.tuners import TUNERS, SwappingAdaLora, SwappingM
 from fastpeft.neighbours import check_neighbours, check_peft_s_head
 from fastpeft.reporting import LEFT, LayerReport, Report, experts_service, rows_of
 from fastpeft.tuners.fusions import part_all
-from fastpeft.tuners.siblings import in_words
 
 ADAPTION = "peft.tuners.adaption_prompt.model.AdaptionPromptModel"
 
@@ -169,11 +168,13 @@ def _layer_rows(path: str, layer: FusedLayer) -> Iterator[LayerReport]:
     if not names:
         return
     a = layer.factors(names[0])[0]
-    dtype = layer.base_layer.weight.dtype if layer.plain_base() else a.dtype
+    plain = layer.plain_base()
+    op = "dora_linear" if plain and any(layer.settings(name).use_dora for name in names) else layer.op
+    dtype = layer.base_layer.weight.dtype if plain else a.dtype
     try:
         choice = choose_backend(a, dtype, patched=layer.backend())
     except BackendError as error:
-        yield LayerReport(path, kind, names, layer.op, "none", str(error))
+        yield LayerReport(path, kind, names, op, "none", str(error))
         return
-    reason = choice.reason if layer.plain_base() else f"{choice.reason}; the base product is its own class's"
-    yield LayerReport(path, kind, names, layer.op, choice.backend, reason + in_words(layer))
+    reason = choice.reason if plain else f"{choice.reason}; the base product is its own class's"
+    yield LayerReport(path, kind, names, op, choice.backend, reason)
