@@ -50,7 +50,7 @@ def test_as_right_as_eager_on_aligned_shapes_by_the_shipped_plan(dropout):
         assert_right(problem_of(ALIGNED, ALIGNED_OUTPUTS, 16, dropout=dropout), "bf16-fp32", GRADIENTS)
 
 
-@pytest.mark.parametrize("rank", [1, 24, 64, 65, 256])
+@pytest.mark.parametrize("rank", [1, 24, 64, 65, 256, 300, 1024])
 def test_at_rank(rank):
     with on("triton"):
         assert_right(problem_of(SHAPE, OUTPUTS, rank, dtypes="bf16").without_base(), "bf16")
