@@ -55,6 +55,7 @@ from fastpeft.errors import (
     TargetError,
 )
 from fastpeft.fallback import kernel_failures
+from fastpeft.fp8 import dequantise_base_fp8, quantise_base_fp8
 from fastpeft.fusing import fuse, unfuse
 from fastpeft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from fastpeft.kbit_training import prepare_model_for_kbit_training
@@ -110,6 +111,7 @@ __all__ = [
     "backend",
     "count_parameters",
     "delete_adapter",
+    "dequantise_base_fp8",
     "disable_adapter",
     "freeze_lora_A",
     "fuse",
@@ -132,6 +134,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "print_trainable_parameters",
     "prompt_embeddings_from_past_key_values",
+    "quantise_base_fp8",
     "report",
     "rescale_adapter_scale",
     "save_adapter",

@@ -1,6 +1,7 @@
 """`fastpeft check`: measure, on this very machine, how right the fused ops are. Results and every adapter gradient,
 beside eager torch in the same dtypes and HF peft, all against float64: the ops at the shapes of the model's layers,
-then the whole model with LoRA, with a prefix, and with gated prompts (LLaMA-Adapter)."""
+then the whole model with LoRA, with a prefix, and with gated prompts (LLaMA-Adapter). With --base fp8: what a base in
+float8 costs LoRA in accuracy."""
 
 import argparse
 import contextlib
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 
 import fastpeft
-from fastpeft import check_attention, check_lora, info
-from fastpeft.check_rows import USUAL, WHOLE, Measured, Row
+from fastpeft import check_attention, check_fp8, check_lora, info
+from fastpeft.check_rows import USUAL, WHOLE, Cost, Measured, Row
 from fastpeft.console import Console
 from fastpeft.dispatch import MAX_RANK
 from fastpeft.errors import ConfigError, FastpeftError, TargetError
@@ -22,13 +23,15 @@ from fastpeft.local_model import load_model, quiet_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = {"lora": check_lora.measure, "prefix": check_attention.measure, "adapter": check_attention.measure}
-OPS = {"lora": "lora_linear", "prefix": "prefix_attention", "adapter": "gated_prompt_attention"}
+BASES = {"fp8": check_fp8.measure}
+OPS = {"lora": "lora_linear", "prefix": "prefix_attention", "adapter": "gated_prompt_attention", "fp8": "fp8_linear"}
 MOST_VIRTUAL_TOKENS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a model of yours; default: a tiny Llama")
     parser.add_argument("--method", choices=(*METHODS, "all"), default="all", help="default all")
+    parser.add_argument("--base", choices=("own", *BASES), default="own", help="fp8: as quantise_base_fp8 makes it")
     parser.add_argument("--rank", type=_rank, default=8, metavar="R", help="of LoRA; default 8")
     parser.add_argument("--prefix", type=_tokens, default=8, metavar="P", help="virtual tokens; default 8")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base; default: the model's own, fp32 for the tiny one")
@@ -80,10 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(base: nn.Module, arguments, console: Console) -> tuple[dict[str, Measured], dict[str, str]]:
     """By method what was found, and why a method does not serve this model. Raises if none of those asked for does."""
     names = tuple(METHODS) if arguments.method == "all" else (arguments.method,)
+    if arguments.base != "own":
+        if arguments.method not in ("all", "lora"):
+            raise FastpeftError(f"--base {arguments.base} is checked with LoRA; leave out --method {arguments.method}")
+        names = (arguments.base,)
     found, refused, peft = {}, {}, _peft()
     for name in names:
         try:
-            found[name] = METHODS[name](name, base, arguments, peft, console)
+            found[name] = (METHODS | BASES)[name](name, base, arguments, peft, console)
         except (ConfigError, TargetError) as error:
             if len(refused) + 1 == len(names):
                 raise
@@ -129,6 +136,8 @@ def _show(console: Console, found: dict[str, Measured], refused: dict[str, str],
                 f"{method}, whole model, the worst layer of each name" if part == WHOLE else f"{OPS[method]}, {part}"
             )
             _table(console, f"{title}, on {measured.choice.backend}", [r for r in measured.rows if r.part == part])
+        for part in dict.fromkeys(cost.part for cost in measured.costs):
+            _costs(console, f"what the base in {method} costs, {part}", [c for c in measured.costs if c.part == part])
     console.line(("Errors are relative to float64. rms, max, row: ours over eager's, of all elements, the", "dim"))
     console.line(("greatest, the worst row. gain: the projection on float64, beside eager's. Bounds:", "dim"))
     for bounds in dict.fromkeys([USUAL, *(row.bounds for row in rows)]):
@@ -162,6 +171,15 @@ def _table(console: Console, title: str, rows: list[Row]) -> None:
     console.table(columns, cells, title=title)
 
 
+def _costs(console: Console, title: str, costs: list[Cost]) -> None:
+    columns = ("error of", "fp8 base", "own base", "fp8 - own", "max, fp8", "max, own")
+    cells = []
+    for cost in costs:
+        figures = (cost.fp8, cost.own, cost.apart, cost.fp8_peak, cost.own_peak)
+        cells.append([cost.tensor, *(f"{figure:.1e}" for figure in figures)])
+    console.table(columns, cells, title=title)
+
+
 def _write(
     arguments: argparse.Namespace, found: dict[str, Measured], refused: dict[str, str], faults: list[str]
 ) -> None:
@@ -170,12 +188,14 @@ def _write(
         "versions": info.versions(),
         "devices": info.devices(),
         "model": str(arguments.model or "tiny Llama"),
+        "base": arguments.base,
         "rank": arguments.rank,
         "prefix": arguments.prefix,
         "dropout": arguments.dropout,
         "dtype": arguments.dtype,
         "backends": {name: each.choice._asdict() for name, each in found.items()},
         "rows": [dataclasses.asdict(row) for each in found.values() for row in each.rows],
+        "costs": [dataclasses.asdict(cost) for each in found.values() for cost in each.costs],
         "notes": [note for each in found.values() for note in each.notes],
         "refused": refused,
         "faults": faults,

@@ -49,8 +49,8 @@ def extent_of(choice: Choice, rank: int) -> Extent:
     return Extent(op_rows=150 if choice.backend == "triton" else 70, op_draws=16 * more, model_draws=16 * more)
 
 
-def measure(method: str, base: nn.Module, arguments: argparse.Namespace, peft, console: Console) -> Measured:
-    """All rows. peft: the library, or None. Raises FastpeftError for what cannot be checked."""
+def adapted(base: nn.Module, arguments: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """A copy of the base with LoRA of random values on every linear layer, in eval mode; its configuration."""
     config = {
         "r": arguments.rank, "lora_alpha": 2 * arguments.rank, "lora_dropout": arguments.dropout,
         "target_modules": "all-linear", "task_type": task_of(type(base).__name__).value,
@@ -58,6 +58,12 @@ def measure(method: str, base: nn.Module, arguments: argparse.Namespace, peft, c
     torch.manual_seed(0)
     model = fastpeft.patch(copy.deepcopy(base), fastpeft.LoraConfig(**config)).eval()
     check_lora_model.randomize(model, seed=0)
+    return model, config
+
+
+def measure(method: str, base: nn.Module, arguments: argparse.Namespace, peft, console: Console) -> Measured:
+    """All rows. peft: the library, or None. Raises FastpeftError for what cannot be checked."""
+    model, config = adapted(base, arguments)
     layer = check_lora_model.lora_layers(model)[0][1]
     choice = choose_backend(layer.weight, layer.weight.dtype)
     console.line(str(fastpeft.report(model)))
@@ -105,13 +111,18 @@ def op_rows(model: nn.Module, arguments: argparse.Namespace, choice: Choice, ext
     return rows
 
 
+def train_layers(model: nn.Module) -> None:
+    """Let the adapters' dropout act, and the model's own not."""
+    for _, layer in check_lora_model.lora_layers(model):
+        layer.training = True
+
+
 def model_rows(
     base: nn.Module, model: nn.Module, config: dict, arguments: argparse.Namespace, choice: Choice, extent: Extent, peft
 ) -> list[Row]:
     """Logits and the adapter gradients of the whole model; of the layers of one name, the worst."""
     if arguments.dropout:
-        for _, layer in check_lora_model.lora_layers(model):
-            layer.training = True  # of the layer alone: the model's own dropouts stay off
+        train_layers(model)
     batches = check_model.batches(model, extent.model_draws, seed=1)
     seeded = list(enumerate(batches))
     eager, masks = zip(*(check_lora_model.eager(model, ids, arguments.dropout, s) for s, ids in seeded), strict=True)

@@ -75,12 +75,28 @@ class Row:
         return bool(self.faults), self.difference.rms
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a base in fewer bits adds to the error of one tensor, from float64 with the base as it was. fp8, own: rms
+    errors over the rms of the truth, of the base in float8 and of the one in its own dtype; apart: of their difference;
+    fp8_peak, own_peak: greatest errors over the rms of the truth."""
+
+    part: str
+    tensor: str
+    fp8: float
+    own: float
+    apart: float
+    fp8_peak: float
+    own_peak: float
+
+
 class Measured(NamedTuple):
-    """What was found of one method. notes: lines for the reader."""
+    """What was found of one method. notes: lines for the reader; costs: figures that are shown and not judged."""
 
     choice: Choice
     rows: list[Row]
     notes: tuple[str, ...] = ()
+    costs: tuple[Cost, ...] = ()
 
 
 def relative_error(got: Iterable[torch.Tensor], truth: Iterable[torch.Tensor]) -> float:

@@ -55,6 +55,7 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+_PLAIN = (type(None), nn.Parameter, torch.Tensor)  # weights that are no library's class
 
 
 def register(name: str, entry: Entry) -> None:
@@ -67,7 +68,7 @@ def register(name: str, entry: Entry) -> None:
 def entry_of(module: nn.Module) -> Entry | None:
     """The entry that serves a module; None if it is no quantised linear layer that is known."""
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-    return _found(type(module), None if weight is None else type(weight))
+    return _found(type(module), None if type(weight) in _PLAIN else type(weight))
 
 
 def is_quantised(weight: torch.Tensor) -> bool:
@@ -109,7 +110,9 @@ def storage(module: nn.Module) -> torch.Tensor:
 def stand_in(module: nn.Module) -> torch.Tensor:
     """A tensor of the device and of a dtype that calls of a layer may have: a dense layer's weight itself."""
     found = storage(module)
-    return found if found.is_floating_point() else torch.empty(0, device=found.device)
+    if not found.is_floating_point():
+        return torch.empty(0, device=found.device)
+    return found if found.itemsize > 1 else torch.empty(0, dtype=adapter_dtype(module), device=found.device)
 
 
 def adapter_dtype(module: nn.Module) -> torch.dtype | None:

@@ -22,6 +22,13 @@ TORCH = [
     ),
     Surface("torch.nn.Module", "fastpeft/distributed.py", has="_parameters"),
     Surface("torch.nn.Module", _CHECKPOINTS, has="_modules"),
+    Surface("torch.nn.Module._apply", "fastpeft/fp8_layer.py", takes="fn recurse"),
+    Surface(
+        "torch.nn.Module._load_from_state_dict",
+        "fastpeft/fp8_layer.py",
+        takes="state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
+    ),
+    Surface("torch._scaled_mm", "fastpeft/ops/fp8_linear.py"),
     Surface("torch.nn.Conv2d", "fastpeft/tuners/lora_kinds.py", has="_conv_forward"),
     Surface(
         "torch.nn.parallel.DistributedDataParallel", "fastpeft/distributed.py", has="_active_ddp_module static_graph"
@@ -188,6 +195,11 @@ MODELS = [
     ),
     Surface("transformers.PreTrainedModel", "fastpeft/patching.py", has="get_input_embeddings name_or_path"),
     Surface("transformers.PreTrainedModel", "fastpeft/neighbours.py", has="get_output_embeddings"),
+    Surface(
+        "transformers.PreTrainedModel",
+        "fastpeft/fp8.py",
+        has="base_model_prefix get_output_embeddings _keep_in_fp32_modules _keep_in_fp32_modules_strict",
+    ),
     Surface("transformers.PreTrainedModel", "fastpeft/attention/sites.py", has="get_encoder get_decoder"),
     Surface("transformers.PreTrainedModel.resize_token_embeddings", "fastpeft/model.py", takes="new_num_tokens"),
     Surface("transformers.GenerationMixin.generate", "fastpeft/mixed_batches.py", takes="generation_config"),
@@ -295,6 +307,7 @@ PEFT = [
         has="r scaling lora_A lora_B lora_dropout lora_variant lora_magnitude_vector base_layer merged_adapters "
         "disable_adapters active_adapters _check_forward_args",
     ),
+    Surface(f"{_LORA}.LoraLayer", "fastpeft/fp8.py", has="lora_variant merged_adapters base_layer"),
     Surface(f"{_LORA}.LoraLayer._check_forward_args", "fastpeft/integrations/peft/layers.py", takes="x"),
     Surface(
         f"{_LORA}.Linear.forward", "fastpeft/integrations/peft/layers.py", takes="x args kwargs", has="adapter_names"

@@ -8,6 +8,7 @@ from fastpeft.ops import _mixed_lora_linear_compiled as _mixed_lora_linear_compi
 from fastpeft.ops import _prefix_attention_compiled as _prefix_attention_compiled
 from fastpeft.ops import _prompt_embedding_compiled as _prompt_embedding_compiled
 from fastpeft.ops.expert_lora_linear import expert_lora_linear, expert_lora_linear_reference
+from fastpeft.ops.fp8_linear import fp8_linear, fp8_linear_reference
 from fastpeft.ops.gated_prompt_attention import gated_prompt_attention, gated_prompt_attention_reference
 from fastpeft.ops.lora_linear import dropout_mask, lora_linear, lora_linear_reference
 from fastpeft.ops.lora_mlp import lora_mlp, lora_mlp_reference
@@ -25,6 +26,8 @@ __all__ = [
     "dropout_mask",
     "expert_lora_linear",
     "expert_lora_linear_reference",
+    "fp8_linear",
+    "fp8_linear_reference",
     "gated_prompt_attention",
     "gated_prompt_attention_reference",
     "lora_linear",

@@ -63,6 +63,9 @@ class QuantisedLora(LoraLinear):
     def plain_base(self) -> bool:
         return False
 
+    def is_dense(self) -> bool:
+        return False
+
     def base_forward(self, *args, **kwargs):
         return quantised.call(self, super().base_forward, *args, **kwargs)
 

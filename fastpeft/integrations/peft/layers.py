@@ -27,7 +27,7 @@ class FusedLayer(Swapped, LinearArithmetic):
     def is_dense(self) -> bool:
         """Whether the base has its weight as a floating-point parameter and nothing more."""
         weight = self.base_layer._parameters.get("weight")
-        return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+        return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.itemsize > 1
 
     def base_forward(self, *args, **kwargs) -> Tensor:
         if self.is_dense():
