@@ -5,7 +5,7 @@ is run: `fastpeft bench lora`.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from .dtypes import DTYPES
 from .geometry import GEOMETRIES, GRID
 from .lora_linear_peers import IMPLEMENTATIONS, Inputs
 from .lora_linear_truth import LoraTruth
+from .replay import COVERED, FEW_ROWS, NAMES
 from .request import Request
 from .runner import Bench
 
@@ -22,6 +23,7 @@ OP, SIZES = "lora_linear", "M,K,N"
 MODEL, TINY = "llama3-8b", "tiny"
 RANKS = (16, 64, 8, 128)
 DROPOUTS = (0.0, 0.05)
+DECODED = (1, 8, 64)  # rows: samples of one new token each
 TINY_DROPOUTS = (0.0, 0.5)  # on the CPU torch rounds 1/(1-p) to bf16: a gain of 1.002 at 0.05, exact at 0.5
 SCALING = 0.75  # no power of two: those are exact in bf16 and hide where it is applied
 # LoRAFusion's own: square layers, with its dropout.
@@ -31,7 +33,7 @@ GRID_DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class Cell:
-    """x (M, K), weight (N, K), rank r. `compiled`: torch.compile takes part here."""
+    """x (M, K), weight (N, K), rank r. `compiled`: torch.compile takes part here. `launches`: one of `replay`'s."""
 
     name: str
     M: int
@@ -41,6 +43,7 @@ class Cell:
     dropout: float
     dtype: str
     compiled: bool = False
+    launches: str = COVERED
 
     @property
     def id(self) -> str:
@@ -84,16 +87,31 @@ def _of_model(name: str, geometry, layers: int | None = None) -> list[tuple[str,
     return [(f"{name} {layer}", (rows, *sizes)) for layer, sizes in list(geometry.linears.items())[:layers]]
 
 
+def _each_way(cells: list[Cell]) -> list[Cell]:
+    """The cells, those of few rows twice: replayed from a graph, and eager."""
+    found = []
+    for cell in cells:
+        ways = [replace(cell, name=f"{cell.name}, {name}", launches=way) for way, name in NAMES.items()]
+        found += ways if cell.M <= FEW_ROWS else [cell]
+    return found
+
+
+def _decoding() -> list[Cell]:
+    """The model's first layers for few rows."""
+    shapes = _of_model(MODEL, GEOMETRIES[MODEL], 2)
+    return _each_way([Cell(name, m, k, n, RANKS[0], 0.0, "bf16") for m in DECODED for name, (_, k, n) in shapes])
+
+
 def tiers(tiny: bool) -> list[list[Cell]]:
-    """Ranks outermost, so that rank 16 is done everywhere before any other begins; a tier is a rank. LoRAFusion's grid
-    comes last."""
+    """Ranks outermost, so that rank 16 is done everywhere before any other begins; a tier is a rank. Behind rank 16
+    come its few rows; LoRAFusion's grid comes last."""
     name = TINY if tiny else MODEL
     shapes = _of_model(name, GEOMETRIES[name], 2 if tiny else None)
     ranks, dropouts = (RANKS[:1], TINY_DROPOUTS) if tiny else (RANKS, DROPOUTS)
     found = [
         [Cell(name, *shape, rank, dropout, "bf16") for name, shape in shapes for dropout in dropouts] for rank in ranks
     ]
-    return found if tiny else [*found, _grid(Request())]
+    return found if tiny else [found[0], _decoding(), *found[1:], _grid(Request())]
 
 
 def _grid(request: Request) -> list[Cell]:
@@ -106,7 +124,8 @@ def _grid(request: Request) -> list[Cell]:
 
 
 def cells(request: Request) -> list[Cell]:
-    """Of each shape, with every rank (16) and every dropout (0 and 0.05, on a CPU 0.5) asked for."""
+    """Of each shape, with every rank (16) and every dropout (0 and 0.05, on a CPU 0.5) asked for; few rows, on a GPU,
+    are replayed and eager."""
     shapes = [("given", numbers) for numbers in request.numbers(SIZES)]
     for name, geometry in request.named(TINY if request.tiny else MODEL):
         shapes += request.first(_of_model(name, geometry))
@@ -117,7 +136,8 @@ def cells(request: Request) -> list[Cell]:
         for name, shape in shapes
         for dropout in request.dropouts or request.first(list(usual))
     ]
-    return found + (_grid(request) if GRID in request.shapes else [])
+    found += _grid(request) if GRID in request.shapes else []
+    return found if request.tiny else _each_way(found)
 
 
 UNDERSTANDS = ("rank", "dropout", "batch", "seq")

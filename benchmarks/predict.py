@@ -15,6 +15,7 @@ from fastpeft.errors import FastpeftError
 
 from . import designs
 from .designs import DESIGNS, Design, Launch
+from .replay import COVERED, EAGER
 
 ITEMSIZE = {"bf16": 2, "fp16": 2}  # the peaks are those of products of these
 
@@ -95,6 +96,8 @@ def predictions(
         raise FastpeftError(f"no prediction for the pass {passed!r}: choose one of {', '.join(PASSES)}")
     found = []
     for cell in cells:
+        if getattr(cell, "launches", COVERED) == EAGER:
+            continue  # a host's time is not predicted
         for machine in (MACHINES[name] for name in machines):
             times = _times(bench.op, cell, passed, machine)
             floor = times.pop("frozen")

@@ -27,6 +27,7 @@ from .harness import (
     timer_for,
     warm_up,
 )
+from .replay import COVERED, EAGER, GRAPH, captured
 from .report import FLOOR, OURS
 from .request import Request
 from .rows import Prepared, progress, row_of
@@ -42,7 +43,8 @@ class DeviceLost(RuntimeError):
 
 
 class Cell(Protocol):
-    """One shape with everything that is the same for all implementations. `compiled`: torch.compile runs here too."""
+    """One shape with everything that is the same for all implementations. `compiled`: torch.compile runs here too.
+    A cell may have `launches`, one of `replay`'s: how a GPU is given its kernels."""
 
     dtype: str
     dropout: float
@@ -144,15 +146,25 @@ def key_of_row(row: dict) -> tuple:
     return row["op"], tuple(row["shape"].values()), row["dropout"], row["dtype"]
 
 
-def prepare(implementation: Implementation, inputs: Any, truth: Truth, device: torch.device) -> Prepared:
-    """Build, run until compiled, check, and weigh one implementation."""
+def launches_of(cell: Cell, device: torch.device) -> str:
+    """How the cell's kernels are launched there; on a CPU there is one way."""
+    return getattr(cell, "launches", COVERED) if device.type == "cuda" else COVERED
+
+
+def prepare(
+    implementation: Implementation, inputs: Any, truth: Truth, device: torch.device, launches: str = COVERED
+) -> Prepared:
+    """Build, run until compiled, check, and weigh one implementation; what is replayed is checked as a replay."""
     try:
-        call = implementation.build(inputs)
-        first_s, host_ms = warm_up(call, device)
+        call = plain = implementation.build(inputs)
+        first_s, host_ms = warm_up(plain, device)
+        if launches == GRAPH:
+            call = captured(plain)
+            _, host_ms = warm_up(call, device)
         verdict = truth.verify(call, implementation.rms_bound) if implementation.name != FLOOR else None
         if verdict is not None and verdict.problems:
             return Prepared(implementation, "wrong", "; ".join(verdict.problems), verdict=verdict)
-        memory = measure_memory(call, device, count_saved=not implementation.compiled)
+        memory = measure_memory(plain, device, count_saved=not implementation.compiled)
     except Missing as reason:
         return Prepared(implementation, "missing", str(reason))
     except Exception as error:  # a peer or a kernel may raise anything, and the others are still worth measuring
@@ -313,12 +325,12 @@ class Run:
         except torch.OutOfMemoryError as error:
             self._leave_out(bench.op, cell.id, None, f"no memory for its float64 truth: {_in_words(error)}")
             return []
-        prepared = []
+        prepared, launches = [], launches_of(cell, self.device)
         for implementation in members:
             if not implementation.serves(inputs):
                 continue
             self._enter(bench.op, cell.id, implementation.name, "check")
-            prepared.append(prepare(implementation, inputs, truth, self.device))
+            prepared.append(prepare(implementation, inputs, truth, self.device, launches))
             if prepared[-1].status == "failed":
                 require_device(self.device)
         del truth
@@ -329,7 +341,7 @@ class Run:
         samples = interleave(
             timer,
             {name: p.call for name, p in ready.items()},
-            {name: p.host_ms for name, p in ready.items()},
+            {} if launches == EAGER else {name: p.host_ms for name, p in ready.items()},
             rounds=tuple(self.plan["rounds"]),
             seconds=self.plan["seconds_per_cell"],
         )

@@ -25,7 +25,10 @@ def test_a_model_by_name_is_its_linear_layers():
     assert asked(quick=True) == [("llama3-8b q/o", 8192, 4096, 4096, 16, 0.0)]
     bert = asked(shapes=("bert-base",), batches=(2,), seqs=(10, 20), ranks=(8, 64), dropouts=(0.1,))
     kinds = [("q/k/v/o", 768, 768), ("up", 768, 3072), ("down", 3072, 768)]
-    assert bert == [(f"bert-base {name}", m, k, n, r, 0.1) for r in (8, 64) for m in (20, 40) for name, k, n in kinds]
+    assert bert == [
+        (f"bert-base {name}, {way}", m, k, n, r, 0.1)
+        for r in (8, 64) for m in (20, 40) for name, k, n in kinds for way in ("replayed", "eager")
+    ]  # fmt: skip
 
 
 def test_lorafusions_grid_has_its_own_sizes_and_dropout():

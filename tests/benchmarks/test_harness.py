@@ -198,10 +198,10 @@ def test_the_plan_begins_with_what_matters_most():
     of = {op: [cell for bench, cell in cells if bench.op == op] for op in BY_OP}
     of_lora, of_prefix, of_prompt = of["lora_linear"], of["prefix_attention"], of["gated_prompt_attention"]
     assert {op: len({cell.id for cell in found}) for op, found in of.items()} == {
-        "lora_linear": 38, "prefix_attention": 17, "gated_prompt_attention": 6, "prompt_embedding": 3,
+        "lora_linear": 50, "prefix_attention": 17, "gated_prompt_attention": 6, "prompt_embedding": 3,
         "mixed_lora_linear": 4,
     }  # fmt: skip
-    assert len(cells) == 68
+    assert len(cells) == 80
     assert [(c.name, c.r, c.dropout) for c in of_lora[:4]] == [
         ("llama3-8b q/o", 16, 0.0),
         ("llama3-8b q/o", 16, 0.05),
@@ -210,9 +210,9 @@ def test_the_plan_begins_with_what_matters_most():
     ]
     first = [cell for _, cell in cells[:14]]
     assert first == of_lora[:8] + of_prefix[:3] + of_prompt[:3] and {cell.r for cell in of_lora[:8]} == {16}
-    assert {(c.name, c.r, c.dropout) for c in of_lora[32:]} == {("lorafusion-grid", 16, 0.1)}
+    assert {(c.name, c.r, c.dropout) for c in of_lora[44:]} == {("lorafusion-grid", 16, 0.1)}
     assert [(c.S, c.P, c.H, c.Hkv) for c in of_prefix[:3]] == [(s, 30, 32, 8) for s in (2048, 512, 8192)]
-    assert [cell.compiled for cell in of_lora] == [True] * 2 + [False] * 36
+    assert [cell.compiled for cell in of_lora] == [True] * 2 + [False] * 48
     assert [cell.compiled for cell in of_prefix] == [True] * 2 + [False] * 15
     assert plan["without"] == {op: {} for op in BY_OP} and json.loads(json.dumps(plan)) == plan
 
