@@ -3,6 +3,7 @@
 from . import (
     bench_gated_prompt_attention,
     bench_lora_linear,
+    bench_lora_projections,
     bench_mixed_lora_linear,
     bench_prefix_attention,
     bench_prompt_embedding,
@@ -14,6 +15,7 @@ BENCHES = {
     "adapter": bench_gated_prompt_attention.BENCH,
     "prompt": bench_prompt_embedding.BENCH,
     "mixed": bench_mixed_lora_linear.BENCH,
+    "projections": bench_lora_projections.BENCH,
 }
 BY_OP = {bench.op: bench for bench in BENCHES.values()}
 STEP = "step"  # whole training steps, which are no op: see bench_step

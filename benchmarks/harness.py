@@ -17,33 +17,35 @@ import torch
 
 FLUSH_BYTES = 256 << 20  # five times the 50 MB of an H100's L2, the largest cache this meets is 126 MB (B200)
 MAX_COVER_MS = 20.0
+Outputs = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 @dataclass
 class Call:
-    """One implementation, bound to tensors: forward() -> y, and the leaves whose gradients its backward owes.
+    """One implementation, bound to tensors: forward() -> y, or several of them in a tuple and `grad` likewise, and the
+    leaves whose gradients its backward owes.
 
     `leaves` maps names to tensors that require a gradient; `frozen` holds what does not (a base weight), by name, so
     that a check can change it. `activations` names the leaves that are no parameters: memory that keeping them costs is
     counted. `context` is entered around forward and around backward.
     """
 
-    forward: Callable[[], torch.Tensor]
+    forward: Callable[[], Outputs]
     leaves: dict[str, torch.Tensor]
-    grad: torch.Tensor
+    grad: Outputs
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     context: Callable[[], Any] = nullcontext
     activations: tuple[str, ...] = ("x",)
 
-    def run_forward(self) -> torch.Tensor:
+    def run_forward(self) -> Outputs:
         with self.context():
             return self.forward()
 
-    def run_backward(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run_backward(self, y: Outputs) -> tuple[torch.Tensor, ...]:
         with self.context():
             return torch.autograd.grad(y, list(self.leaves.values()), self.grad)
 
-    def run(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def run(self) -> tuple[Outputs, tuple[torch.Tensor, ...]]:
         y = self.run_forward()
         return y, self.run_backward(y)
 
@@ -245,7 +247,8 @@ def measure_memory(call: Call, device: torch.device, *, count_saved: bool = True
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor) if count_saved else nullcontext()
     with hooks:
         y = call.run_forward()
-    held = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes() if on_gpu else None
+    results = sum(each.untyped_storage().nbytes() for each in (y if isinstance(y, tuple) else (y,)))
+    held = torch.cuda.memory_allocated() - before - results if on_gpu else None
     grads = call.run_backward(y)
     synchronize(device)
     peak = torch.cuda.max_memory_allocated() - before if on_gpu else None

@@ -81,6 +81,25 @@ def lora_linear(passed: str, *, M: int, K: int, N: int, r: int, itemsize: int, d
     return of_pass(passed, forward, backward)
 
 
+def lora_projections(
+    passed: str, *, M: int, K: int, N: tuple[int, ...], r: int, itemsize: int, dropout: float = 0.0
+) -> Work:
+    """LoRA linears of N[0], N[1], ... outputs on one x (M, K), each of rank r; r=0: the frozen layers.
+
+    As `lora_linear` each, but x is read once in forward and once in backward, and there is one dX.
+    """
+    _checked(1, M=M, K=K, itemsize=itemsize, **{f"N[{i}]": n for i, n in enumerate(N)})
+    _checked(0, r=r)
+    outputs, count = sum(N), len(N)
+    base, product = M * K + K * outputs + M * outputs, 2 * M * K * outputs
+    adapters, low_rank = r * (count * K + outputs), 2 * M * r * (count * K + outputs)
+    seeds = SEED * count if r and dropout else 0
+    forward = Work(product + low_rank, (base + adapters + count * M * r) * itemsize + seeds)
+    kept = M * K + count * M * r if r else 0
+    backward = Work(product + 2 * low_rank, (base + kept + 2 * adapters) * itemsize + seeds)
+    return of_pass(passed, forward, backward)
+
+
 def mixed_lora_linear(
     passed: str, *, B: int, S: int, K: int, N: int, served: tuple[tuple[int, int], ...], itemsize: int
 ) -> Work:

@@ -23,6 +23,13 @@ SMALL_CASES = [
     (cost.lora_linear, "fwd", {"M": 2, "K": 3, "N": 5, "r": 2, "itemsize": 4, "dropout": 0.1}, Work(124, 51 * 4 + 8)),
     (cost.lora_linear, "fwd", {"M": 2, "K": 3, "N": 5, "r": 0, "itemsize": 2, "dropout": 0.1}, Work(60, 31 * 2)),
     (cost.lora_linear, "fwd+bwd", {"M": 2, "K": 3, "N": 5, "r": 0, "itemsize": 2}, Work(120, 62 * 2)),
+    # One x of 2 rows for 5 and 4 outputs: x 6, y 18, W 27, A, B 30, S 8 elements, of which backward reads x and S once
+    # more and has A, B twice; products 2·2·27, low-rank ones 2·2·2·15.
+    (cost.lora_projections, "fwd", {"M": 2, "K": 3, "N": (5, 4), "r": 2, "itemsize": 2},
+     Work(108 + 120, (51 + 30 + 8) * 2)),
+    (cost.lora_projections, "bwd", {"M": 2, "K": 3, "N": (5, 4), "r": 2, "itemsize": 2, "dropout": 0.1},
+     Work(108 + 240, (51 + 14 + 60) * 2 + 16)),
+    (cost.lora_projections, "fwd+bwd", {"M": 2, "K": 3, "N": (5, 4), "r": 0, "itemsize": 2}, Work(216, 102 * 2)),
     # Three samples of 2 rows, one of them with rank 2 and one with rank 1: x 18, y 30, W 15, A, B 24, S 6 elements, of
     # which backward reads 12 of x's once more and has A, B twice; products 2·6·15, low-rank ones 2·6·8.
     (cost.mixed_lora_linear, "fwd", {"B": 3, "S": 2, "K": 3, "N": 5, "served": ((1, 2), (1, 1)), "itemsize": 2},
