@@ -18,6 +18,7 @@ from fastpeft.kernels import (
     _tiles,
     dora_linear,
     lora_linear,
+    lora_mlp,
     lora_projections,
     mixed_lora_linear,
     prompt_embedding,
@@ -31,7 +32,7 @@ MODES = ("half", "split", "tf32x3", "tf32", "ieee")
 KERNELS = {
     name.strip("_")
     for module in (
-        *(lora_linear, mixed_lora_linear, lora_projections, dora_linear, row_norms),
+        *(lora_linear, lora_mlp, mixed_lora_linear, lora_projections, dora_linear, row_norms),
         *(_attention_kernels, _attention_decode, prompt_embedding),
     )
     for name in vars(module)
