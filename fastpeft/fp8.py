@@ -42,8 +42,8 @@ def quantise_base_fp8(
     Adapters may be in the model already or come later, of any method, natively or through peft; merging quantises the
     sum again. On a GPU with such products (H100, H200, ...) and in bf16, with sizes in multiples of 16, forward's are
     of 8 bits; those of backward, and all others, are of numbers that were made wider. In the state dict a layer has
-    `weight` in float8 and `weight_scale` beside it, which `load_state_dict` reads and `from_pretrained` does not: keep
-    the checkpoint that the base came from.
+    `weight` in float8, in one dimension, and `weight_scale` beside it, which `load_state_dict` of such a model reads
+    and `from_pretrained` refuses: keep the checkpoint that the base came from.
 
     Args:
         model: any module; its weights on the device where they will be.

@@ -24,7 +24,8 @@ class Fp8Linear(nn.Linear):
     """y = x Wᵀ + bias as `fastpeft.ops.fp8_linear` computes it. `fastpeft.quantise_base_fp8` makes them of torch's.
 
     weight: (N, K) torch.float8_e4m3fn, frozen. weight_scale: (N, 1) fp32, a buffer. Both keep their dtypes whatever
-    dtype the model is given, and a state dict has them as they are.
+    dtype the model is given. A state dict has both, and weight in one dimension: whoever takes it for the weight of a
+    torch.nn.Linear, as `from_pretrained` would, finds that its shape does not fit.
     compute_dtype: of the weight before, and of adapters and the dense weight now.
     original: the weight before, on the CPU, if it was kept. wanted_grad: whether the weight before was to be trained
     without the patch.
@@ -52,20 +53,25 @@ class Fp8Linear(nn.Linear):
             child._apply(fn)
         return super()._apply(keeping, recurse=False)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].flatten()
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        names = (f"{prefix}weight", f"{prefix}weight_scale")
-        there = [name for name in names if name in state_dict]
-        if there and (len(there) < 2 or state_dict[names[0]].dtype != FP8):
-            error_msgs.append(
-                f"{prefix}weight is kept in float8 with {prefix}weight_scale, and this state dict has "
-                f"{', '.join(f'{name} ({state_dict[name].dtype})' for name in there)}; "
-                "call fastpeft.dequantise_base_fp8(model) first"
-            )
-            return
-        if there:
+        name = f"{prefix}weight"
+        weight, scale = state_dict.get(name), state_dict.get(f"{name}_scale")
+        if weight is not None or scale is not None:
+            if scale is None or weight is None or weight.dtype != FP8 or weight.numel() != self.weight.numel():
+                found = "no weight" if weight is None else f"{weight.dtype} of {weight.numel()} numbers"
+                error_msgs.append(
+                    f"{name} is kept in float8, {self.weight.numel()} numbers, with {name}_scale; this state dict has "
+                    f"{found} with {'no' if scale is None else 'a'} scale; fastpeft.dequantise_base_fp8(model) first"
+                )
+                return
             self.original = None
+            state_dict = {**state_dict, name: weight.view(self.weight.shape)}
         others = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *others)
 

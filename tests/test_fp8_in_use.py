@@ -12,7 +12,7 @@ from fastpeft import quantised
 from fastpeft.errors import PatchError, TargetError
 from tests.models import batch, differences, snapshot, tiny
 from tests.peft_pair import quietly, randomise
-from tests.test_fp8 import ALL, FP8, Model, R, error, frozen, in_fp8, lora, patched, rows
+from tests.test_fp8 import ALL, FP8, K, Model, N, R, error, frozen, in_fp8, lora, patched, rows
 
 
 def test_the_dtypes_stay_whatever_the_model_s_is(tmp_path):
@@ -39,19 +39,39 @@ def test_state_dicts():
         other.layer.weight.mul_(-3)
     fastpeft.quantise_base_fp8(other, ["layer"], keep=True)
     states = model.state_dict()
-    assert states.keys() == dense.keys() | {"layer.weight_scale"} and states["layer.weight"].dtype == FP8
+    assert states.keys() == dense.keys() | {"layer.weight_scale"}
+    assert states["layer.weight"].dtype == FP8 and states["layer.weight"].shape == (N * K,)
+    assert states["layer.weight"].data_ptr() == model.layer.weight.data_ptr()
     other.load_state_dict(states)
     assert torch.equal(other(rows()), model(rows())) and other.layer.original is None
-    y, message = other(rows()), r"layer.weight is kept in float8 .*dequantise_base_fp8\(model\) first"
-    for wrong in (dense, {k: v for k, v in states.items() if k != "layer.weight_scale"}):
+    y, scaleless = other(rows()), {name: each for name, each in states.items() if name != "layer.weight_scale"}
+    weightless = {name: each for name, each in states.items() if name != "layer.weight"}
+    short = {**states, "layer.weight": states["layer.weight"][1:]}
+    for wrong, found in [
+        (dense, "torch.float32 of 792 numbers with no scale"),
+        (scaleless, "torch.float8_e4m3fn of 792 numbers with no scale"),
+        (weightless, "no weight with a scale"),
+        (short, "torch.float8_e4m3fn of 791 numbers with a scale"),
+    ]:
         for strict in (True, False):
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(RuntimeError, match=rf"this state dict has {found}; fastpeft.dequantise_base_fp8"):
                 other.load_state_dict(wrong, strict=strict)
     assert torch.equal(other(rows()), y)
-    with pytest.raises(RuntimeError, match="Unexpected key.*layer.weight_scale"):
-        Model().load_state_dict(states)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="size mismatch for layer.weight"):
+            Model().load_state_dict(states, strict=strict)
     other.load_state_dict({"head.bias": torch.zeros(5)}, strict=False)
     assert other.head.bias.eq(0).all()
+
+
+def test_what_transformers_saves_of_it_is_not_loaded_as_something_else(tmp_path):
+    """Codes without their scales would be taken for weights."""
+    model = fastpeft.quantise_base_fp8(frozen())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path)
+    fastpeft.dequantise_base_fp8(model).save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**batch()).logits, model(**batch()).logits)
 
 
 def test_a_fused_model_computes_layer_by_layer():

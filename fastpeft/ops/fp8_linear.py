@@ -42,7 +42,7 @@ def quantise_rows(t_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     t_MK = t_MK.float() if t_MK.dtype == torch.float64 else t_MK
     scale = row_scales(t_MK)
     rows = max(BLOCK // t_MK.shape[-1], 1)
-    if torch.compiler.is_compiling() or len(t_MK) <= rows:
+    if torch.compiler.is_compiling() or t_MK.shape[0] <= rows:
         return (t_MK / scale).to(FP8), scale
     codes = torch.empty(t_MK.shape, dtype=FP8, device=t_MK.device)
     for out, part, by in zip(codes.split(rows), t_MK.split(rows), scale.split(rows), strict=True):
@@ -66,12 +66,13 @@ def fp8_linear_reference(x, weight, weight_scale, bias=None):
 def served(x_MK: torch.Tensor, weight_NK: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the vendor's product of 8 bits computes this call: by the device, sizes in multiples of 16, and a result
     in bf16, the one dtype that every release of torch from 2.11 gives it in."""
-    if not x_MK.is_cuda or torch.version.hip or dtype != torch.bfloat16 or not len(x_MK):
+    if not x_MK.is_cuda or torch.version.hip or dtype != torch.bfloat16 or x_MK.shape[0] == 0:
         return False
     outputs, inputs = weight_NK.shape
     if outputs % MULTIPLE or inputs % MULTIPLE or not weight_NK.is_contiguous():
         return False
-    return torch.cuda.get_device_capability(x_MK.device) in CAPABILITIES
+    device = torch.cuda.get_device_properties(x_MK.device)  # which torch.compile knows, unlike the capability itself
+    return (device.major, device.minor) in CAPABILITIES
 
 
 def product(x_MK, weight_NK, scale_N1, bias_N, dtype: torch.dtype) -> torch.Tensor:

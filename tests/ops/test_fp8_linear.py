@@ -3,14 +3,17 @@ subset of gradients, dtypes, layouts, rows without numbers; the calls that the v
 
 import itertools
 import math
+import types
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from fastpeft.errors import OpError
 from fastpeft.ops import fp8_linear, fp8_linear_reference
 from fastpeft.oracle import Bounds, compare
+from tests.host_sync import HostSync
 from tests.memory import saved_for_backward
 
 FP8 = torch.float8_e4m3fn
@@ -192,7 +195,8 @@ def test_checkpointing(reentrant):
 def test_one_graph_for_every_length():
     torch._dynamo.reset()
     _, weight, scale, bias, _, _ = made((1,), 33, 24)
-    compiled = torch.compile(lambda x: fp8_linear(x, weight, scale, bias), backend="aot_eager", fullgraph=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: fp8_linear(x, weight, scale, bias), backend=counter, fullgraph=True)
     for rows in (4, 9, 17):
         found, expected = (made((rows,), 33, 24)[0].requires_grad_() for _ in range(2))
         y = compiled(found)
@@ -200,6 +204,14 @@ def test_one_graph_for_every_length():
         y.square().sum().backward()
         fp8_linear(expected, weight, scale, bias).square().sum().backward()
         assert torch.equal(found.grad, expected.grad)
+    assert counter.frame_count == 2  # for the first length, then for every other
+
+
+def test_the_host_waits_for_nothing():
+    x, weight, scale, bias, _, _ = made((9,), 33, 24)
+    with HostSync() as host:
+        fp8_linear(x.requires_grad_(), weight, scale, bias.requires_grad_()).square().sum().backward()
+    assert not host.found
 
 
 class Cuda:
@@ -208,17 +220,15 @@ class Cuda:
     is_cuda, device = True, "cuda:0"
 
     def __init__(self, rows=4):
-        self.rows = rows
-
-    def __len__(self):
-        return self.rows
+        self.shape = (rows, 48)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_which_calls_the_vendor_s_product_serves(capability, monkeypatch):
     from fastpeft.ops.fp8_linear import served
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = dict(zip(("major", "minor"), capability, strict=True))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(**device))
     monkeypatch.setattr(torch.version, "hip", None)
     weight, bf16 = torch.zeros(32, 48).to(FP8), torch.bfloat16
     assert served(Cuda(), weight, bf16) == (capability in [(8, 9), (9, 0), (10, 0)])
