@@ -1,6 +1,7 @@
 """What there is to measure, by the names of the command line."""
 
 from . import (
+    bench_expert_lora_linear,
     bench_gated_prompt_attention,
     bench_lora_linear,
     bench_lora_projections,
@@ -16,6 +17,7 @@ BENCHES = {
     "prompt": bench_prompt_embedding.BENCH,
     "mixed": bench_mixed_lora_linear.BENCH,
     "projections": bench_lora_projections.BENCH,
+    "experts": bench_expert_lora_linear.BENCH,
 }
 BY_OP = {bench.op: bench for bench in BENCHES.values()}
 STEP = "step"  # whole training steps, which are no op: see bench_step

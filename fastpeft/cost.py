@@ -120,6 +120,21 @@ def mixed_lora_linear(
     return of_pass(passed, forward, backward)
 
 
+def expert_lora_linear(passed: str, *, M: int, E: int, K: int, N: int, r: int, itemsize: int) -> Work:
+    """The LoRA linear of E experts (N, K) that have M rows together, each some; r=0: without adapters.
+
+    As `lora_linear`, but for the weights and the adapters, of which there are E, each read once.
+    """
+    _checked(1, M=M, E=E, K=K, N=N, itemsize=itemsize)
+    _checked(0, r=r)
+    base, product = M * (K + N) + E * N * K, 2 * M * N * K
+    adapters, low_rank = E * r * (K + N), 2 * M * r * (K + N)
+    forward = Work(product + low_rank, (base + adapters + M * r) * itemsize)
+    kept = M * K + M * r if r else 0
+    backward = Work(product + 2 * low_rank, (base + kept + 2 * adapters) * itemsize)
+    return of_pass(passed, forward, backward)
+
+
 def prefix_attention(
     passed: str, *, B: int, H: int, Hkv: int, S: int, P: int, D: int, itemsize: int, causal: bool = True
 ) -> Work:

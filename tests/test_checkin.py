@@ -50,8 +50,8 @@ def test_the_whole_course_ends_in_time_with_every_step_done(course, document):
 def test_the_course_measures_every_op_and_whole_steps(document):
     rows = document["results"]
     assert {row["op"] for row in rows} == {
-        *("lora_linear", "mixed_lora_linear", "lora_projections", "prefix_attention", "gated_prompt_attention"),
-        *("prompt_embedding", "step"),
+        *("lora_linear", "mixed_lora_linear", "expert_lora_linear", "prefix_attention", "gated_prompt_attention"),
+        *("prompt_embedding", "lora_projections", "step"),
     }
     assert {row["pass"] for row in rows if row["op"] == "lora_linear"} == {"fwd", "bwd", "fwd+bwd"}
     assert {row["status"] for row in rows} <= {"ok", "missing"}

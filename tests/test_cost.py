@@ -36,6 +36,13 @@ SMALL_CASES = [
      Work(180 + 96, (63 + 24 + 6) * 2)),
     (cost.mixed_lora_linear, "bwd", {"B": 3, "S": 2, "K": 3, "N": 5, "served": ((1, 2), (1, 1)), "itemsize": 2},
      Work(180 + 192, (63 + 12 + 6 + 48) * 2)),
+    # Three rows of two experts of rank 2: x, y 24, W 30, A, B 32, S 6 elements, of which backward reads x's 9 and S once
+    # more and has A, B twice; products 2·3·15, low-rank ones 2·3·2·8.
+    (cost.expert_lora_linear, "fwd", {"M": 3, "E": 2, "K": 3, "N": 5, "r": 2, "itemsize": 2},
+     Work(90 + 96, (54 + 32 + 6) * 2)),
+    (cost.expert_lora_linear, "bwd", {"M": 3, "E": 2, "K": 3, "N": 5, "r": 2, "itemsize": 2},
+     Work(90 + 192, (54 + 15 + 64) * 2)),
+    (cost.expert_lora_linear, "fwd+bwd", {"M": 3, "E": 2, "K": 3, "N": 5, "r": 0, "itemsize": 2}, Work(180, 108 * 2)),
     # Half of 4·4 pairs and 4·3 of the prefix, times 2 products of 2·2 operations, for 2 heads; q, out 16, k, v 8, 2·6.
     (cost.prefix_attention, "fwd", {"B": 1, "H": 2, "Hkv": 1, "S": 4, "P": 3, "D": 2, "itemsize": 2},
      Work(2 * 2 * 4 * 20, (32 + 16 + 12) * 2 + 8 * 4)),
