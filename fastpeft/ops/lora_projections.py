@@ -295,6 +295,9 @@ def lora_projections(
     if not count:
         raise OpError("lora_projections: no weights; at least one projection is needed")
     projections = list(map(Projection, weights, biases, lora_As, lora_Bs, scalings, dropouts))
-    for each in projections:
-        check_lora(x, *each)
+    for number, each in enumerate(projections):
+        try:
+            check_lora(x, *each)
+        except OpError as error:
+            raise OpError(f"lora_projections: projection {number}: {error}") from None
     return apply_lora_projections(x, [each._replace(dropout=each.dropout if training else 0.0) for each in projections])
