@@ -92,9 +92,15 @@ def arguments(**changes):
         ({"dropouts": [0.1]}, "1 dropouts for 3 weights"),
         ({name: [] for name in ("weights", "biases", "lora_As", "lora_Bs", "scalings")}, "no weights; at least one"),
         ({"x": X[..., 1:]}, r"projection 0: lora_linear: weight has shape \(71, 69\), expected \(N, 68\)"),
-        ({"lora_Bs": [B[0], B[1], B[2].t()]}, r"projection 2: lora_linear: lora_B has shape \(3, 33\), expected \(33, 3\)"),
+        (
+            {"lora_Bs": [B[0], B[1], B[2].t()]},
+            r"projection 2: lora_linear: lora_B has shape \(3, 33\), expected \(33, 3\)",
+        ),
         ({"weights": [WEIGHTS[0], None, WEIGHTS[2]]}, "weight is of NoneType; a tensor is needed"),
-        ({"scalings": [1.0, float("inf"), 1.0]}, "lora_projections: projection 1: lora_linear: scaling is inf; a finite number"),
+        (
+            {"scalings": [1.0, float("inf"), 1.0]},
+            "lora_projections: projection 1: lora_linear: scaling is inf; a finite number",
+        ),
         ({"dropouts": [0.1, 0.1, 1.0]}, r"dropout is 1.0; a probability in \[0, 1\)"),
         ({"x": X.half()}, "lora_projections: x is torch.float16 but a weight is torch.float32; cast one"),
     ],
