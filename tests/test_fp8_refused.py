@@ -131,13 +131,16 @@ def test_more_refusals():
         fastpeft.quantise_base_fp8(encoder)
 
 
-def test_a_weight_that_is_made_trainable_is_refused_in_the_call():
+def test_a_weight_that_was_made_something_else_is_refused_in_the_call():
     model = fastpeft.quantise_base_fp8(Model().requires_grad_(False))
     model.requires_grad_(True)
     with pytest.raises(OpError, match="weight wants a gradient"):
         model(rows())
     with torch.no_grad():
         assert model(rows()).isfinite().all()
+    model.layer.weight = nn.Parameter(model.layer.weight.bfloat16(), requires_grad=False)
+    with pytest.raises(OpError, match="weight is torch.bfloat16; torch.float8_e4m3fn is needed"):
+        model(rows())
 
 
 def test_what_is_interrupted_is_in_float8_as_far_as_it_went(monkeypatch):

@@ -119,6 +119,8 @@ def apply_fp8(x, weight, weight_scale, bias):
         raise OpError(f"fp8_linear: x has shape {tuple(x.shape)}, expected (..., {weight.shape[1]})")
     if x.device != weight.device:
         raise OpError(f"fp8_linear: x is on {x.device}, weight on {weight.device}; move one of them")
+    if weight.dtype != FP8:
+        raise OpError(f"fp8_linear: weight is {weight.dtype}; {FP8} is needed, which mixed precision may not cast")
     if weight.requires_grad and torch.is_grad_enabled():
         raise OpError("fp8_linear: weight wants a gradient, which float8 cannot have; weight.requires_grad_(False)")
     kind, dtype = x.device.type, x.dtype
