@@ -4,6 +4,7 @@ from . import (
     bench_expert_lora_linear,
     bench_gated_prompt_attention,
     bench_lora_linear,
+    bench_lora_mlp,
     bench_lora_projections,
     bench_mixed_lora_linear,
     bench_prefix_attention,
@@ -17,6 +18,7 @@ BENCHES = {
     "prompt": bench_prompt_embedding.BENCH,
     "mixed": bench_mixed_lora_linear.BENCH,
     "projections": bench_lora_projections.BENCH,
+    "mlp": bench_lora_mlp.BENCH,
     "experts": bench_expert_lora_linear.BENCH,
 }
 BY_OP = {bench.op: bench for bench in BENCHES.values()}

@@ -100,6 +100,25 @@ def lora_projections(
     return of_pass(passed, forward, backward)
 
 
+def lora_mlp(passed: str, *, M: int, K: int, H: int, N: int, r: int, itemsize: int, dropout: float = 0.0) -> Work:
+    """down(act(gate(x))·up(x)) of x (M, K), frozen gate and up (H, K), down (N, H), each with LoRA of rank r; r=0: the
+    frozen module.
+
+    Forward: x, the weights and adapters read, y, gate, up and the three S written, h in between being nobody's.
+    Backward: dY, gate, up, x, S, the weights and adapters read, dX, dA and dB written. The activation is not counted.
+    """
+    _checked(1, M=M, K=K, H=H, N=N, itemsize=itemsize)
+    _checked(0, r=r)
+    weights, kept = 2 * H * K + N * H, 2 * M * H
+    base, product = M * (K + N) + weights + kept, 2 * M * weights
+    adapters, low_rank = r * (2 * (K + H) + H + N), 2 * M * r * (2 * (K + H) + H + N)
+    seeds = 3 * SEED if r and dropout else 0
+    forward = Work(product + low_rank, (base + adapters + 3 * M * r) * itemsize + seeds)
+    more = M * K + 3 * M * r if r else 0
+    backward = Work(product + 2 * low_rank, (base + more + 2 * adapters) * itemsize + seeds)
+    return of_pass(passed, forward, backward)
+
+
 def mixed_lora_linear(
     passed: str, *, B: int, S: int, K: int, N: int, served: tuple[tuple[int, int], ...], itemsize: int
 ) -> Work:

@@ -6,12 +6,14 @@ from fastpeft.dispatch import Plan
 from fastpeft.ops import (
     gated_prompt_attention,
     lora_linear,
+    lora_mlp,
     lora_projections,
     mixed_lora_linear,
     prefix_attention,
     prepend_prompt,
     prompt_embedding,
 )
+from fastpeft.ops.lora_mlp import Projection
 
 
 def leaf(*shape) -> torch.Tensor:
@@ -31,6 +33,12 @@ def of_mixed(x, weight, bias, *matrices, **more):
 def of_projections(x, *tensors, **more):
     weights, biases, a, b = (tensors[i : i + 2] for i in range(0, 8, 2))
     return torch.cat(lora_projections(x, weights, biases, a, b, [1.0, 2.0], training=True, **more), -1)
+
+
+def of_mlp(x, *tensors, dropouts=(0.0, 0.0, 0.0), **more):
+    parts = [tensors[i : i + 4] for i in range(0, 12, 4)]
+    projections = [Projection(*each, 2.0, p) for each, p in zip(parts, dropouts, strict=True)]
+    return lora_mlp(x, *projections, training=True, **more)
 
 
 def of_prefix(q, k, v, pk, pv, padding, **more):
@@ -57,6 +65,14 @@ def _projections():
     return leaf(3, 5, 16), *(leaf(*shape) for shape in shapes)
 
 
+def _mlp():
+    """Ranks of gate, up and down 2, 4 and 3."""
+    found = [leaf(3, 5, 16)]
+    for inputs, outputs, rank in ((16, 24, 2), (16, 24, 4), (24, 16, 3)):
+        found += [torch.randn(outputs, inputs), leaf(outputs), leaf(rank, inputs), leaf(outputs, rank)]
+    return tuple(found)
+
+
 LORA, MIXED = _linear((4, 16), (24, 4)), _linear((2, 16), (4, 16), (24, 2), (24, 4))
 OPS = {  # name -> (the op, its tensors, its options, the plan that is forced)
     **{
@@ -68,6 +84,8 @@ OPS = {  # name -> (the op, its tensors, its options, the plan that is forced)
     "mixed-dropout": (of_mixed, MIXED, {"dropouts": [0.5, 0.0]}, None),
     "projections": (of_projections, _projections, {}, None),
     "projections-dropout": (of_projections, _projections, {"dropouts": [0.5, 0.0]}, None),
+    "mlp": (of_mlp, _mlp, {}, None),
+    "mlp-dropout": (of_mlp, _mlp, {"dropouts": [0.5, 0.0, 0.3], "recompute": True}, None),
     "prefix": (of_prefix, _attention(), {}, None),
     "prefix-window": (of_prefix, _attention(), {"sliding_window": 3}, None),
     "prefix-decode": (of_prefix, _attention(queries=1), {}, None),

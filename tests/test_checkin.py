@@ -51,7 +51,7 @@ def test_the_course_measures_every_op_and_whole_steps(document):
     rows = document["results"]
     assert {row["op"] for row in rows} == {
         *("lora_linear", "mixed_lora_linear", "expert_lora_linear", "prefix_attention", "gated_prompt_attention"),
-        *("prompt_embedding", "lora_projections", "step"),
+        *("prompt_embedding", "lora_projections", "lora_mlp", "step"),
     }
     assert {row["pass"] for row in rows if row["op"] == "lora_linear"} == {"fwd", "bwd", "fwd+bwd"}
     assert {row["status"] for row in rows} <= {"ok", "missing"}

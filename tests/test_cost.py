@@ -30,6 +30,12 @@ SMALL_CASES = [
     (cost.lora_projections, "bwd", {"M": 2, "K": 3, "N": (5, 4), "r": 2, "itemsize": 2, "dropout": 0.1},
      Work(108 + 240, (51 + 14 + 60) * 2 + 16)),
     (cost.lora_projections, "fwd+bwd", {"M": 2, "K": 3, "N": (5, 4), "r": 0, "itemsize": 2}, Work(216, 102 * 2)),
+    # Two rows, 3 inputs, 5 hidden features, 4 outputs: x 6, y 8, gate and up 20, W 50, A, B 50, three S 12 elements, of
+    # which backward reads x and S once more and has A, B twice; products 2·2·50, low-rank ones 2·2·2·25.
+    (cost.lora_mlp, "fwd", {"M": 2, "K": 3, "H": 5, "N": 4, "r": 2, "itemsize": 2}, Work(400, (84 + 50 + 12) * 2)),
+    (cost.lora_mlp, "bwd", {"M": 2, "K": 3, "H": 5, "N": 4, "r": 2, "itemsize": 2, "dropout": 0.1},
+     Work(600, (84 + 18 + 100) * 2 + 24)),
+    (cost.lora_mlp, "fwd+bwd", {"M": 2, "K": 3, "H": 5, "N": 4, "r": 0, "itemsize": 2}, Work(400, 84 * 4)),
     # Three samples of 2 rows, one of them with rank 2 and one with rank 1: x 18, y 30, W 15, A, B 24, S 6 elements, of
     # which backward reads 12 of x's once more and has A, B twice; products 2·6·15, low-rank ones 2·6·8.
     (cost.mixed_lora_linear, "fwd", {"B": 3, "S": 2, "K": 3, "N": 5, "served": ((1, 2), (1, 1)), "itemsize": 2},

@@ -11,6 +11,7 @@ import torch
 import fastpeft
 from fastpeft import BackendError, dispatch, fallback, ops
 from fastpeft.dispatch import Choice
+from fastpeft.ops.lora_mlp import Projection
 from fastpeft.ops.mixed_lora_linear import apply_mixed_lora
 from tests.counting import count
 from tests.peft_pair import close
@@ -37,6 +38,7 @@ def on_triton(monkeypatch):
         "ops.lora_linear",
         "ops.mixed_lora_linear",
         "ops.lora_projections",
+        "ops.lora_mlp",
         "ops.prompt_embedding",
     ):
         monkeypatch.setattr(importlib.import_module(f"fastpeft.{name}"), "choose_backend", choose)
@@ -68,6 +70,14 @@ def projections(dropout):
     return leaves, lambda: torch.cat(ops.lora_projections(x, weights, None, [a, c], [b, d], [2.0, 0.5], **options), -1)
 
 
+def mlp(dropout):
+    x, *matrices = leaves = tensors((3, 5, 24), (3, 24), (20, 3), (4, 24), (20, 4), (5, 20), (24, 5))
+    draw = torch.Generator().manual_seed(2)
+    weights = [torch.randn(shape, generator=draw) for shape in ((20, 24), (20, 24), (24, 20))]
+    given = [Projection(weights[i], None, *matrices[2 * i : 2 * i + 2], 2.0, dropout) for i in range(3)]
+    return leaves, lambda: ops.lora_mlp(x, *given, training=True)
+
+
 def attention(dropout):
     q, k, v, pk, pv = leaves = tensors((2, 4, 7, 16), (2, 2, 7, 16), (2, 2, 7, 16), (2, 3, 16), (2, 3, 16))
     return leaves, lambda: ops.prefix_attention(q, k, v, pk, pv, dropout=dropout, training=True)
@@ -96,6 +106,7 @@ OPS = {  # name -> a call, the kernels of its forward, those of its backward
         ("_lora_projections_triton", "forward"),
         ("_lora_projections_triton", "grads"),
     ),
+    "lora_mlp": (mlp, ("_lora_mlp_triton", "forward"), ("_lora_mlp_triton", "backward")),
     "prefix_attention": (attention, ("_prefix_attention_triton", "forward"), ("_prefix_attention_triton", "backward")),
     "gated_prompt_attention": (
         gated,

@@ -27,9 +27,9 @@ def bench(*arguments) -> int:
         (["lora", "--rank", "0"], "no whole number of at least 1"),
         (["lora", "--dropout", "1"], "0 <= p < 1"),
         (["lora", "--prefix", "3"], "--prefix is for prefix, adapter, prompt, and lora has none"),
-        (["prefix", "--rank", "3"], "--rank is for lora, mixed, projections, experts, and prefix has none"),
+        (["prefix", "--rank", "3"], "--rank is for lora, mixed, projections, mlp, experts, and prefix has none"),
         (["prefix", "--per-head"], "--per-head is for adapter"),
-        (["step", "--rank", "8"], "--rank is for lora, mixed, projections, experts, and step has none"),
+        (["step", "--rank", "8"], "--rank is for lora, mixed, projections, mlp, experts, and step has none"),
         (["lora", "--against", "unsloth"], "--against unsloth: the peers here are addmm-algebra, lorafusion, peft"),
         (["lora", "--seconds", "0"], "seconds above 0"),
         (["lora", "--pass", "all"], "invalid choice"),
@@ -157,7 +157,7 @@ def test_predictions_are_marked_and_measure_nothing(tmp_path, capsys, monkeypatc
     for machine in ("H100 SXM", "H200 SXM", "B200", "MI300X"):
         assert any(machine in line for line in printed)
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    without = {"mixed_lora_linear", "expert_lora_linear", "lora_projections"}
+    without = {"mixed_lora_linear", "expert_lora_linear", "lora_projections", "lora_mlp"}
     assert {entry["op"] for entry in found} == {bench.op for bench in BENCHES.values()} - without
     assert all(f"prediction: none for {op}: no ledger says what it launches" in printed for op in without)
     assert all(entry["prediction"] and entry["pass"] == "bwd" for entry in found)

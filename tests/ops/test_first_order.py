@@ -5,6 +5,7 @@ import torch
 
 from fastpeft import ops
 from fastpeft.errors import OpError
+from fastpeft.ops.lora_mlp import Projection
 from fastpeft.quantised import FrozenProduct
 
 
@@ -29,6 +30,12 @@ def projections():
     return torch.cat(ops.lora_projections(x, [weight, weight], None, [a, a], [b, b], [0.5, 1.0]), -1), x, [a, b]
 
 
+def mlp():
+    x, a, b, c, d = leaf(5, 6), leaf(2, 6), leaf(4, 2), leaf(2, 4), leaf(6, 2)
+    projections = Projection(leaf(4, 6).detach(), None, a, b), Projection(leaf(4, 6).detach())
+    return ops.lora_mlp(x, *projections, Projection(leaf(6, 4).detach(), None, c, d)), x, [a, b, c, d]
+
+
 def prefix():
     q, k, v, pk, pv = leaf(1, 2, 4, 8), leaf(1, 2, 4, 8), leaf(1, 2, 4, 8), leaf(2, 3, 8), leaf(2, 3, 8)
     return ops.prefix_attention(q, k, v, pk, pv), q, [pk, pv]
@@ -47,7 +54,7 @@ def quantised():
     return out.pow(2), x, [scale]
 
 
-CASES = [lora, mixed, projections, prefix, gated, quantised]
+CASES = [lora, mixed, projections, mlp, prefix, gated, quantised]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda each: each.__name__)

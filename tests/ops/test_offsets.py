@@ -25,6 +25,7 @@ from fastpeft.ops._prefix_attention_scores import Scores, Tensors
 from fastpeft.ops.lora_linear import apply_lora
 from tests.counting import count, how_many
 from tests.far import LENGTH, Far, last_programs
+from tests.ops import lora_mlp_cases as mlp
 from tests.ops import lora_projections_cases as projections
 from tests.ops import mixed_lora_linear_cases as mixed
 from tests.ttir import narrow_offsets, narrow_products
@@ -105,6 +106,17 @@ def test_lora_projections(name, dim, held, monkeypatch):
     leaves = {each: t.detach() for each, t in problem.leaves().items()}
     stacked = lambda given: torch.stack(projections.call(problem, given))  # noqa: E731
     assert_far_as_near(stacked, leaves, normal(2, N, N), name, dim, "prewrite")
+
+
+SIDES = [(name, dim) for name in ("x", "gate.lora_A", "up.lora_B", "down.lora_A", "down.lora_B") for dim in (0, 1)]
+SIDES += [("gate.bias", 0), ("dout", 0), ("dout", 1)]
+
+
+@pytest.mark.parametrize(("name", "dim"), SIDES[:: how_many(2, 1)])
+def test_lora_mlp(name, dim):
+    problem = mlp.draw("fp16", shape=(N, N), inner=N, outputs=N, ranks=(N, N, N), dropout=True)
+    leaves = {each: t.detach() for each, t in problem.leaves().items()}
+    assert_far_as_near(lambda given: mlp.call(problem, given), leaves, normal(N, N), name, dim, "prewrite")
 
 
 ROWS = {"query": (N, N, N, N), "key": (N, N, N, N), "value": (N, N, N, N)}
