@@ -44,10 +44,10 @@ from .request import Request
 from .runner import require_device, say_line
 from .step_cases import METHODS, Case, cases, cases_of
 from .step_check import Check, dtype_of, release
-from .step_models import LIGER, OURS, PEFT, build_base, model_flops
+from .step_models import FUSED, LIGER, OURS, PEFT, build_base, model_flops
 from .step_rows import OP, PEERS, Found, row_of, step_of, words
 
-IMPLEMENTATIONS = (FLOOR, PEFT, OURS, LIGER)
+IMPLEMENTATIONS = (FLOOR, PEFT, OURS, FUSED, LIGER)
 FIRST_S = {"cuda": 30.0, "cpu": 0.5}  # expected of the first case: a model is built, checked and compiled for
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 __all__ = ["IMPLEMENTATIONS", "OP", "PEERS", "Case", "Steps", "cases", "cases_of"]

@@ -21,11 +21,12 @@ from .dtypes import DTYPES
 from .report import FLOOR
 from .step_cases import METHODS, MODELS, Case
 
-PEFT, OURS, LIGER = "peft", "fastpeft", "liger"
+PEFT, OURS, FUSED, LIGER = "peft", "fastpeft", "fastpeft-fused", "liger"
 LABELS = {
     FLOOR: "the frozen model: forward, and backward down to its embeddings",
     PEFT: "HF peft, eager, its defaults",
     OURS: "fastpeft",
+    FUSED: "fastpeft, with projections that read one tensor as one op",
     LIGER: "fastpeft in a model with Liger's norms, MLP, rotary embedding and loss",
 }
 ONCE = ("pooler", "classifier", "score")  # modules that see one token of a sequence
@@ -91,7 +92,21 @@ def adapted(name: str, base: nn.Module, case: Case, backend: str | None = None) 
     except refusals as error:
         library = PEFT if name == PEFT else OURS
         raise Missing(f"{library} has no {case.method} for {type(base).__name__}: {error}") from error
+    if name == FUSED:
+        _fuse(module, case)
     return Model(module, context)
+
+
+def _fuse(module: nn.Module, case: Case) -> None:
+    """Which projections read one tensor is seen in a call, which is not to be the one that is checked."""
+    import fastpeft
+
+    if METHODS[case.method].peft_type != "LORA":
+        raise Missing(f"{case.method} has no projections to fuse")
+    fastpeft.fuse(module, "projections")
+    device = next(module.parameters()).device
+    with torch.no_grad():
+        module(input_ids=torch.ones(1, 8, dtype=torch.int64, device=device))
 
 
 def _peft(case: Case):

@@ -20,8 +20,9 @@ from benchmarks.harness import Budget
 from benchmarks.request import Request
 from benchmarks.step_cases import METHODS, Case, cases, cases_of
 from benchmarks.step_check import Check, Outcome, errors_of
-from benchmarks.step_models import OURS, PEFT, build_base, model_flops, share, trained
+from benchmarks.step_models import FUSED, OURS, PEFT, build_base, model_flops, share, trained
 from fastpeft.configs import PEFT_TYPE_TO_CONFIG_MAPPING
+from fastpeft.tuners import siblings
 from fastpeft.tuners.lora import LoraLayer
 
 CPU = torch.device("cpu")
@@ -98,7 +99,7 @@ def test_a_row_holds_the_figures(quick):
             assert row["tokens_per_s"] == pytest.approx(64 / row["median_ms"] * 1e3)
             assert row["shape"] == {"name": f"tiny {method}", "batch": 2, "seq": 32}
             assert row["saved_bytes"] > 0 and row["rounds"] == 2 and row["mfu"] is None
-            assert set(row["speedup_vs"]) == ({PEFT} if row["impl"] == OURS else set())
+            assert set(row["speedup_vs"]) == ({PEFT} if row["impl"] in (OURS, FUSED) else set())
             assert (row["checked"] is None) == (row["impl"] == "frozen")
             if row["impl"] != "frozen":
                 assert row["checked"]["problems"] == [] and row["checked"]["rms_ratio"]
@@ -117,6 +118,23 @@ def test_every_method_is_measured_or_named(quick):
         assert len(rows) == (2 if method == "lora" else 1)
 
 
+def test_projections_are_fused_where_there_are_any(quick, monkeypatch):
+    of = {row["shape"]["name"]: row for row in quick[0]["results"] if row["impl"] == FUSED}
+    for method, about in METHODS.items():
+        if f"tiny {method}" in of:
+            row = of[f"tiny {method}"]
+            assert row["status"] == ("ok" if about.peft_type == "LORA" else "missing"), row["note"]
+            assert row["status"] == "ok" or row["note"] == f"{method} has no projections to fuse"
+    sizes, shipped = [], siblings.apply_lora_projections
+
+    def spy(x, projections, backend):
+        sizes.append(len(projections))
+        return shipped(x, projections, backend)
+
+    monkeypatch.setattr(siblings, "apply_lora_projections", spy)
+    assert found(run([LORA]), FUSED)["status"] == "ok" and set(sizes) == {2, 3}
+
+
 def test_a_method_without_a_tuner_is_named(monkeypatch):
     monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "LORA")
     document = run([LORA])
@@ -127,7 +145,7 @@ def test_a_method_without_a_tuner_is_named(monkeypatch):
 
 def test_every_stage_is_named_before_it_begins(quick):
     first = [(at["impl"], at["stage"]) for at in quick[1] if at and at["cell"] == LORA.id]
-    checked, warmed = (PEFT, OURS, "liger"), ("frozen", PEFT, OURS)
+    checked, warmed = (PEFT, OURS, FUSED, "liger"), ("frozen", PEFT, OURS, FUSED)
     stages = [(None, "base"), (None, "truth"), *((name, "check") for name in checked)]
     assert first[:-1] == [*stages, *((name, "warm-up") for name in warmed), (None, "timing")]
     assert quick[1][0]["stage"] == "ceilings" and quick[1][-1] is None
@@ -311,13 +329,13 @@ def test_neighbours_share_one_build(monkeypatch):
 
 def test_a_run_is_taken_up_where_it_stopped(monkeypatch):
     document = run([LORA, PREFIX])
-    kept = copy.deepcopy(document["results"][:4])
+    kept = copy.deepcopy(document["results"][:5])
     document["results"] = json.loads(json.dumps(kept))
     measured = []
     attempt = bench_step.Steps._case
     monkeypatch.setattr(bench_step.Steps, "_case", lambda self, case: measured.append(case) or attempt(self, case))
     run([], document)
-    assert measured == [PREFIX] and document["results"][:4] == kept and len(document["results"]) == 8
+    assert measured == [PREFIX] and document["results"][:5] == kept and len(document["results"]) == 10
 
 
 def test_a_spent_budget_names_what_is_missing():
@@ -331,7 +349,7 @@ def test_a_spent_budget_names_what_is_missing():
 def test_what_the_plan_leaves_out_is_named():
     without = {"step": {PEFT: "ended the process"}}
     document = run([LORA, PREFIX], without=without, skip={PREFIX.id: "ended it too"}, against=["peft"])
-    assert [row["impl"] for row in document["results"]] == ["frozen", OURS]
+    assert [row["impl"] for row in document["results"]] == ["frozen", OURS, FUSED]
     assert document["results"][1]["status"] == "ok" and document["results"][1]["speedup_vs"] == {}
     assert [(each["cell"], each["impl"], each["reason"]) for each in document["unmeasured"]] == [
         ("all cells", PEFT, "ended the process"),
@@ -362,7 +380,7 @@ def test_without_memory_for_the_model_the_case_is_left_out(monkeypatch):
 
     monkeypatch.setattr(bench_step, "build_base", build)
     document = run([replace(LORA, dtype="bf16"), PREFIX])
-    assert "no memory for the model" in document["unmeasured"][0]["reason"] and len(document["results"]) == 4
+    assert "no memory for the model" in document["unmeasured"][0]["reason"] and len(document["results"]) == 5
 
 
 def test_what_raises_is_named(monkeypatch, capsys):
@@ -440,8 +458,8 @@ def test_the_command_prints_quotients_and_writes_the_document(tiny_plan, tmp_pat
     assert [row["dropout"] for row in saved["results"] if row["impl"] == OURS] == [0.0, 0.05]
     assert {row["rounds"] for row in saved["results"] if row["status"] == "ok"} == {3}
     printed = capsys.readouterr().out
-    assert report.CPU_HEADER in printed and printed.count("x the speed of peft") == 2
-    assert printed.count("over frozen") == 4 and "liger missing" in printed
+    assert report.CPU_HEADER in printed and printed.count("x the speed of peft") == 4
+    assert printed.count("over frozen") == 6 and "liger missing" in printed
 
 
 def test_the_profile_names_what_a_step_spends(tiny_plan, capsys):
