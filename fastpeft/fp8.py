@@ -100,10 +100,17 @@ def dequantise_base_fp8(model: nn.Module) -> nn.Module:
 def _check_model(model: nn.Module, where: str) -> None:
     if not isinstance(model, nn.Module):
         raise PatchError(f"{where}: model is a {type(model).__name__}; a torch.nn.Module is needed")
+    own = model.__dict__.get("_fastpeft")
     for path, module in model.named_modules():
-        merged = getattr(module.__dict__.get("_fastpeft"), "merged", ()) or vars(module).get("merged_adapters")
+        name, state = path or "the model", module.__dict__.get("_fastpeft")
+        patch = getattr(state, "model", state)
+        if isinstance(patch, PatchState) and patch is not own:
+            raise PatchError(
+                f"{where}: {name} is of a patched model, and this {type(model).__name__} is a part of that, or around it; "
+                "give the patched model itself"
+            )
+        merged = getattr(state, "merged", ()) or vars(module).get("merged_adapters")
         if merged:
-            name = path or "the model"
             raise PatchError(f"{where}: {name} has {', '.join(merged)} merged into its weights; unmerge first")
 
 

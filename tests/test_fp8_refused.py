@@ -122,6 +122,11 @@ def test_more_refusals():
     with pytest.raises(PatchError, match="dequantise_base_fp8: model is a NoneType"):
         fastpeft.dequantise_base_fp8(None)
     assert differences(before, snapshot(model)) == []
+    whole = fastpeft.patch(Model(), lora())
+    for other in (nn.Sequential(whole), whole.layer, nn.Sequential(whole.layer)):
+        for function in (fastpeft.quantise_base_fp8, fastpeft.dequantise_base_fp8):
+            with pytest.raises(PatchError, match="is of a patched model, and this .* give the patched model itself"):
+                function(other)
     saved = fastpeft.patch(Model(), lora(modules_to_save=["head"]))
     with pytest.raises(TargetError, match=r"head is trained whole or otherwise \(SavedLinear\)"):
         fastpeft.quantise_base_fp8(saved, ["head"])
