@@ -106,8 +106,8 @@ def _check_model(model: nn.Module, where: str) -> None:
         patch = getattr(state, "model", state)
         if isinstance(patch, PatchState) and patch is not own:
             raise PatchError(
-                f"{where}: {name} is of a patched model, and this {type(model).__name__} is a part of that, or around it; "
-                "give the patched model itself"
+                f"{where}: {name} is of a patched model, and this {type(model).__name__} is a part of that, or around "
+                "it; give the patched model itself"
             )
         merged = getattr(state, "merged", ()) or vars(module).get("merged_adapters")
         if merged:
