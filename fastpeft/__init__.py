@@ -69,6 +69,7 @@ from fastpeft.prefix_init import (
     prompt_embeddings_from_past_key_values,
 )
 from fastpeft.rank_allocator import update_and_allocate
+from fastpeft.rehoming import rehome, unrehome
 from fastpeft.reporting import report
 from fastpeft.state import adapter_state_dict
 from fastpeft.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
@@ -135,6 +136,7 @@ __all__ = [
     "print_trainable_parameters",
     "prompt_embeddings_from_past_key_values",
     "quantise_base_fp8",
+    "rehome",
     "report",
     "rescale_adapter_scale",
     "save_adapter",
@@ -144,6 +146,7 @@ __all__ = [
     "unfuse",
     "unmerge",
     "unpatch",
+    "unrehome",
     "update_and_allocate",
     "use_adapter",
 ]

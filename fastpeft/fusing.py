@@ -47,6 +47,12 @@ def _chosen(model: nn.Module, names: tuple[str, ...], what: str) -> tuple[str, .
     for name in names:
         if name not in FUSIONS:
             raise PatchError(f"{what}: there is no fusion {shown(name)}; there are {', '.join(map(repr, FUSIONS))}")
+    require_patched(model, what)
+    return names or tuple(FUSIONS)
+
+
+def require_patched(model: nn.Module, what: str) -> None:
+    """Raises PatchError unless `patch` has patched the model, natively or around peft's adapters."""
     if adapted_by_peft(model):
         from fastpeft.integrations.peft import is_swapped
 
@@ -54,4 +60,3 @@ def _chosen(model: nn.Module, names: tuple[str, ...], what: str) -> tuple[str, .
             raise PatchError(f"{what}: peft's adapters in this model are not patched; fastpeft.patch(model) first")
     else:
         state_of(model)
-    return names or tuple(FUSIONS)

@@ -10,6 +10,7 @@ from fastpeft.dispatch import Plan
 from fastpeft.kernels import lora_gemm
 from fastpeft.kernels import lora_linear as kernels
 from fastpeft.kernels._common import DROPOUT_LEVELS, Dropout, dropout_threshold
+from fastpeft.ops import _rooms
 from fastpeft.ops._lora_linear_torch import add_product
 
 # Above this rank a rectangle of dB no longer stays in registers beside T: dY is then read twice.
@@ -49,9 +50,10 @@ def expand(s, x, weight, bias, b, scale, plan: Plan):
     if whole := _whole_product(plan.forward):
         return whole(s, b, x.dtype, base=(x, weight), bias=bias, scale=scale)
     wide = s.dtype != x.dtype
-    if plan.forward == "augment" and not wide and (abs(scale) <= 1 or s.dtype != torch.float16):  # s·S is in its range
+    strategy = _in_its_room(plan.forward, weight, b.shape[1], x.shape[1] < b.shape[0])
+    if strategy == "augment" and not wide and (abs(scale) <= 1 or s.dtype != torch.float16):  # s·S is in its range
         return torch.nn.functional.linear(_beside(x, s * scale, 1), _beside(weight, b, 1), bias)
-    if plan.forward == "addmm" or wide:  # an fp32 term that was rounded before the product would be HF peft's no more
+    if strategy == "addmm" or wide:  # an fp32 term that was rounded before the product would be HF peft's no more
         y = torch.nn.functional.linear(x, weight, bias)
         if wide:
             return kernels.tail(s, b, y.dtype, residual=y, scale=scale)
@@ -64,9 +66,18 @@ def _whole_product(strategy: str):
     return {"fused": kernels.tail, "persistent": lora_gemm.tail}.get(strategy)
 
 
+def _in_its_room(strategy: str, weight: torch.Tensor, rank: int, fewer: bool) -> str:
+    """The strategy of a base product. Of a weight with room (`_rooms`) it is augment in place of prewrite where that
+    moves `fewer` bytes: what the product reads is copied once, where the other's result is written and read once
+    more. Predicted: no GPU has measured it."""
+    return "augment" if strategy == "prewrite" and fewer and _rooms.fits(weight, rank) else strategy
+
+
 def _beside(wide: torch.Tensor, narrow: torch.Tensor, dim: int) -> torch.Tensor:
     """The two in one buffer along `dim`, padded with zeros to a multiple of 8, below which a vendor's product falls
-    back to kernels without wide loads."""
+    back to kernels without wide loads. A weight with room has its buffer already."""
+    if (joined := _rooms.joined(wide, narrow, dim)) is not None:
+        return joined
     shape = list(narrow.shape)
     shape[dim] = -(wide.shape[dim] + narrow.shape[dim]) % 8
     return torch.cat((wide, narrow, narrow.new_zeros(shape)), dim)
@@ -94,19 +105,22 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, dx_dtype: torch.dtype
     dropout = _dropout(seed, p)
     wide = dx_dtype != dy.dtype
     exact = dropout is None and t.dtype == dy.dtype  # what the vendor's product can add without rounding it first
-    prewrite = need_x and need_a and not wide and (weight is None or plan.backward == "prewrite")
+    strategy = plan.backward
+    if weight is not None and exact and not wide:
+        strategy = _in_its_room(strategy, weight, a.shape[0], dy.shape[1] < a.shape[1])
+    prewrite = need_x and need_a and not wide and (weight is None or strategy == "prewrite")
     da = seeded = None
     if need_a:
         da, seeded, _ = kernels.grad_columns(t, x, t.dtype, tail_of=a if prewrite else None, dropout=dropout)
     if not need_x:
         return da, None
-    if weight is not None and (whole := _whole_product(plan.backward)):
+    if weight is not None and (whole := _whole_product(strategy)):
         return da, whole(t, a.t(), dy.dtype, base=(dy, weight.t()), dropout=dropout, out_dtype=dx_dtype)
     if wide:
         return da, kernels.tail(t, a.t(), dy.dtype, residual=dy @ weight, dropout=dropout, out_dtype=dx_dtype)
-    if weight is not None and plan.backward == "addmm" and exact:
+    if weight is not None and strategy == "addmm" and exact:
         return da, (dy @ weight).addmm_(t, a)
-    if weight is not None and plan.backward == "augment" and exact:
+    if weight is not None and strategy == "augment" and exact:
         return da, _beside(dy, t, 1) @ _beside(weight, a, 0)
     dx = seeded if seeded is not None else kernels.tail(t, a.t(), dy.dtype, dropout=dropout)
     return da, dx if weight is None else dx.addmm_(dy, weight)

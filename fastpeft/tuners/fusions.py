@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastpeft.tuners.mlp import join_mlps, part_mlps
+from fastpeft.tuners.rehoming import take_rooms
 from fastpeft.tuners.siblings import join_siblings, part_siblings
 
 
@@ -21,6 +22,7 @@ FUSIONS = {"projections": Fusion(join_siblings, part_siblings), "mlp": Fusion(jo
 
 
 def part_all(model: nn.Module) -> None:
-    """End every fusion."""
+    """End every fusion, and what was done for it to weights."""
     for fusion in FUSIONS.values():
         fusion.part(model)
+    take_rooms(model)
