@@ -176,7 +176,14 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(M, K) of (..., K)."""
+    if x.ndim == 2:
+        return x
     return x[None] if x.ndim == 1 else x.flatten(0, -2)
+
+
+def of_rows(y_MN: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(..., N) of (M, N), the rows of x (..., K)."""
+    return y_MN if x.ndim == 2 else y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 
 
 def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -219,14 +226,14 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
         from fastpeft.ops._lora_linear_compiled import compiled_lora_linear
 
         y_MN = compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend)
-        return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+        return of_rows(y_MN, x)
     call = decide(x_MK, dtype, *tensors[4:], float(scaling), dropout, patched_backend)
     if autocast:
         with torch.autocast(device_type, enabled=False):
             y_MN = LoraLinearFunction.apply(*tensors, call)
     else:
         y_MN = LoraLinearFunction.apply(*tensors, call)
-    return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+    return of_rows(y_MN, x)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):
