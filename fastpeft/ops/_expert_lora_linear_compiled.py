@@ -4,6 +4,7 @@ however many rows each expert has."""
 import torch
 from torch import Tensor
 
+from fastpeft.ops._expert_lora_linear_torch import segments
 from fastpeft.ops.expert_lora_linear import decide, run_backward, run_forward
 
 
@@ -13,7 +14,8 @@ def _forward(
     scalings: list[float], patched: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, S of all adapters [M, Σr]): shapes as in `ExpertLoraLinearFunction`."""
-    y, s = run_forward(x, weight, bias, a, b, ends, decide(x, a, ends, scalings, patched or None))
+    call = decide(x, a, segments(ends, len(x)), scalings, patched or None)
+    y, s = run_forward(x, weight, bias, a, b, ends, call)
     return y, torch.cat(s, 1) if s else x.new_empty(0)
 
 
@@ -33,7 +35,7 @@ def _backward(
     """(dX, dW, dbias, every dA, every dB), the last two one behind the other; empty where they are not needed."""
     needs = (need_x, need_w, need_bias, need_a, need_b)
     parts = s.split([each.shape[1] for each in a], 1) if a else []
-    call = decide(dy, a, ends, scalings, patched or None)
+    call = decide(dy, a, segments(ends, len(dy)), scalings, patched or None)
     dx, dw, dbias, da, db = run_backward(dy, x, weight, a, b, parts, ends, call, needs)
     none = dy.new_empty(0)
     return *(none.clone() if each is None else each for each in (dx, dw, dbias)), _behind(da, dy), _behind(db, dy)

@@ -49,10 +49,9 @@ def expert_lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, ends)
     return torch.cat(parts)
 
 
-def decide(x_MK: Tensor, a: Sequence[Tensor], ends_E: Tensor, scalings, patched: str | None) -> Call:
-    """The call's numbers, and its backend: Triton where it is demanded, as no GPU has measured it. Raises OpError for
-    wrong ends, BackendError where Triton is demanded in vain."""
-    rows = torch_path.segments(ends_E, len(x_MK))
+def decide(x_MK: Tensor, a: Sequence[Tensor], rows: torch_path.Rows, scalings, patched: str | None) -> Call:
+    """The call's numbers, and its backend: Triton where it is demanded, as no GPU has measured it. Raises BackendError
+    where it is demanded in vain."""
     ranks = [each.shape[1] for each in a]
     triton = bool(rows and ranks) and requested_backend(patched) == "triton"
     if triton:
@@ -121,10 +120,13 @@ class ExpertLoraLinearFunction(torch.autograd.Function):
 
 def apply_expert_lora(
     x_MK: Tensor, weight_ENK: Tensor, bias_EN: Tensor | None, adapters: Sequence[tuple[Tensor, Tensor, float]],
-    ends_E: Tensor, patched_backend: str | None = None,
+    ends_E: Tensor, patched_backend: str | None = None, rows: torch_path.Rows | None = None,
 ) -> Tensor:  # fmt: skip
     """`expert_lora_linear` with any number of adapters (A, B, scaling), for callers that have checked their tensors.
-    autocast is of no effect: everything is computed in the weight's dtype, which is x's, as by transformers."""
+    autocast is of no effect: everything is computed in the weight's dtype, which is x's, as by transformers.
+
+    rows: `segments(ends_E, M)`, where the caller has it, as to make it waits for the device.
+    """
     wide = x_MK.dtype
     for a, b, _ in adapters:
         wide = torch.promote_types(wide, torch.promote_types(a.dtype, b.dtype))
@@ -134,7 +136,8 @@ def apply_expert_lora(
     if torch.compiler.is_compiling():
         tensors = (x_MK, weight_ENK, bias_EN, ends_E, a, b)
         return torch.ops.fastpeft.expert_lora_linear(*tensors, scalings, patched_backend or "")[0]
-    call = decide(x_MK, a, ends_E, scalings, patched_backend)
+    rows = torch_path.segments(ends_E, len(x_MK)) if rows is None else rows
+    call = decide(x_MK, a, rows, scalings, patched_backend)
     with torch.autocast(x_MK.device.type, enabled=False):
         return ExpertLoraLinearFunction.apply(x_MK, weight_ENK, bias_EN, ends_E, call, *a, *b)
 

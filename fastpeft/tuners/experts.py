@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastpeft.ops._expert_lora_linear_torch import segments
 from fastpeft.ops.expert_lora_linear import apply_expert_lora
 from fastpeft.tuners.layer import AdapterLayer
 from fastpeft.tuners.lora_matrices import LoraMatrices
@@ -72,12 +73,13 @@ def experts_forward(
     tokens, chosen = len(hidden_states), top_k_index.shape[-1]
     ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
     ends = torch.searchsorted(ids, torch.arange(module.num_experts, device=ids.device), right=True)
+    rows = None if torch.compiler.is_compiling() else segments(ends, len(ids))  # waits for the device, once
 
     def product(key: str, x: Tensor) -> Tensor:
         weight = module._parameters[key]
         bias = value_of(f"{key}_bias") if module.has_bias else None
         each = weight.transpose(1, 2) if module.is_transposed else weight
-        return apply_expert_lora(x.to(weight.dtype), each, bias, adapters.get(key, []), ends, backend)
+        return apply_expert_lora(x.to(weight.dtype), each, bias, adapters.get(key, []), ends, backend, rows)
 
     first, last = products_of(module)
     x = product(first, hidden_states[order // chosen])
