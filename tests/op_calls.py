@@ -4,6 +4,7 @@ import torch
 
 from fastpeft.dispatch import Plan
 from fastpeft.ops import (
+    expert_lora_linear,
     gated_prompt_attention,
     lora_linear,
     lora_mlp,
@@ -28,6 +29,10 @@ def of_mixed(x, weight, bias, *matrices, **more):
     return mixed_lora_linear(
         x, weight, bias, matrices[:2], matrices[2:], [1.0, 2.0], rows=[0, -1, 1], training=True, **more
     )
+
+
+def of_experts(x, weight, bias, a, b, ends, **more):
+    return expert_lora_linear(x, weight, bias, a, b, 2.0, ends, **more)
 
 
 def of_projections(x, *tensors, **more):
@@ -60,6 +65,12 @@ def _attention(*gate, queries: int = 7):
     return lambda: (*(leaf(*shape) for shape in shapes), padding)
 
 
+def _experts():
+    """Three, of which the second has no rows; rank 2."""
+    shapes = ((9, 16), (3, 24, 16), (3, 24), (6, 16), (24, 6))
+    return *(leaf(*shape) for shape in shapes), torch.tensor([4, 4, 9])
+
+
 def _projections():
     shapes = ((24, 16), (9, 16), (24,), (9,), (2, 16), (4, 16), (24, 2), (9, 4))
     return leaf(3, 5, 16), *(leaf(*shape) for shape in shapes)
@@ -82,6 +93,7 @@ OPS = {  # name -> (the op, its tensors, its options, the plan that is forced)
     "lora-dropout": (of_lora, LORA, {"dropout": 0.5}, None),
     "mixed": (of_mixed, MIXED, {}, None),
     "mixed-dropout": (of_mixed, MIXED, {"dropouts": [0.5, 0.0]}, None),
+    "experts": (of_experts, _experts, {}, None),
     "projections": (of_projections, _projections, {}, None),
     "projections-dropout": (of_projections, _projections, {"dropouts": [0.5, 0.0]}, None),
     "mlp": (of_mlp, _mlp, {}, None),

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.interpreter
 MASK = "fastpeft/attention/masks.py mask_function"  # once a forward: whether there is padding, and on which side
 PACKED = "fastpeft/calls.py packed_room_for"  # once a forward with position_ids and no mask: where sequences begin
 FILLED = "fastpeft/tuners/prompt_call.py filled"  # whether a static cache has the prompt: where, and once in `generate`
+ROUTED = "fastpeft/ops/_expert_lora_linear_torch.py segments"  # once a call: how many rows each expert has
 MASKING = "fastpeft/rank_allocator.py allocate"  # once a step that takes triplets away
 
 BY_MASK = ("prefix", "prefix-projection", "adapter")  # the methods whose attention is ours
@@ -99,4 +100,4 @@ def test_ops_forward_and_backward(name):
     op, tensors, options, plan = OPS[name]
     with fastpeft.backend("triton"), override_plan(plan), HostSync() as host:
         op(*tensors(), **options).square().sum().backward()
-    assert not host.found
+    assert dict(host.found) == ({ROUTED: 1} if name == "experts" else {})
