@@ -28,7 +28,7 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
-from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
+from fastpeft.kernels._tiles import FUSED_TAIL_RANK, SINGLE, Tiles, family_of, table_of, tiles_for
 from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, sum_partials
 
 MOST = 4  # projections of one launch
@@ -323,16 +323,20 @@ def _block_and_rank(ranks: list[int]) -> tuple[int, int]:
     return block, block * triton.next_power_of_2(len(ranks))
 
 
-def _tiles(kernel: str, rank: int, mode: str, drops: bool, x: torch.Tensor) -> Tiles:
-    """Those of one adapter of that rank; with fewer rows where several masks, or several parts of a product, are in
-    registers at once, and fewer stages where several wide A are in shared memory."""
-    tiles = tiles_for(kernel, rank, mode, drops, table_of(x.device))
-    crowded = drops or (mode == "split" and kernel == "grad_columns")
-    rows = max(16, tiles.rows // 2) if crowded else tiles.rows
+def _tiles(kernel: str, rank: int, mode: str, burden: bool, drops: bool, x: torch.Tensor) -> Tiles:
+    """Those of one adapter of that rank, with less in registers where several masks, or several parts of a product, are
+    there at once, and fewer stages where several wide A are in shared memory."""
+    tiles = tiles_for(kernel, rank, mode, burden, table_of(x.device))
+    rows, columns, depth, stages = tiles.rows, tiles.columns, tiles.depth, tiles.stages
+    spills = family_of(x.device) == "sm_100"  # a few bytes, in the tiles of the others
     if kernel == "shrink":
-        stages = min(tiles.stages, 2) if rank > MOST_RANKS else tiles.stages
-        return replace(tiles, rows=min(64, rows), stages=stages)
-    return replace(tiles, rows=rows)
+        rows, stages = min(64, rows // 2 if drops else rows), min(stages, 2) if rank > MOST_RANKS else stages
+        depth = min(depth, 32) if spills and drops else depth
+    elif kernel == "grad_columns" and (drops or mode == "split"):
+        rows, columns = rows // 2, min(columns, 64) if spills else columns
+    elif kernel == "expand" and drops:
+        rows = min(64, rows // 2 if mode in SINGLE else rows)
+    return replace(tiles, rows=max(16, rows), columns=columns, depth=depth, stages=stages)
 
 
 def shrink_all(
@@ -347,7 +351,7 @@ def shrink_all(
     block, rank = _block_and_rank(ranks)
     modes = _modes(ranks, x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
-    tiles = tiles or _tiles("shrink", rank, modes["MODE"], bool(drops), x)
+    tiles = tiles or _tiles("shrink", rank, modes["MODE"], bool(drops), bool(drops), x)
     row_blocks = triton.cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
     out = torch.empty(runs, rows * sum(ranks), dtype=dtype if runs == 1 else torch.float32, device=x.device)
@@ -378,7 +382,7 @@ def grad_all_columns(
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
     with_tail = with_tail and holds_tail(a, x.dtype)
     tail = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if with_tail else None
-    tiles = tiles or _tiles("grad_columns", rank, modes["MODE"], bool(drops), x)
+    tiles = tiles or _tiles("grad_columns", rank, modes["MODE"], bool(drops), bool(drops), x)
     column_blocks = triton.cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
     parts = torch.empty(runs, sum(ranks) * columns, dtype=torch.float32, device=x.device)
@@ -409,7 +413,7 @@ def tail_all(
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
     out = torch.empty(rows, columns, dtype=out_dtype, device=a[0].device) if onto is None else onto
     burden = bool(drops) or out.dtype != data_dtype
-    tiles = tiles or tiles_for("expand", rank_block(max(ranks)), modes["MODE"], burden, table_of(out.device))
+    tiles = tiles or _tiles("expand", rank_block(max(ranks)), modes["MODE"], burden, bool(drops), out)
     with on_device_of(out):
         _tail_all_kernel[(triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
             *_four(ts, None), *_four([each.contiguous() for each in a], None), out, *seeds, *scales, *thresholds,
