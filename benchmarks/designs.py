@@ -43,8 +43,9 @@ FUSED_TAIL_RANK = {2: 64, 4: 32}
 
 
 def lora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int, dropout: float = 0.0) -> Launches:
-    """`strategy`: "frozen", or one of fastpeft.plans.LORA_STRATEGIES. Dropout's seed is read once by each kernel that
-    masks; under "addmm" and "augment" a kernel of its own then prewrites the term of dX."""
+    """`strategy`: "frozen", one of fastpeft.plans.LORA_STRATEGIES, or "rehomed": augment on a weight with room.
+    Dropout's seed is read once by each kernel that masks; under "addmm", "augment" and "rehomed" a kernel of its own
+    then prewrites the term of dX."""
     x, y, w, a, b, s = (size * itemsize for size in (M * K, M * N, N * K, r * K, r * N, M * r))
     seed = SEED if dropout else 0
     base = Launch("base", PRODUCT, Work(2 * M * N * K, x + w + y))
@@ -59,6 +60,7 @@ def lora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int,
         "prewrite": prewritten,
         "addmm": [base, Launch("addmm_", PASS, Work(2 * M * r * N, s + b + 2 * y))],
         "augment": _beside(M * N, M * (K + r), N * (K + r), K + r, itemsize),
+        "rehomed": _beside(M * N, M * (K + r), N * (K + r), K + r, itemsize, written=N * r),
         "fused": [Launch("_tail_kernel", TRITON_PRODUCT, Work(2 * M * N * (K + r), x + w + s + b + y))],
         "persistent": [Launch("_persistent_tail_kernel", TRITON_PRODUCT, Work(2 * M * N * (K + r), x + w + s + b + y))],
     }[strategy]
@@ -73,7 +75,7 @@ def lora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int,
     work = Work((4 if with_tail else 2) * M * r * K, x + s + a + with_tail * (a + x) + seed)
     gradients.append(Launch("_grad_columns_kernel", PASS, work))
     onto = Launch("base, beta=1", PRODUCT, Work(2 * M * N * K, y + w + 2 * x))
-    if (strategy == "prewrite" and not with_tail) or (dropout and strategy in ("addmm", "augment")):
+    if (strategy == "prewrite" and not with_tail) or (dropout and strategy in ("addmm", "augment", "rehomed")):
         gradients.append(Launch("_tail_kernel", PASS, Work(2 * M * r * K, s + a + x + seed)))
         return [shrink, *forward], [*gradients, onto]
     fused = Work(2 * M * K * (N + r), y + w + s + a + x + seed)
@@ -81,15 +83,18 @@ def lora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int,
         "prewrite": [onto],
         "addmm": [base, Launch("addmm_", PASS, Work(2 * M * r * K, s + a + 2 * x))],
         "augment": _beside(M * K, M * (N + r), K * (N + r), N + r, itemsize),
+        "rehomed": _beside(M * K, M * (N + r), K * (N + r), N + r, itemsize, written=K * r),
         "fused": [Launch("_tail_kernel", TRITON_PRODUCT, fused)],
         "persistent": [Launch("_persistent_tail_kernel", TRITON_PRODUCT, fused)],
     }[strategy]
     return [shrink, *forward], gradients
 
 
-def _beside(result: int, left: int, right: int, depth: int, itemsize: int) -> list[Launch]:
-    """Both operands copied next to their rank-r parts, and the product of the two; sizes in elements."""
-    copy = Launch("copies", PASS, Work(0, 2 * (left + right) * itemsize))
+def _beside(result: int, left: int, right: int, depth: int, itemsize: int, written: int | None = None) -> list[Launch]:
+    """Both operands copied next to their rank-r parts, and the product of the two; sizes in elements. written: of the
+    right one this much alone is copied, into the room beside the rest."""
+    copied = left + (right if written is None else written)
+    copy = Launch("copies", PASS, Work(0, 2 * copied * itemsize))
     return [copy, Launch("augmented", PRODUCT, Work(2 * result * depth, (left + right + result) * itemsize))]
 
 
@@ -211,7 +216,7 @@ class Design(NamedTuple):
 
 _ATTENTION_SIZES = ("B", "H", "Hkv", "S", "P", "D")
 DESIGNS = {
-    "lora_linear": Design(lora_linear, LORA_STRATEGIES, ("M", "K", "N", "r"), PRODUCT, PRODUCT),
+    "lora_linear": Design(lora_linear, (*LORA_STRATEGIES, "rehomed"), ("M", "K", "N", "r"), PRODUCT, PRODUCT),
     "prefix_attention": Design(prefix_attention, ("fused", "merge", "concat"), _ATTENTION_SIZES, FLASH, FLASH_BACKWARD),
     "gated_prompt_attention": Design(
         gated_prompt_attention, ("fused", "merge"), _ATTENTION_SIZES, FLASH, FLASH_BACKWARD

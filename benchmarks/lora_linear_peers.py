@@ -4,7 +4,7 @@ An entry binds tensors to a `Call`. A strategy of ours, or a peer, is one more e
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,14 @@ def strategies_of(x: torch.Tensor, weight: torch.Tensor, adapter_dtype: torch.dt
     return tuple(name for name in LORA_STRATEGIES if name != "persistent" or own)
 
 
+def build_rehomed(inputs: Inputs) -> Call:
+    """A weight of its own with room beside it, as `fastpeft.rehome` gives."""
+    from fastpeft.ops._rooms import with_room
+
+    weight = with_room(inputs.weight, len(inputs.lora_a))
+    return build_fastpeft(replace(inputs, weight=weight), backend="triton", strategy="augment")
+
+
 def _strategy(name: str, label: str) -> Implementation:
     def build(inputs: Inputs) -> Call:
         return build_fastpeft(inputs, backend="triton", strategy=name)
@@ -227,6 +235,15 @@ IMPLEMENTATIONS = (
     _strategy("prewrite", "vendor GEMM accumulating onto a pre-written low-rank term"),
     _strategy("addmm", "vendor GEMM, then the low-rank term added in place"),
     _strategy("augment", "one vendor GEMM over operands copied side by side"),
+    Implementation(
+        "fastpeft:rehomed",
+        "one vendor GEMM on a weight with room beside it, x and dY copied",
+        build_rehomed,
+        strategy="augment",
+        needs_gpu=True,
+        peer=False,
+        rms_bound=MAX_RMS_RATIO,
+    ),
     _strategy("fused", "one Triton GEMM with the low-rank term inside"),
     _strategy("persistent", "one persistent Triton GEMM by descriptors, the low-rank term inside"),
     Implementation(

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from benchmarks import bench_lora_linear as bench
+from benchmarks import checkin
 from benchmarks import lora_linear_peers as peers
 from benchmarks.baselines import Missing
+from benchmarks.report import FLOOR
 from benchmarks.request import Request
 from fastpeft.errors import FastpeftError
+from fastpeft.plans import LORA_STRATEGIES
 
 LLAMA = [("q/o", 4096, 4096), ("gate/up", 4096, 14336), ("k/v", 4096, 1024), ("down", 14336, 4096)]
 
@@ -76,3 +79,13 @@ def test_lorafusion_is_named_where_it_is_missing_and_called_where_it_is_there(mo
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
     assert bench.truth_of(inputs).verify(peers.build_lorafusion(inputs), 2.0).problems == []
+
+
+def test_the_first_tier_has_the_vendor_s_product_beside_every_way_of_ours():
+    """What decides among them: in one round, on wide and narrow results, forward and backward apart."""
+    first = bench.tiers(False)[0]
+    assert {cell.N for cell in first} == {1024, 4096, 14336}
+    names = {implementation.name for implementation in peers.IMPLEMENTATIONS}
+    assert names >= {FLOOR, "fastpeft:rehomed", *(f"fastpeft:{name}" for name in LORA_STRATEGIES)}
+    steps = [name for name, _, _ in checkin.STEPS]
+    assert steps.index("lora") < steps.index("prefix") and {"fwd", "bwd"} < set(checkin.PASSES)

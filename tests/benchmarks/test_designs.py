@@ -16,7 +16,14 @@ from fastpeft.kernels import lora_gemm
 from fastpeft.kernels import lora_linear as lora_kernels
 from fastpeft.kernels import prefix_attention as attention_kernels
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK
-from fastpeft.ops import _lora_linear_triton, gated_prompt_attention, lora_linear, prefix_attention, prompt_embedding
+from fastpeft.ops import (
+    _lora_linear_triton,
+    _rooms,
+    gated_prompt_attention,
+    lora_linear,
+    prefix_attention,
+    prompt_embedding,
+)
 from tests.traffic import count_traffic
 
 interpreter = pytest.mark.interpreter
@@ -54,6 +61,8 @@ def run_lora(strategy, M, K, N, r, dropout):
     """fp32, in which partial sums and results are of one size."""
     x, weight, a, b = (draw(*shape, dtype=torch.float32) for shape in ((M, K), (N, K), (r, K), (N, r)))
     weight.requires_grad_(False)
+    if strategy == "rehomed":
+        weight, strategy = _rooms.with_room(weight, r), "augment"
     with backend("triton"), override_plan(Plan(strategy, strategy, "test")):
         with count_traffic() as forward:
             y = lora_linear(x, weight, None, a, b, 0.5, dropout=dropout, training=True)
@@ -173,3 +182,16 @@ def test_the_frozen_layer_is_the_least_there_is(op, sizes):
     without = {name: 0 if name in ("r", "P") else size for name, size in sizes.items()}
     for passed, launches in zip(("fwd", "bwd"), designs.DESIGNS[op].launches("frozen", **sizes), strict=True):
         assert designs.total(launches) == getattr(cost, op)(passed, **without)
+
+
+def test_a_weight_with_room_is_moved_once_and_what_pays_is_told_by_the_sizes():
+    """Beside prewrite, whose result is moved twice more, what the product reads is moved twice more."""
+    for inputs, outputs in ((4096, 4096), (4096, 14336), (4096, 1024), (14336, 4096)):
+        sizes = {"M": 8192, "K": inputs, "N": outputs, "r": 16, "itemsize": 2}
+        ways = {name: designs.lora_linear(name, **sizes) for name in ("prewrite", "augment", "rehomed")}
+        (forward, backward), copying = (
+            [designs.total(launches).bytes for launches in ways[name]] for name in ("rehomed", "augment")
+        )
+        assert copying[0] - forward == copying[1] - backward == 2 * 2 * inputs * outputs
+        less = [designs.total(launches).bytes for launches in ways["prewrite"]]
+        assert (forward < less[0]) is (outputs > inputs) and (backward < less[1]) is (outputs < inputs)
