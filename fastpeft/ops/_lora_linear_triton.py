@@ -47,7 +47,7 @@ def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
 
 def expand(s, x, weight, bias, b, scale, plan: Plan):
     """x Wᵀ + bias + s·S Bᵀ [M, N], S in hand."""
-    if whole := _whole_product(plan.forward):
+    if whole := whole_product(plan.forward):
         return whole(s, b, x.dtype, base=(x, weight), bias=bias, scale=scale)
     wide = s.dtype != x.dtype
     strategy = _in_its_room(plan.forward, weight, b.shape[1], x.shape[1] < b.shape[0])
@@ -61,7 +61,7 @@ def expand(s, x, weight, bias, b, scale, plan: Plan):
     return kernels.tail(s, b, x.dtype, bias=bias, scale=scale).addmm_(x, weight.t())
 
 
-def _whole_product(strategy: str):
+def whole_product(strategy: str):
     """The kernel that computes the base product and the rank-r term in one, if that is the strategy."""
     return {"fused": kernels.tail, "persistent": lora_gemm.tail}.get(strategy)
 
@@ -114,7 +114,7 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, dx_dtype: torch.dtype
         da, seeded, _ = kernels.grad_columns(t, x, t.dtype, tail_of=a if prewrite else None, dropout=dropout)
     if not need_x:
         return da, None
-    if weight is not None and (whole := _whole_product(strategy)):
+    if weight is not None and (whole := whole_product(strategy)):
         return da, whole(t, a.t(), dy.dtype, base=(dy, weight.t()), dropout=dropout, out_dtype=dx_dtype)
     if wide:
         return da, kernels.tail(t, a.t(), dy.dtype, residual=dy @ weight, dropout=dropout, out_dtype=dx_dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.kernels import lora_projections as kernels
-from fastpeft.kernels.lora_linear import grad_columns, shrink, tail
+from fastpeft.kernels.lora_linear import grad_columns, shrink
 from fastpeft.ops import _lora_linear_triton as single
 from fastpeft.ops._lora_linear_triton import honoured as honoured
 
@@ -61,11 +61,11 @@ def grads(dy, x, weight, a, b, s, seeds, call, needs):
     if not (needs.x or any(needs.a)):
         return dbias, None, [None] * count, db
     dropouts = _dropouts(seeds, call.dropouts)
-    fused = call.plans[0].backward == "fused"
-    seeds_dx = needs.x and not fused and call.dx_dtype == dy[0].dtype and count <= kernels.MOST and all(needs.a)
+    whole = single.whole_product(call.plans[0].backward)
+    seeds_dx = needs.x and not whole and call.dx_dtype == dy[0].dtype and count <= kernels.MOST and all(needs.a)
     da, dx = _grads_of_a(x, ts, a, dropouts, needs.a, seeds_dx)
     if needs.x:
-        dx = _grad_of_x(dx, dy, weight, ts, a, dropouts, call.dx_dtype, fused)
+        dx = _grad_of_x(dx, dy, weight, ts, a, dropouts, call.dx_dtype, whole)
     return dbias, dx, da, db
 
 
@@ -85,13 +85,14 @@ def _grads_of_a(x, ts, a, dropouts, wanted, with_tail: bool):
     return da, dx
 
 
-def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, fused: bool):
+def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, whole):
     """Σ dY W + mask⊙(T A), of which `dx` holds all the second terms, unless it is None. In a wider type than the base
-    products are in, each of these is added as it comes."""
+    products are in, each of these is added as it comes. whole: the kernel that computes both terms of a projection in
+    one, if that is the strategy."""
     narrow = dy[0].dtype
-    if fused:
+    if whole:
         for each, w, t, matrix, dropout in zip(dy, weight, ts, a, dropouts, strict=True):
-            dx = tail(
+            dx = whole(
                 t, matrix.t(), narrow, base=(each, w.t()), dropout=dropout, out_dtype=dx_dtype, residual=dx
             )  # fmt: skip
         return dx

@@ -18,7 +18,10 @@ from fastpeft.kernels._tiles import SMALL, Tiles
 from fastpeft.oracle import GRADIENTS, lora_linear_differences
 from tests.ops import lora_linear_traffic as expected
 from tests.ops.lora_linear_cases import DTYPES, EXACT_IN_INTERPRETER, TRUNCATED, assert_right, draws, on
+from tests.ops.lora_projections_cases import assert_right as projections_are_right
+from tests.ops.lora_projections_cases import draw as projections
 from tests.ops.test_lora_linear import with_layout
+from tests.ops.test_lora_projections import ONE as BOUNDS
 from tests.traffic import count_traffic
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison", "symmetric_products")]
@@ -78,6 +81,15 @@ def test_a_weight_that_lies_by_depth():
     assert problem.weight.stride(1) != 1
     with on("triton", "persistent"):
         assert_right([problem])
+
+
+@pytest.mark.usefixtures("never_by_pointers")
+@pytest.mark.parametrize("dropout", [False, True])
+def test_several_projections(dropout):
+    """dX is added up in one buffer, the residual of each next product."""
+    sizes = dict(shape=(3, 13, 72), outputs=(72, 40, 32))
+    with on("triton", "persistent"):
+        projections_are_right([projections("fp16", **sizes, dropout=dropout, seed=seed) for seed in range(4)], BOUNDS)
 
 
 def operands(dtype=torch.float16, columns=OUTPUTS, rank=5):
