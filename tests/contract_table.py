@@ -14,7 +14,7 @@ def _attention(family: str, name: str, file: str, takes: str = "", has: str = ""
 
 
 TORCH = [
-    Surface("torch.nn.Module", "fastpeft/integrations/peft/layers.py", has=_HOOKS),
+    Surface("torch.nn.Module", "fastpeft/integrations/peft/swapping.py", has=_HOOKS),
     Surface(
         "torch.nn.Module",
         "fastpeft/tuners/saved_modules.py",

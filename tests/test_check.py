@@ -10,7 +10,7 @@ from transformers import MixtralForCausalLM
 import fastpeft
 from fastpeft import check_batches, check_lora, check_lora_model, check_model, check_rows, cli, dispatch, oracle
 from fastpeft.patching import layers
-from fastpeft.tuners import lora
+from fastpeft.tuners import linear_arithmetic
 from tests import checking
 from tests.checking import run_check, scaled
 from tests.models import tiny
@@ -54,7 +54,7 @@ def test_one_per_cent_in_the_op_is_found(dtype, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_one_per_cent_in_the_model_is_found(dtype, monkeypatch, tmp_path):
-    monkeypatch.setattr(lora, "apply_lora", scaled(lora.apply_lora, 6))
+    monkeypatch.setattr(linear_arithmetic, "apply_lora", scaled(linear_arithmetic.apply_lora, 6))
     status, _, document = document_of(tmp_path, "--dtype", dtype)
     assert status == 1
     wrong = {row["tensor"] for row in document["rows"] if row["faults"]}
