@@ -60,8 +60,7 @@ HOOKS = {
 }
 
 
-@WAYS
-@pytest.mark.parametrize("which", ["q_proj", "k_proj"])
+@pytest.mark.parametrize(("way", "which"), [("native", "q_proj"), ("native", "k_proj"), ("peft", "k_proj")])
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
 def test_hooks_of_projections(hook, which, way, seen):
     """Set after the calls were watched, and taken off again."""

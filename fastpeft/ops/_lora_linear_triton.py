@@ -45,14 +45,14 @@ def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
     return expand(s, x, weight, bias, b, scale, plan), s
 
 
-def expand(s, x, weight, bias, b, scale, plan: Plan):
-    """x Wᵀ + bias + s·S Bᵀ [M, N], S in hand."""
+def expand(s, x, weight, bias, b, scale, plan: Plan, shared: dict | None = None):
+    """x Wᵀ + bias + s·S Bᵀ [M, N], S in hand. `shared`: by rank, the copies of x that calls with the same x made."""
     if whole := whole_product(plan.forward):
         return whole(s, b, x.dtype, base=(x, weight), bias=bias, scale=scale)
     wide = s.dtype != x.dtype
     strategy = _in_its_room(plan.forward, weight, b.shape[1], x.shape[1] < b.shape[0])
     if strategy == "augment" and not wide and (abs(scale) <= 1 or s.dtype != torch.float16):  # s·S is in its range
-        return torch.nn.functional.linear(_beside(x, s * scale, 1), _beside(weight, b, 1), bias)
+        return torch.nn.functional.linear(_in_turns(x, s * scale, shared), _beside(weight, b, 1), bias)
     if strategy == "addmm" or wide:  # an fp32 term that was rounded before the product would be HF peft's no more
         y = torch.nn.functional.linear(x, weight, bias)
         if wide:
@@ -81,6 +81,18 @@ def _beside(wide: torch.Tensor, narrow: torch.Tensor, dim: int) -> torch.Tensor:
     shape = list(narrow.shape)
     shape[dim] = -(wide.shape[dim] + narrow.shape[dim]) % 8
     return torch.cat((wide, narrow, narrow.new_zeros(shape)), dim)
+
+
+def _in_turns(x: torch.Tensor, s: torch.Tensor, shared: dict | None) -> torch.Tensor:
+    """[x|S], where S may take the place of another of its rank."""
+    if shared is None:
+        return _beside(x, s, 1)
+    rank, inputs = s.shape[1], x.shape[1]
+    if rank in shared:
+        shared[rank].narrow(1, inputs, rank).copy_(s)
+    else:
+        shared[rank] = _beside(x, s, 1)
+    return shared[rank]
 
 
 def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool, reads: int | None = None):

@@ -44,8 +44,9 @@ def forward(x, weights, biases, a, b, seeds, call):
     else:
         for few in zip(_by_launches(list(a)), _by_launches(dropouts), strict=True):
             ss += kernels.shrink_all(x, few[0], a[0].dtype, few[1])
-    products = zip(ss, weights, biases, b, call.scalings, call.plans, strict=True)
-    return tuple(single.expand(s, x, w, bias, b, scaling, plan) for s, w, bias, b, scaling, plan in products), tuple(ss)
+    shared, products = {}, zip(ss, weights, biases, b, call.scalings, call.plans, strict=True)
+    ys = tuple(single.expand(s, x, w, bias, b, scale, plan, shared) for s, w, bias, b, scale, plan in products)
+    return ys, tuple(ss)
 
 
 def grads(dy, x, weight, a, b, s, seeds, call, needs):

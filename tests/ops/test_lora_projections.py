@@ -37,7 +37,9 @@ BOTH = [pytest.param("torch"), pytest.param("triton", marks=interpreted)]
 EXACT = Bounds()
 # Sums of a few numbers are a few roundings, of which one draw knows little: on one and the other backend as many draws
 # as are cheap, and bounds that no wrong term passes.
-FEW = Bounds(rms=1.5, peak=3.0, row=4.0)
+FEW = Bounds(rms=1.5, peak=3.0, row=6.0)
+ONE = Bounds(rms=2.2, peak=4.0, row=8.0)  # of one draw
+BOUNDS = {"torch": FEW, "triton": ONE}
 MASKED = pytest.mark.parametrize(  # the interpreter, which is slow, with masks alone
     ("name", "dropout"),
     [("torch", False), ("torch", True), pytest.param("triton", True, marks=interpreted)],
@@ -58,11 +60,10 @@ def test_torch_path(dtypes, dropout):
 
 @interpreted
 @pytest.mark.usefixtures("overflow_checks")
-@DROPPING
-@pytest.mark.parametrize("dtypes", EXACT_IN_INTERPRETER)
+@pytest.mark.parametrize(("dtypes", "dropout"), zip(EXACT_IN_INTERPRETER, (True, False, True), strict=True))
 def test_kernels(dtypes, dropout):
     with backend("triton"):
-        assert_right([draw(dtypes, dropout=dropout, seed=3)], FEW)
+        assert_right([draw(dtypes, dropout=dropout, seed=3)], ONE)
 
 
 @interpreted
@@ -77,7 +78,7 @@ SMALL = {"shape": (15, 33), "outputs": (40, 33, 37), "ranks": (4, 7, 3)}
 
 def drawn(name: str, dtypes: str = "fp16-fp32", **options):
     """Some problems for the torch path, fewer for the interpreter."""
-    return [draw(dtypes, **SMALL | options, seed=seed) for seed in range(2 if name == "triton" else 8)]
+    return [draw(dtypes, **SMALL | options, seed=seed) for seed in range(1 if name == "triton" else 8)]
 
 
 NUMBERS = {
@@ -95,7 +96,7 @@ NUMBERS = {
 @MASKED
 def test_any_number_of_projections(name, ranks, dropout):
     with backend(name):
-        assert_right(drawn(name, ranks=ranks, dropout=dropout), Bounds(rms=1.5, peak=3.0, row=6.0))
+        assert_right(drawn(name, ranks=ranks, dropout=dropout), BOUNDS[name])
 
 
 SHAPES = {
@@ -112,7 +113,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", BOTH)
 def test_shapes(name, shape, outputs):
     """In half precision, whose fp32 sums round once: alone in fp32 the order of a sum is seen."""
-    bounds = Bounds(rms=2.5, peak=5.0, row=10.0)  # a row is one number
+    bounds = Bounds(rms=2.5, peak=5.0, row=12.0)  # a row is one number
     with backend(name):
         assert_right(drawn(name, "fp16", shape=shape, outputs=outputs), bounds)
 
@@ -121,7 +122,7 @@ def test_shapes(name, shape, outputs):
 def test_a_vector(name):
     problems = drawn(name, "fp16", shape=(69,))
     with backend(name):
-        assert_right(problems, FEW)
+        assert_right(problems, BOUNDS[name])
         assert [y.shape for y in call(problems[0], problems[0].leaves())] == [(40,), (33,), (37,)]
 
 
@@ -146,7 +147,7 @@ SUBSETS += [pytest.param("triton", wanted, marks=interpreted) for wanted in (("b
 def test_every_subset_of_gradients(name, wanted):
     wanted = [each for kind in wanted for each in ([kind] if kind == "x" else [f"{kind}{i}" for i in range(3)])]
     with backend(name):
-        assert_right(drawn(name, shape=(9, 33), outputs=(33, 20)), FEW, wanted)
+        assert_right(drawn(name, shape=(9, 33), outputs=(33, 20)), BOUNDS[name], wanted)
 
 
 SOME = [("A0",), ("B1",), ("A1", "B0"), ("bias2", "x"), ("x", "A0", "A2", "weight1"), ("A2", "B1", "bias0")]
@@ -156,7 +157,7 @@ SOME = [("A0",), ("B1",), ("A1", "B0"), ("bias2", "x"), ("x", "A0", "A2", "weigh
 @MASKED
 def test_gradients_of_some_projections(name, wanted, dropout):
     with backend(name):
-        assert_right(drawn(name, dropout=dropout), FEW, wanted)
+        assert_right(drawn(name, dropout=dropout), BOUNDS[name], wanted)
 
 
 @pytest.mark.parametrize("unused", [(0,), (1,), (0, 2), (1, 2)], ids=str)
@@ -165,7 +166,7 @@ def test_results_that_nothing_uses(name, unused, dropout):
     """Their own gradients are None, and not zeros."""
     problems = drawn(name, dropout=dropout, unused=unused)
     with backend(name):
-        assert_right(problems, FEW)
+        assert_right(problems, BOUNDS[name])
         leaves = problems[0].leaves()
         ys = call(problems[0], leaves)
         used = [i for i in range(3) if i not in unused]
@@ -181,19 +182,17 @@ LAID_OUT = [each for each in LAID_OUT if each[0] in ("x", "dy") or each[1] == "g
 @pytest.mark.parametrize(("tensor", "layout"), LAID_OUT)
 @pytest.mark.parametrize("name", BOTH)
 def test_layouts(name, tensor, layout):
+    """What lies elsewhere is NaN."""
     problems = [with_layout(problem, tensor, layout) for problem in drawn(name, dropout=True)]
     with backend(name):
-        if name == "torch":
-            assert_right(problems, FEW)
-        else:  # bounds for one draw: what lies elsewhere is NaN
-            assert_right(problems[:1], Bounds(rms=2.2, peak=4.0, row=8.0))
+        assert_right(problems, BOUNDS[name])
 
 
 @interpreted
 @pytest.mark.parametrize(("plan", "dropout"), [("fused", True), ("fused", False), ("addmm", True), ("augment", False)])
 def test_every_plan(plan, dropout):
     with backend("triton"), override_plan(Plan(plan, plan, "forced by a test")):
-        assert_right(drawn("triton", "fp16", dropout=dropout), FEW)
+        assert_right(drawn("triton", "fp16", dropout=dropout), ONE)
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -63,7 +63,7 @@ def test_the_kernels_as_they_are_pass():
 
 
 @pytest.mark.usefixtures("own_masks")
-@pytest.mark.parametrize("mutant", MUTANTS[:: how_many(3, 1)], ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
+@pytest.mark.parametrize("mutant", MUTANTS[:: how_many(7, 1)], ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
 def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     function, _, old, new = mutant
     source = mutated(SOURCE, function, old, new)

@@ -21,10 +21,9 @@ from tests.traffic import count_traffic
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
 M, K, TILES, SIZES = 37, 100, SMALL, Sizes(2, 4)
-RANKS = {"1": (5,), "2": (8, 8), "3": (5, 17, 3), "4": (1, 2, 3, 4)}
+RANKS = {"1": (5,), "3": (8, 17, 8), "4": (1, 2, 3, 4)}
 projections = pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
 dropping = pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-processors = pytest.mark.parametrize("processors", [1, 13])
 
 
 def data(*shape):
@@ -43,8 +42,7 @@ def masks_of(ranks, dropout):
 
 @projections
 @dropping
-@processors
-@pytest.mark.parametrize("rows", [M, 3])
+@pytest.mark.parametrize(("processors", "rows"), [(1, M), (13, M), (13, 3)])
 def test_shrink_all_reads_x_once(ranks, dropout, processors, rows, monkeypatch):
     monkeypatch.setattr(kernels, "processor_count", lambda tensor: processors)
     drops, dropouts = masks_of(ranks, dropout)
@@ -57,8 +55,7 @@ def test_shrink_all_reads_x_once(ranks, dropout, processors, rows, monkeypatch):
 
 @projections
 @dropping
-@processors
-@pytest.mark.parametrize("tail", [False, True], ids=["", "tail"])
+@pytest.mark.parametrize(("processors", "tail"), [(1, True), (13, True), (13, False)])
 def test_grad_all_columns_reads_x_once(ranks, dropout, processors, tail, monkeypatch):
     monkeypatch.setattr(kernels, "processor_count", lambda tensor: processors)
     monkeypatch.setattr(kernels, "holds_tail", lambda a, dtype: True)
@@ -74,8 +71,7 @@ def test_grad_all_columns_reads_x_once(ranks, dropout, processors, tail, monkeyp
 
 @projections
 @dropping
-@pytest.mark.parametrize("onto", [False, True], ids=["", "onto"])
-@pytest.mark.parametrize("out", [torch.float16, torch.float32], ids=["narrow", "wide"])
+@pytest.mark.parametrize(("onto", "out"), [(False, torch.float16), (True, torch.float32)], ids=["narrow", "wide onto"])
 def test_tail_all_writes_once(ranks, dropout, onto, out):
     drops, dropouts = masks_of(ranks, dropout)
     with count_traffic() as traffic:

@@ -10,6 +10,9 @@ from fastpeft.ops import _lora_linear_triton as path
 from fastpeft.ops import _rooms, lora_linear
 from fastpeft.oracle import GRADIENTS
 from tests.ops.lora_linear_cases import assert_right, draws, on
+from tests.ops.lora_projections_cases import assert_right as projections_are_right
+from tests.ops.lora_projections_cases import draw as projections
+from tests.ops.test_lora_projections import ONE as BOUNDS
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison", "symmetric_products")]
 
@@ -48,6 +51,18 @@ def test_every_gradient(strategy, shape, outputs, dtypes, dropout, copied):
     if dtypes != "fp16-fp32" and not dropout:
         ways = {"augment": {shape, (37, outputs)}, "prewrite": {shape} if outputs > shape[1] else {(37, outputs)}}
         assert set(copied) == ways[strategy]
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [((5, 5, 5), 1), ((5, 17, 5), 2)])
+def test_projections_of_one_rank_share_the_copy_of_x(ranks, copies, copied):
+    problems = [projections("fp16", outputs=(71, 80, 72), ranks=ranks, seed=seed) for seed in range(2)]
+    problems = [
+        dataclasses.replace(problem, weight=tuple(_rooms.with_room(weight, 17) for weight in problem.weight))
+        for problem in problems
+    ]
+    with on("triton", "augment"):
+        projections_are_right(problems, BOUNDS)
+    assert copied == [(39, 69)] * copies * 2
 
 
 @pytest.mark.parametrize(
