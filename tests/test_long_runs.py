@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastpeft
-from fastpeft.ops import lora_linear, mixed_lora_linear, prefix_attention, prompt_embedding
+from fastpeft.ops import lora_linear, lora_projections, mixed_lora_linear, prefix_attention, prompt_embedding
 from tests import growth
 from tests.counting import count, how_many
 from tests.models import VOCABULARY, batch, differences, snapshot, tiny
@@ -330,6 +330,12 @@ KERNELS = {
         *_random((rows, 3, 16), (24, 16), (24,)), [_random((4, 16))[0]], [_random((24, 4))[0]], [2.0],
         rows=[0, *[-1] * (rows - 1)],
     ),  # fmt: skip
+    "projections": lambda rows: torch.cat(
+        lora_projections(
+            *_random((rows, 16)), _random((24, 16), (8, 16)), None, _random((4, 16), (2, 16)), _random((24, 4), (8, 2)),
+            [2.0, 1.0], dropouts=[0.5, 0.0], training=True,
+        ), -1,
+    ),
     "prefix": lambda rows: prefix_attention(*_random(*[(1, 2, rows, 16)] * 3, *[(2, 3, 16)] * 2)),
     "decode": lambda rows: prefix_attention(
         *_random((1, 2, 1, 16), *[(1, 2, rows, 16)] * 2, *[(2, 3, 16)] * 2), query_start=rows - 1
