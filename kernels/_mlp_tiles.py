@@ -36,7 +36,8 @@ CUDA = (
     Row("gated_backward", HALF, 16, Tiles(16, 256), dropout=False),
     Row("gated_backward", HALF, 32, Tiles(16, 128), dropout=False),
     Row("gated_backward", HALF, 32, Tiles(16, 64, warps=4)),
-    Row("gated_backward", SPLIT + TF32X3, 16, Tiles(16, 128)),
+    Row("gated_backward", SPLIT + TF32X3, 16, Tiles(16, 128), dropout=False),
+    Row("gated_backward", SPLIT + TF32X3, 16, Tiles(16, 64)),
     Row("gated_backward", SPLIT, 32, Tiles(16, 64)),
     Row("gated_backward", SINGLE, 16, Tiles(16, 32, stages=2)),
 )
@@ -49,9 +50,11 @@ HIP = (
     Row("gated_backward", ALL, 32, Tiles(16, 32, warps=4, stages=2)),
 )
 INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL, above=-1) for kernel in ("gated_forward", "gated_backward"))
+# What spills there in the tiles of the others.
 SM_100 = (
+    Row("gated_backward", HALF, 16, Tiles(32, 128), dropout=False),
     Row("gated_backward", HALF, 32, Tiles(32, 64), dropout=True, above=16),
-)  # what spills there in the tiles of the others
+)
 FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_100": (*SM_100, *CUDA)}
 
 # Up to this rank the backward kernel holds every rank-r product.
