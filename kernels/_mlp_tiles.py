@@ -52,6 +52,7 @@ HIP = (
 INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL, above=-1) for kernel in ("gated_forward", "gated_backward"))
 # What spills there in the tiles of the others.
 SM_100 = (
+    Row("gated_forward", SPLIT, 32, Tiles(32, 32)),
     Row("gated_backward", HALF, 16, Tiles(32, 128), dropout=False),
     Row("gated_backward", HALF, 32, Tiles(32, 64), dropout=True, above=16),
 )
