@@ -439,17 +439,3 @@ def test_weights_that_accelerate_keeps_elsewhere(seen):
     for _ in range(2):
         torch.testing.assert_close(called(later), expected)
     assert seen == []
-
-
-@WAYS
-def test_the_report_says_what_is_one_op(way, seen):
-    model = fastpeft.fuse(adapted(way, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]), "projections")
-    reasons = {row.path.split(".")[-1]: row.reason for row in fastpeft.report(model).layers if "lora" in row.op}
-    unknown = "; one op with its neighbours if a call shows that they read one tensor"
-    assert {name for name, why in reasons.items() if why.endswith(unknown)} == {"q_proj", "v_proj", "o_proj"}
-    called(model)
-    assert str(fastpeft.report(model)).count("q_proj, v_proj as one op, predicted to pay on GPUs") == 1
-    reasons = {row.path.split(".")[-1]: row.reason for row in fastpeft.report(model).layers if "lora" in row.op}
-    assert {name for name, why in reasons.items() if "as one op" in why} == {"q_proj", "v_proj"}
-    fastpeft.unfuse(model)
-    assert "one op" not in str(fastpeft.report(model))

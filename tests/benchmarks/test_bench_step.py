@@ -22,7 +22,6 @@ from benchmarks.step_cases import METHODS, Case, cases, cases_of
 from benchmarks.step_check import Check, Outcome, errors_of
 from benchmarks.step_models import FUSED, OURS, PEFT, build_base, model_flops, share, trained
 from fastpeft.configs import PEFT_TYPE_TO_CONFIG_MAPPING
-from fastpeft.tuners import siblings
 from fastpeft.tuners.lora import LoraLayer
 
 CPU = torch.device("cpu")
@@ -116,23 +115,6 @@ def test_every_method_is_measured_or_named(quick):
             assert row["status"] == ("ok" if about.peft_type in HAD else "missing")
             assert row["status"] == "ok" or row["note"] == f"fastpeft has no tuner for {about.peft_type}"
         assert len(rows) == (2 if method == "lora" else 1)
-
-
-def test_projections_are_fused_where_there_are_any(quick, monkeypatch):
-    of = {row["shape"]["name"]: row for row in quick[0]["results"] if row["impl"] == FUSED}
-    for method, about in METHODS.items():
-        if f"tiny {method}" in of:
-            row = of[f"tiny {method}"]
-            assert row["status"] == ("ok" if about.peft_type == "LORA" else "missing"), row["note"]
-            assert row["status"] == "ok" or row["note"] == f"{method} has no projections to fuse"
-    sizes, shipped = [], siblings.apply_lora_projections
-
-    def spy(x, projections, backend):
-        sizes.append(len(projections))
-        return shipped(x, projections, backend)
-
-    monkeypatch.setattr(siblings, "apply_lora_projections", spy)
-    assert found(run([LORA]), FUSED)["status"] == "ok" and set(sizes) == {2, 3}
 
 
 def test_a_method_without_a_tuner_is_named(monkeypatch):
