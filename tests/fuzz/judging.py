@@ -23,6 +23,11 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def step(dtype: torch.dtype) -> float:
+    """The absolute one, next to zero."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:
     """The one with the largest rounding."""
     return max(dtypes, key=unit)
@@ -89,7 +94,7 @@ def assert_rounded(
         coarse = coarsest(dtype, t.dtype)
         fine = min(torch.float32, coarse, key=unit)  # of accumulators
         relative = ROUNDINGS * unit(coarse) + terms * unit(fine)
-        tiny = 4 * torch.finfo(coarse).smallest_normal * torch.finfo(coarse).eps * max(1.0, terms)
+        tiny = 4 * step(coarse) * max(1.0, terms) + step(t.dtype)  # of a leaf in fp16 even if all before is in bf16
         size = sizes[name.removesuffix(" again")]
         excess = (t.double() - truth[name]).abs() / (relative * size + tiny)
         assert t.isfinite().all(), f"{name}: not finite"

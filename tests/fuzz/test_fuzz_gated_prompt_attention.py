@@ -54,6 +54,9 @@ def test_gated_prompt_attention_on_the_kernels(case):
 
 @tried(40, 600)
 @given(CAST_ON_TORCH)
+@example(
+    Case(keys=16, dtype="fp16", autocast="bf16", causal=False, alibi=True, gate=0, wanted=("query", "key"), seed=5)
+)
 def test_gated_prompt_attention_under_autocast_on_torch(case):
     shown(case)
     holds(case, "torch")
