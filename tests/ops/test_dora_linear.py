@@ -102,8 +102,7 @@ def assert_right(name, p=0.0, count=4, bounds=Bounds(), wanted=NAMES, **options)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize(("p", "bias"), [(0.0, True), (0.0, False), (0.3, True)])
 @pytest.mark.parametrize("name", BOTH)
 def test_beside_the_definition(name, p, bias, dtypes):
     assert_right(name, p, 6, dtypes=dtypes, bias=bias)

@@ -14,6 +14,7 @@ from fastpeft.kernels._common import Dropout
 from fastpeft.kernels._tiles import SMALL
 from fastpeft.ops import lora_linear
 from tests.contracts import ROOT
+from tests.counting import how_many
 from tests.ops import lora_linear_traffic as expected
 from tests.ops.lora_linear_cases import assert_right, draws, on
 from tests.traffic import count_traffic
@@ -105,7 +106,7 @@ import json, sys, torch
 from tests import aot
 from tests.ops.aot_lora_linear import launch_all
 found = {}
-for name in ("sm_90", "gfx942"):
+for name in sys.argv[1:]:
     gpu = aot.TARGETS[name].gpu
     known = {l.key for l in aot.recorded_launches(lambda: launch_all("bf16-fp32", 128, 0.1), gpu)}
     high = [l for l in aot.recorded_launches(lambda: launch_all("bf16-fp32", 1024, 0.1), gpu)]
@@ -116,9 +117,12 @@ print(json.dumps(found))
 
 def test_what_is_launched_for_a_gpu_is_what_the_compile_gate_compiles_at_rank_128():
     """So it spills nowhere where that does not."""
+    targets = ("sm_90", "gfx942")[: how_many(1, 2)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", LAUNCHES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES, *targets], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 2
+    assert len(found) == len(targets)
     assert all(count > 100 and new == [] for count, new in found.values()), found
