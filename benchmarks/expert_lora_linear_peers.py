@@ -11,7 +11,6 @@ from .expert_lora_linear_truth import Inputs, by_expert
 from .harness import Call
 from .report import FLOOR
 
-
 # peft rounds fp32 adapters to the weight's dtype, and their gradients come through one of the weight in that dtype; of
 # eager, by which errors are judged, both are in fp32.
 ROUNDED = 1e5

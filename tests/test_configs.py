@@ -178,7 +178,10 @@ REFUSED = [
     ({"base_model_name_or_path": b"x"}, "base_model_name_or_path=b'x': must be a string or None"),
     ({"auto_mapping": ["x"]}, "auto_mapping=['x']: must be a dict with string keys or None"),
     ({"runtime_config": peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)}, "does not honour it"),
-    ({"target_parameters": "experts.down_proj"}, "target_parameters='experts.down_proj': must be a list of names of par"),
+    (
+        {"target_parameters": "experts.down_proj"},
+        "target_parameters='experts.down_proj': must be a list of names of par",
+    ),
     ({"target_parameters": ["x", ""]}, "must be a list of names of parameters or None"),
     ({"target_parameters": ["x"], "lora_dropout": 0.1}, "lora_dropout=0.1: target_parameters needs 0.0; set it, or"),
     ({"target_parameters": ["x"], "use_dora": True}, "use_dora=True: target_parameters needs False"),

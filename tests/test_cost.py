@@ -42,7 +42,8 @@ SMALL_CASES = [
      Work(180 + 96, (63 + 24 + 6) * 2)),
     (cost.mixed_lora_linear, "bwd", {"B": 3, "S": 2, "K": 3, "N": 5, "served": ((1, 2), (1, 1)), "itemsize": 2},
      Work(180 + 192, (63 + 12 + 6 + 48) * 2)),
-    # Three rows of two experts of rank 2: x, y 24, W 30, A, B 32, S 6 elements, of which backward reads x's 9 and S once
+    # Three rows of two experts of rank 2: x, y 24, W 30, A, B 32, S 6 elements, of which backward reads x's 9 and S
+    # once more and has A, B twice; products 2·3·15, low-rank ones 2·3·2·8.
     # more and has A, B twice; products 2·3·15, low-rank ones 2·3·2·8.
     (cost.expert_lora_linear, "fwd", {"M": 3, "E": 2, "K": 3, "N": 5, "r": 2, "itemsize": 2},
      Work(90 + 96, (54 + 32 + 6) * 2)),
