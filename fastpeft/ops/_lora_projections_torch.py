@@ -15,6 +15,8 @@ from fastpeft.ops._lora_linear_torch import (
     transposed_product,
 )
 
+MANY = 64  # rows, for which a copy of all matrices beside each other costs less than it saves
+
 
 def draw_seeds(x: Tensor, dropouts) -> list[Tensor | None]:
     """One for each projection that drops, from the CPU generator, in the order in which single layers draw them."""
@@ -47,7 +49,7 @@ def _shrink(x, a, droppers) -> tuple[Tensor, ...]:
     masked = any(each is not None for each in droppers)
     ranks = [len(each) for each in a]
     if not masked and x.dtype == a[0].dtype:
-        return (x @ torch.cat(a).t()).split(ranks, 1)
+        return (x @ torch.cat(a).t()).split(ranks, 1) if len(x) >= MANY else tuple(x @ each.t() for each in a)
     out = torch.empty(len(x), sum(ranks), dtype=a[0].dtype, device=x.device).split(ranks, 1)
     for block in row_blocks(*x.shape, masked):
         wide = None
@@ -78,14 +80,18 @@ def grads(dy, x, weight, a, b, s, seeds, call, needs):
     if not needs.x:
         return None, da, db
     dx = _add_bases(None, dy, weight, call.dx_dtype)
-    return add_product(dx, torch.cat(ts, 1), torch.cat(a)), da, db
+    if len(dx) >= MANY:
+        return add_product(dx, torch.cat(ts, 1), torch.cat(a)), da, db
+    for t, matrix in zip(ts, a, strict=True):
+        add_product(dx, t, matrix)
+    return dx, da, db
 
 
 def _grads_of_a(x, ts, wanted) -> list[Tensor | None]:
     """(Tᵀ x, or None where not wanted), each in a storage of its own."""
     chosen = [t for t, want in zip(ts, wanted, strict=True) if want]
-    if not chosen:
-        return [None] * len(ts)
+    if not chosen or len(chosen[0]) < MANY:
+        return [transposed_product(t, x) if want else None for t, want in zip(ts, wanted, strict=True)]
     parts = iter(transposed_product(torch.cat(chosen, 1), x).split([t.shape[1] for t in chosen]))
     return [next(parts).clone() if want else None for want in wanted]
 
@@ -111,7 +117,7 @@ def _masked_grads(x, ts, a, droppers, dx_dtype, needs):
     rows = len(next(t for t in ts if t is not None))
     dx = torch.empty(rows, columns, dtype=dx_dtype, device=a[0].device) if needs.x else None
     for block in row_blocks(rows, columns, masked=True):
-        total = None
+        total, out = None, dx[block] if needs.x and dx_dtype == kind else None  # where the first term is written
         for t, matrix, into, dropout in zip(ts, a, da, droppers, strict=True):
             if t is None:
                 continue
@@ -121,9 +127,9 @@ def _masked_grads(x, ts, a, droppers, dx_dtype, needs):
                 z = x[block].to(kind) if dropout is None else dropped(x[block], kind, places)
                 into.addmm_(t[block].t(), z, alpha=scale)
             if needs.x:
-                term = product(t[block], matrix, scale)
+                term = product(t[block], matrix, scale, out if total is None else None)
                 term = term if places is None else drop(term, places)
                 total = term if total is None else total.add_(term)
-        if needs.x:
+        if needs.x and out is None:
             dx[block] = total
     return da, dx
