@@ -17,11 +17,17 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for tensor in _tensors((args, kwargs)):
-            self._seen.add(tensor.untyped_storage()._cdata)
+            self._know(tensor.untyped_storage())
         out = function(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             self._add(tensor.untyped_storage())
         return out
+
+    def _know(self, storage):
+        """What was made out of the dispatcher's sight, until another storage may come to lie there."""
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            weakref.finalize(storage, self._seen.discard, storage._cdata)
 
     def _add(self, storage):
         if storage._cdata in self._seen:
