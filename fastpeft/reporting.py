@@ -21,6 +21,7 @@ from fastpeft.tuners.lora import LoraLinear
 from fastpeft.tuners.lora_parameters import LoraParameters
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.prompt_layer import PromptedEmbedding
+from fastpeft.tuners.siblings import in_words
 
 ROWS = 4096
 LEFT = "peft's own forward"  # in place of an op, of a layer of peft's that was left as it was
@@ -102,7 +103,7 @@ def _layer_report(path: str, layer: nn.Module) -> LayerReport:
         reason += _strategies(layer, weight)
     if not plain:
         reason += "; the base product is its own class's"
-    return LayerReport(path, kind, names, op, choice.backend, reason)
+    return LayerReport(path, kind, names, op, choice.backend, reason + in_words(layer))
 
 
 def experts_service(experts: nn.Module, rank: int, patched: str | None) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from fastpeft.integrations.peft.tuners import TUNERS, SwappingAdaLora, SwappingM
 from fastpeft.neighbours import check_neighbours, check_peft_s_head
 from fastpeft.reporting import LEFT, LayerReport, Report, experts_service, rows_of
 from fastpeft.tuners.fusions import part_all
+from fastpeft.tuners.siblings import in_words
 
 ADAPTION = "peft.tuners.adaption_prompt.model.AdaptionPromptModel"
 
@@ -177,4 +178,4 @@ def _layer_rows(path: str, layer: FusedLayer) -> Iterator[LayerReport]:
         yield LayerReport(path, kind, names, op, "none", str(error))
         return
     reason = choice.reason if plain else f"{choice.reason}; the base product is its own class's"
-    yield LayerReport(path, kind, names, op, choice.backend, reason)
+    yield LayerReport(path, kind, names, op, choice.backend, reason + in_words(layer))
