@@ -55,6 +55,7 @@ SM_100 = (
     Row("gated_forward", SPLIT, 32, Tiles(32, 32)),
     Row("gated_backward", HALF, 16, Tiles(32, 128), dropout=False),
     Row("gated_backward", HALF, 32, Tiles(32, 64), dropout=True, above=16),
+    Row("gated_backward", SINGLE, 16, Tiles(16, 32, warps=4, stages=2)),
 )
 FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_100": (*SM_100, *CUDA)}
 
