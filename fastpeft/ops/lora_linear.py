@@ -26,6 +26,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Letters of the shape suffixes in this file: M rows (all leading dimensions of x), K inputs, N outputs, R rank.
 
 
+class Projection(NamedTuple):
+    """One linear layer with or without an adapter: weight (N, K), bias (N,) or None, lora_A (r, K) and lora_B (N, r) or
+    both None, alpha / r, and the probability of dropout."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    lora_A: torch.Tensor | None = None
+    lora_B: torch.Tensor | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+
 class Call(NamedTuple):
     """What a call computes besides its tensors; `plan` is None on the torch path.
 

@@ -26,24 +26,12 @@ from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_mlp_torch as torch_path
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._lora_linear_torch import given_mask
-from fastpeft.ops.lora_linear import DTYPES, _is_number, as_rows, lora_linear_reference
+from fastpeft.ops.lora_linear import DTYPES, Projection, _is_number, as_rows, lora_linear_reference
 
 # Letters of the shape suffixes: M rows (all leading dimensions of x), K inputs, H hidden features, N outputs, R rank.
 
 ACTIVATIONS = tuple(torch_path.ACTIVATIONS)
 SIDES = ("gate", "up", "down")
-
-
-class Projection(NamedTuple):
-    """weight (outputs, inputs), bias (outputs,) or None, lora_A (r, inputs) and lora_B (outputs, r) or both None,
-    alpha / r, and the probability of dropout."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    scaling: float = 1.0
-    dropout: float = 0.0
 
 
 class Tensors(NamedTuple):

@@ -22,22 +22,10 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
 from fastpeft.ops._first_order import first_order
+from fastpeft.ops.lora_linear import Projection, as_rows, lora_linear_reference
 from fastpeft.ops.lora_linear import _check as check_lora
-from fastpeft.ops.lora_linear import as_rows, lora_linear_reference
 
 # Letters of the shape suffixes: M rows (all leading dimensions of x), K inputs, N outputs, R rank.
-
-
-class Projection(NamedTuple):
-    """One layer: weight (N, K), bias (N,) or None, lora_A (r, K), lora_B (N, r), alpha / r, and the probability of
-    dropout in force."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout: float
 
 
 class Call(NamedTuple):
