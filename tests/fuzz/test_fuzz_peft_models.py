@@ -37,6 +37,16 @@ def test_layers_of_an_adapter_that_peft_refuses_late_are_ours(life):
     life.the_same_but_for_classes()
 
 
+def test_layers_that_name_adapters_that_are_no_more_put_none_in_force(life):
+    life.delete(name="a")
+    life.unpatch()
+    life.set(names=["a", "b"])
+    assert life.theirs.active_adapters == ["a", "b"]
+    life.patch()
+    assert not life.patched
+    life.the_same_but_for_classes()
+
+
 def test_a_life_shows_a_factor_that_is_off(life, monkeypatch):
     life.call(length=9, half=None)
     right = FusedLora.factors
