@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .accuracy import PEER_RMS_RATIO
+from .accuracy import MAX_RMS_RATIO, PEER_RMS_RATIO
 from .harness import Call
 
 
@@ -33,6 +33,11 @@ class Implementation:
     rms_bound: float = PEER_RMS_RATIO
     serves: Callable[[Any], bool] = lambda inputs: True
     said: Callable[[Any], str] = lambda inputs: ""
+
+
+def ours(name: str, label: str, build: Callable[[Any], Call], strategy: str = "auto", **others) -> Implementation:
+    """One of fastpeft's own: no peer, and bound as fastpeft's tests bind it."""
+    return Implementation(name, label, build, strategy, peer=False, rms_bound=MAX_RMS_RATIO, **others)
 
 
 def in_force(backend: str, strategy: str | None) -> Callable[[], Any]:

@@ -5,8 +5,7 @@ import importlib.util
 import torch
 from torch import nn
 
-from .accuracy import MAX_RMS_RATIO
-from .baselines import Implementation, Missing, in_force
+from .baselines import Implementation, Missing, in_force, ours
 from .expert_lora_linear_truth import Inputs, by_expert
 from .harness import Call
 from .report import FLOOR
@@ -94,40 +93,30 @@ IMPLEMENTATIONS = (
         lambda inputs: build_peft(inputs, autocast_adapter_dtype=False),
     ),
     Implementation("loop", "LoRA's algebra, expert by expert, out of place", build_loop),
-    Implementation(
+    ours(
         "fastpeft",
         "fastpeft, its own choice: the torch backend",
         build_fastpeft,
-        strategy="auto",
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
-    Implementation(
+    ours(
         "fastpeft-fp32",
         "fastpeft, its own choice, fp32 adapters",
         lambda inputs: build_fastpeft(inputs, adapter_dtype=torch.float32),
-        strategy="auto",
         adapter_dtype=torch.float32,
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
-    Implementation(
+    ours(
         "fastpeft:triton",
         "fastpeft, Triton demanded: all experts in one launch",
         lambda inputs: build_fastpeft(inputs, backend="triton"),
         strategy="triton",
         needs_gpu=True,
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
-    Implementation(
+    ours(
         "fastpeft:triton-fp32",
         "fastpeft, Triton demanded, fp32 adapters",
         lambda inputs: build_fastpeft(inputs, backend="triton", adapter_dtype=torch.float32),
         strategy="triton",
         adapter_dtype=torch.float32,
         needs_gpu=True,
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
 )

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .accuracy import MAX_RMS_RATIO
-from .baselines import Implementation, Missing, in_force
+from .baselines import Implementation, Missing, in_force, ours
 from .harness import Call
 from .report import FLOOR
 
@@ -182,14 +181,12 @@ def _strategy(name: str, label: str) -> Implementation:
     def build(inputs: Inputs) -> Call:
         return build_fastpeft(inputs, backend="triton", strategy=name)
 
-    return Implementation(
+    return ours(
         f"fastpeft:{name}",
         label,
         build,
         strategy=name,
         needs_gpu=True,
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
         serves=lambda inputs: name in strategies_of(inputs.x, inputs.weight, inputs.x.dtype),
     )
 
@@ -213,45 +210,35 @@ IMPLEMENTATIONS = (
     ),
     Implementation("addmm-algebra", "the vendor's product, then addmm_: Unsloth's and Axolotl's algebra", build_addmm),
     Implementation("lorafusion", "LoRAFusion", build_lorafusion, needs_gpu=True),
-    Implementation(
+    ours(
         "fastpeft",
         "fastpeft, its own choice",
         build_fastpeft,
-        strategy="auto",
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
         said=_plan,
     ),
-    Implementation(
+    ours(
         "fastpeft-fp32",
         "fastpeft, its own choice, fp32 adapters",
         lambda inputs: build_fastpeft(inputs, adapter_dtype=torch.float32),
-        strategy="auto",
         adapter_dtype=torch.float32,
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
         said=lambda inputs: _plan(inputs, torch.float32),
     ),
     _strategy("prewrite", "vendor GEMM accumulating onto a pre-written low-rank term"),
     _strategy("addmm", "vendor GEMM, then the low-rank term added in place"),
     _strategy("augment", "one vendor GEMM over operands copied side by side"),
-    Implementation(
+    ours(
         "fastpeft:rehomed",
         "one vendor GEMM on a weight with room beside it, x and dY copied",
         build_rehomed,
         strategy="augment",
         needs_gpu=True,
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
     _strategy("fused", "one Triton GEMM with the low-rank term inside"),
     _strategy("persistent", "one persistent Triton GEMM by descriptors, the low-rank term inside"),
-    Implementation(
+    ours(
         "fastpeft:torch",
         "fastpeft, torch backend",
         lambda inputs: build_fastpeft(inputs, backend="torch"),
         strategy="torch",
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
 )

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .accuracy import MAX_RMS_RATIO
-from .baselines import Implementation, Missing, in_force
+from .baselines import Implementation, Missing, in_force, ours
 from .harness import Call
 from .lora_mlp_truth import Inputs, by_layers
 from .report import FLOOR
@@ -143,9 +142,7 @@ def build_fastpeft(
 
 
 def _ours(name: str, words: str, build, strategy: str, adapter_dtype=None) -> Implementation:
-    return Implementation(
-        name, words, build, strategy=strategy, adapter_dtype=adapter_dtype, peer=False, rms_bound=MAX_RMS_RATIO
-    )
+    return ours(name, words, build, strategy, adapter_dtype=adapter_dtype)
 
 
 IMPLEMENTATIONS = (

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .accuracy import MAX_RMS_RATIO
-from .baselines import Implementation, Missing, in_force
+from .baselines import Implementation, Missing, in_force, ours
 from .harness import Call
 from .lora_linear_peers import AddmmLora
 from .lora_projections_truth import Inputs, matrices
@@ -98,37 +97,27 @@ IMPLEMENTATIONS = (
         lambda inputs: build_peft(inputs, autocast_adapter_dtype=False),
     ),
     Implementation("addmm-algebra", "the vendor's products, then addmm_: Unsloth's and Axolotl's algebra", build_addmm),
-    Implementation(
+    ours(
         "fastpeft:separate",
         "fastpeft, layer by layer",
         build_separate,
         strategy="separate",
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
-    Implementation(
+    ours(
         "fastpeft",
         "fastpeft, one op",
         build_fastpeft,
-        strategy="auto",
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
-    Implementation(
+    ours(
         "fastpeft-fp32",
         "fastpeft, one op, fp32 adapters",
         lambda inputs: build_fastpeft(inputs, adapter_dtype=torch.float32),
-        strategy="auto",
         adapter_dtype=torch.float32,
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
-    Implementation(
+    ours(
         "fastpeft:torch",
         "fastpeft, one op, torch backend",
         lambda inputs: build_fastpeft(inputs, backend="torch"),
         strategy="torch",
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
 )

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .accuracy import MAX_RMS_RATIO
-from .baselines import Implementation, Missing, in_force
+from .baselines import Implementation, Missing, in_force, ours
 from .harness import Call
 from .mixed_lora_linear_truth import Inputs, one_by_one
 from .report import FLOOR
@@ -83,29 +82,21 @@ IMPLEMENTATIONS = (
         lambda inputs: build_peft(inputs, autocast_adapter_dtype=False),
     ),
     Implementation("loop", "peft's algebra, adapter by adapter, out of place", build_loop),
-    Implementation(
+    ours(
         "fastpeft",
         "fastpeft, its own choice",
         build_fastpeft,
-        strategy="auto",
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
-    Implementation(
+    ours(
         "fastpeft-fp32",
         "fastpeft, its own choice, fp32 adapters",
         lambda inputs: build_fastpeft(inputs, adapter_dtype=torch.float32),
-        strategy="auto",
         adapter_dtype=torch.float32,
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
-    Implementation(
+    ours(
         "fastpeft:torch",
         "fastpeft, torch backend: adapter by adapter",
         lambda inputs: build_fastpeft(inputs, backend="torch"),
         strategy="torch",
-        peer=False,
-        rms_bound=MAX_RMS_RATIO,
     ),
 )
