@@ -94,7 +94,8 @@ def assert_rounded(
         coarse = coarsest(dtype, t.dtype)
         fine = min(torch.float32, coarse, key=unit)  # of accumulators
         relative = ROUNDINGS * unit(coarse) + terms * unit(fine)
-        tiny = 4 * step(coarse) * max(1.0, terms) + step(t.dtype)  # of a leaf in fp16 even if all before is in bf16
+        # The steps of fp16 are the larger ones, and bf16 the coarser: of results on the way, and of a leaf at the end.
+        tiny = 4 * max(step(coarse), step(dtype)) * max(1.0, terms) + step(t.dtype)
         size = sizes[name.removesuffix(" again")]
         excess = (t.double() - truth[name]).abs() / (relative * size + tiny)
         assert t.isfinite().all(), f"{name}: not finite"

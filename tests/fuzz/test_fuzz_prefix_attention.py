@@ -58,6 +58,7 @@ def test_prefix_attention_on_the_kernels(case):
 @tried(40, 600)
 @given(CAST_ON_TORCH)
 @example(Case(groups=2, keys=16, dtype="fp16", autocast="bf16", causal=False, alibi=True, wanted=("query", "key")))
+@example(Case(groups=2, keys=16, dtype="bf16", autocast="fp16", causal=False, alibi=True, wanted=("query", "key")))
 def test_prefix_attention_under_autocast_on_torch(case):
     shown(case)
     holds(case, "torch")
