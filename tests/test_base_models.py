@@ -21,7 +21,7 @@ SAME = [
     "/data/models/Some-Model-7B/",
     "./Some-Model-7B/.",
     r"C:\models\Some-Model-7B",
-    "/root/.cache/huggingface/hub/models--somebody--Some-Model-7B/snapshots/0123abcd",
+    "/home/somebody/.cache/huggingface/hub/models--somebody--Some-Model-7B/snapshots/0123abcd",
     "models--Some-Model-7B/snapshots/main/",
 ]
 NAMELESS = ["", ".", "..", "/", "../..", None, 7]
