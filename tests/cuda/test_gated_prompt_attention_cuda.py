@@ -18,7 +18,6 @@ from tests.cuda.attention import (
     VENDOR,
     VENDORS,
     assert_repeatable,
-    assert_replays,
     assert_right,
     leaves_of,
     on,
@@ -26,6 +25,7 @@ from tests.cuda.attention import (
 )
 from tests.cuda.attention import MODIFIERS as OF_A_PREFIX
 from tests.cuda.attention import problem_of as ungated
+from tests.cuda.launches import assert_replays
 
 pytestmark = pytest.mark.cuda
 

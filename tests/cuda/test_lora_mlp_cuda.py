@@ -7,7 +7,7 @@ import torch
 from fastpeft.dispatch import backend
 from fastpeft.ops.lora_mlp import ACTIVATIONS
 from fastpeft.oracle import Bounds
-from tests.cuda.attention import assert_replays
+from tests.cuda.launches import assert_repeats, assert_replays, waiting_is_an_error
 from tests.ops.lora_linear_cases import DTYPES
 from tests.ops.lora_mlp_cases import assert_right, call, draw
 
@@ -63,9 +63,7 @@ def test_the_torch_backend_is_right_too():
 def test_thirty_repeats_are_equal_bit_for_bit(recompute):
     problem = drawn(sizes=ALIGNED, dropout=True, recompute=recompute)
     with backend("triton"):
-        first = found(problem)
-        for _ in range(30):
-            assert all(torch.equal(*pair) for pair in zip(first, found(problem), strict=True))
+        assert_repeats(lambda: found(problem), 30)
 
 
 def test_cuda_graphs():
@@ -84,12 +82,9 @@ def test_nothing_waits_for_the_device():
     problem = drawn(sizes=ALIGNED, dropout=True)
     with backend("triton"):
         found(problem)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             leaves = problem.leaves()
             torch.autograd.grad(call(problem, leaves), list(leaves.values()), problem.dy)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_compiled_as_one_graph():

@@ -9,7 +9,7 @@ import torch
 from fastpeft.dispatch import backend
 from fastpeft.ops import mixed_lora_linear
 from fastpeft.oracle import Bounds
-from tests.cuda.attention import assert_replays
+from tests.cuda.launches import assert_repeats, assert_replays, waiting_is_an_error
 from tests.ops.lora_linear_cases import DTYPES
 from tests.ops.mixed_lora_linear_cases import assert_right, call, draw, faults_of
 
@@ -74,9 +74,7 @@ def test_the_torch_backend_is_right_too():
 def test_fifty_repeats_are_equal_bit_for_bit(dropout):
     problem = drawn(sizes=ALIGNED, dropout=dropout)
     with backend("triton"):
-        first = found(problem)
-        for _ in range(50):
-            assert all(torch.equal(*pair) for pair in zip(first, found(problem), strict=True))
+        assert_repeats(lambda: found(problem), 50)
 
 
 def test_cuda_graphs():
@@ -95,12 +93,9 @@ def test_nothing_waits_for_the_device():
     problem = drawn(sizes=ALIGNED, dropout=True)
     with backend("triton"):
         found(problem)  # tables are made once
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             leaves = problem.leaves()
             torch.autograd.grad(call(problem, leaves), list(leaves.values()), problem.dy)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.xdist_group("large")  # one after the other

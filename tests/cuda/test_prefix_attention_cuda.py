@@ -17,13 +17,13 @@ from tests.cuda.attention import (
     VENDOR,
     VENDORS,
     assert_repeatable,
-    assert_replays,
     assert_right,
     leaves_of,
     on,
     problem_of,
     results_of,
 )
+from tests.cuda.launches import assert_replays
 
 pytestmark = pytest.mark.cuda
 

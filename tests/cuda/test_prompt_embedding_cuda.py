@@ -9,7 +9,7 @@ import torch
 from fastpeft.dispatch import backend
 from fastpeft.ops import prepend_prompt, prompt_embedding
 from fastpeft.oracle import Bounds
-from tests.cuda.attention import assert_replays
+from tests.cuda.launches import assert_replays
 from tests.ops.prompt_embedding_cases import DTYPES, LAYOUTS, assert_right, draw, op_on, results, with_layout
 
 pytestmark = pytest.mark.cuda
