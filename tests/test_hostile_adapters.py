@@ -109,8 +109,8 @@ def check_quiet(answer, directory):
     """Nothing was done besides, and not much of that."""
     assert answer["events"] == []
     assert answer["printed"] == ""
+    assert answer["megabytes"] < MEGABYTES  # first: pages take time, on some machines more than a second for 300 MB
     assert answer["seconds"] < SECONDS
-    assert answer["megabytes"] < MEGABYTES
     assert not (directory / "owned").exists()
 
 
