@@ -3,11 +3,14 @@ under dropout what is left of x lives in such blocks alone."""
 
 import torch
 
+from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops._lora_linear_torch import (
     add_product,
+    add_transposed,
     drop,
     dropout_of,
     dropped,
+    empty_sum,
     grad_a_and_x,
     grad_b_and_t,
     product,
@@ -20,10 +23,10 @@ def forward(x, weight, bias, a, b, f, scale, seed, p):
     """(y [M, N], S [M, R], H [M, N]): shapes as in `dora_linear`, flattened."""
     dropout = dropout_of(seed, p, x.device)
     if dropout is None:
-        base, s = torch.nn.functional.linear(x, weight), shrink(x, a, 1.0)
+        base, s = cpu.linear(x, weight), shrink(x, a, 1.0)
         y, plain, gain = torch.empty_like(base), None, f
     else:
-        y = plain = torch.nn.functional.linear(x, weight, bias)
+        y = plain = cpu.linear(x, weight, bias)
         base, s, gain = torch.empty_like(y), torch.empty(len(x), len(a), dtype=a.dtype, device=x.device), f - 1
         for block in row_blocks(*x.shape, masked=True):
             z = dropped(x[block], x.dtype, dropout.next(*x[block].shape))
@@ -65,15 +68,13 @@ def column_sums(dy, base, dtype: torch.dtype) -> torch.Tensor:
 def _masked_grads(dy, x, weight, a, gain, t, dropout, call, needs):
     """(dA, dX) under dropout; one drawing of the mask serves both."""
     need_x, _, need_a, _, _ = needs
-    da = torch.zeros_like(a) if need_a else None
+    da = empty_sum(t, a.shape[1]).zero_() if need_a else None
     dx = torch.empty(len(t), a.shape[1], dtype=call.dx_dtype, device=dy.device) if need_x else None
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
-            da.addmm_(t[block].t(), dropped(x[block], a.dtype, places), alpha=dropout.scale)
+            add_transposed(da, t[block], dropped(x[block], a.dtype, places), dropout.scale)
         if need_x:
             through = product((dy[block] * gain).to(dy.dtype), weight, dropout.scale)
             dx[block] = drop(add_product(through, t[block], a, dropout.scale), places)
-    if dx is None:
-        return da, None
-    return da, dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)
+    return da, None if dx is None else cpu.add_through(dx, dy, weight)

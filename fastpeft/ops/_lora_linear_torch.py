@@ -4,13 +4,18 @@ Where an operand must be widened (fp32 adapters on half-precision data) or maske
 blocks that fit a CPU's cache: no M×K copy and no stored mask, forward or backward.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from fastpeft.ops import _cpu_products as cpu
 
 BLOCK_ELEMENTS = 1 << 18  # of an M×K operand, 1 MiB in fp32
 MASKED_ELEMENTS = 1 << 20  # where dropout is drawn as well: twelve calls a block, which show if there are many
+DRAWS = 1 << 16
 
 
 def draw_seed(x: torch.Tensor) -> torch.Tensor:
@@ -19,22 +24,31 @@ def draw_seed(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_blocks(rows: int, columns: int, masked: bool = False) -> list[slice]:
-    """Slices of rows, each of about BLOCK_ELEMENTS elements, or MASKED_ELEMENTS."""
-    step = max(1, (MASKED_ELEMENTS if masked else BLOCK_ELEMENTS) // max(1, columns))
+    """Slices of rows, all but the last of one length: at most BLOCK_ELEMENTS elements each, or MASKED_ELEMENTS."""
+    most = max(1, (MASKED_ELEMENTS if masked else BLOCK_ELEMENTS) // max(1, columns))
+    step = -(-rows // max(1, -(-rows // most))) or 1
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+@functools.lru_cache(maxsize=8)
+def gap_table(p: float, device: torch.device) -> torch.Tensor:
+    """[65536] integers: from one dropped element to the next, for each of as many equally likely draws. These are the
+    middles of the quantiles of the geometric distribution, which honours p to within 2**-16."""
+    draws = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    gaps = (draws.log_() / math.log1p(-p)).ceil_()
+    return gaps.to(torch.int16 if gaps[0] < 2**15 else torch.int64).to(device)
 
 
 class Dropout:
     """Which elements of consecutive row blocks are dropped, drawn again in the same order in backward.
 
-    The gaps between dropped elements are geometric, so only the few that are dropped cost a draw: at p = 0.05 a
-    quarter of the time of one draw an element, and the probability is p itself.
+    Only those that are dropped cost a draw, of 16 bits: the gaps between them are geometric. With `keep` the gaps are
+    kept, block by block.
     """
 
-    def __init__(self, seed: torch.Tensor, p: float, device: torch.device):
+    def __init__(self, seed: torch.Tensor, p: float, device: torch.device, keep: bool = False):
         self.generator = torch.Generator(device).manual_seed(int(seed))
-        self.p = p
-        self.one = torch.ones((), device=self.generator.device)
+        self.seed, self.p, self.gaps = seed, p, [] if keep else None
 
     @property
     def scale(self) -> float:
@@ -42,22 +56,30 @@ class Dropout:
 
     def next(self, rows: int, columns: int) -> torch.Tensor:
         """The flat places, in order, of the dropped elements of the next [rows, columns] block."""
-        size = rows * columns
+        size, device = rows * columns, self.generator.device
         # Ten standard deviations above the mean: that the draws do not reach the end has a chance below 1e-20.
         count = math.ceil(size * self.p + 10 * math.sqrt(size * self.p) + 16)
-        draws = torch.empty(count, device=self.generator.device).uniform_(2.0**-25, 1.0, generator=self.generator)
-        gaps = torch.add(self.one, draws.log_(), alpha=1 / math.log1p(-self.p)).to(torch.int64)
-        gaps[0] -= 1
-        places = gaps.cumsum_(0)
-        return places[: int(torch.searchsorted(places, size))]
+        words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+        draws = words.random_(-(2**63), None, generator=self.generator).view(torch.uint16)
+        gaps = gap_table(self.p, device).index_select(0, draws.to(torch.int32))
+        gaps[:1].sub_(1)
+        places = _places(gaps)
+        dropped = int(torch.searchsorted(places, size))
+        if self.gaps is not None:
+            self.gaps.append(gaps[:dropped])
+        return places[:dropped]
+
+
+def _places(gaps: torch.Tensor) -> torch.Tensor:
+    """The first gap is a place, and 0 repeats one."""
+    return gaps.to(torch.int64, copy=True).cumsum_(0)
 
 
 class Given:
-    """In the place of `Dropout` a mask that somebody else has drawn: True where an element is kept, in parts, as blocks
-    are taken."""
+    """In the place of `Dropout` what is known already: the flat places by block, as blocks are taken."""
 
-    def __init__(self, parts: Iterable[torch.Tensor], p: float):
-        self.parts, self.p = iter(parts), p
+    def __init__(self, places: Iterable[torch.Tensor], p: float):
+        self.places, self.p = iter(places), p
 
     @property
     def scale(self) -> float:
@@ -65,12 +87,33 @@ class Given:
 
     def next(self, rows: int, columns: int) -> torch.Tensor:
         """As of `Dropout`."""
-        return next(self.parts).logical_not().flatten().nonzero().flatten()
+        return next(self.places)
+
+
+def given_parts(parts: Iterable[torch.Tensor], p: float) -> Given:
+    """Of a mask's parts, in the order of the blocks: True where an element is kept."""
+    return Given((part.logical_not().flatten().nonzero().flatten() for part in parts), p)
 
 
 def given_mask(mask: torch.Tensor, p: float) -> Given:
     """Of a mask [rows, columns]."""
-    return Given((mask[block] for block in row_blocks(*mask.shape, masked=True)), p)
+    return given_parts((mask[block] for block in row_blocks(*mask.shape, masked=True)), p)
+
+
+def keeping(seed: torch.Tensor | None, p: float, device: torch.device) -> torch.Tensor | Dropout | None:
+    """For forward in the place of a seed, where `kept` then spares backward the drawing: where that is about an
+    eighth of a byte for an element of x at most, and the gaps are of 16 bits."""
+    return seed if seed is None or not 2.0**-10 <= p <= 2.0**-4 else Dropout(seed, p, device, keep=True)
+
+
+def kept(seed: torch.Tensor | Dropout | None) -> torch.Tensor | None:
+    """For backward, of what `keeping` returned: the gaps in int16, a row for each block filled up with zeros, which
+    repeat a place; or the seed, as where a block has dropped nothing."""
+    if not isinstance(seed, Dropout):
+        return seed
+    if len(seed.gaps) == 1:
+        return seed.gaps[0][None]
+    return pad_sequence(seed.gaps, batch_first=True) if all(map(len, seed.gaps)) else seed.seed
 
 
 def drop(block: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -79,9 +122,11 @@ def drop(block: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return block
 
 
-def dropout_of(seed: torch.Tensor | Given | None, p: float, device: torch.device) -> Dropout | Given | None:
-    """What is dropped under a seed, or as given."""
-    return seed if seed is None or isinstance(seed, Given) else Dropout(seed, p, device)
+def dropout_of(seed: torch.Tensor | Dropout | Given | None, p: float, device: torch.device) -> Dropout | Given | None:
+    """What is dropped under a seed, or as given, or as `kept`."""
+    if not isinstance(seed, torch.Tensor):
+        return seed
+    return Given(map(_places, seed), p) if seed.dtype is torch.int16 else Dropout(seed, p, device)
 
 
 def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: torch.device) -> torch.Tensor:
@@ -96,15 +141,23 @@ def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: tor
 def shrink(x: torch.Tensor, a: torch.Tensor, scale: float, dropout: Dropout | Given | None = None) -> torch.Tensor:
     """scale·drop(x) aᵀ [M, R] in a's dtype, rounded once: x [M, K], a [R, K]."""
     if dropout is None and x.dtype == a.dtype:
-        return product(x, a.t(), scale)
+        return scaled_linear(x, a, scale)
     out = torch.empty(len(x), len(a), dtype=a.dtype, device=x.device)
     for block in row_blocks(*x.shape, masked=dropout is not None):
         if dropout is None:
             product(x[block].to(a.dtype), a.t(), scale, out[block])
         else:
             z = dropped(x[block], a.dtype, dropout.next(*x[block].shape))
-            product(z, a.t(), scale * dropout.scale, out[block])
+            scaled_linear(z, a, scale * dropout.scale, out[block])
     return out
+
+
+def scaled_linear(x: torch.Tensor, a: torch.Tensor, scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """scale·x aᵀ [M, R], in half precision rounded once: x [M, K], a [R, K], of one dtype."""
+    if not cpu.is_onednns(x, a):
+        return product(x, a.t(), scale, out)
+    s = cpu.linear(x, a)
+    return s if scale == 1 and out is None else torch.mul(s, scale, out=s if out is None else out)
 
 
 def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> torch.Tensor:
@@ -119,6 +172,8 @@ def _factors(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
 
 def product(p: torch.Tensor, q: torch.Tensor, scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """scale·p q [M, N], rounded once: p [M, R], q [R, N]."""
+    if scale == 1:
+        return torch.mm(p, q, out=out)
     q, scale = _factors(q, scale)
     return torch.addmm(p.new_zeros(1), p, q, beta=0, alpha=scale, out=out)
 
@@ -130,6 +185,16 @@ def drop_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: flo
     else:
         out.copy_(product(p, q, scale))
     drop(out, places)
+
+
+def add_dropped_product(
+    out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float, places: torch.Tensor
+) -> None:
+    """out += scale·p q but at these places, in place: out [M, N] contiguous, p [M, R], q [R, N], all of one dtype."""
+    flat = out.view(-1)
+    before = flat.index_select(0, places)
+    add_product(out, p, q, scale)
+    flat.index_copy_(0, places, before)
 
 
 def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -147,17 +212,38 @@ def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: floa
 def transposed_product(t: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """scale·tᵀ x [R, K] in t's dtype, rounded once: t [M, R], x [M, K]."""
     if x.dtype == t.dtype:
-        return product(t.t(), x, scale)
+        return product(x.t(), t, scale).t() if lies_down(t) else product(t.t(), x, scale)
     t, scale = _factors(t, scale)
-    out = torch.zeros(t.shape[1], x.shape[1], dtype=t.dtype, device=x.device)
+    out = empty_sum(t, x.shape[1]).zero_()
     for block in row_blocks(*x.shape):
-        out.addmm_(t[block].t(), x[block].to(t.dtype), alpha=scale)
+        add_transposed(out, t[block], x[block].to(t.dtype), scale)
     return out
+
+
+def lies_down(t: torch.Tensor) -> bool:
+    """Whether tᵀ x is asked of the vendor as (xᵀ t)ᵀ: in fp32 a third faster for a rank of 16 and wide rows, and for
+    ranks below that several times slower."""
+    return t.dtype is torch.float32 and t.shape[1] >= 16
+
+
+def empty_sum(t: torch.Tensor, columns: int) -> torch.Tensor:
+    """[R, columns] in t's dtype, laid out for `add_transposed`."""
+    if lies_down(t):
+        return torch.empty(columns, t.shape[1], dtype=t.dtype, device=t.device).t()
+    return torch.empty(t.shape[1], columns, dtype=t.dtype, device=t.device)
+
+
+def add_transposed(out: torch.Tensor, t: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+    """out += scale·tᵀ x, in place: out [R, K] from `empty_sum`, t [M, R], x [M, K], all of one dtype."""
+    if lies_down(t):
+        out.t().addmm_(x.t(), t, alpha=scale)
+    else:
+        out.addmm_(t.t(), x, alpha=scale)
 
 
 def forward(x, weight, bias, residual, a, b, scale, seed, p):
     """(y [M, N], S [M, R]): shapes as in `lora_linear`, flattened; `weight` None means y = residual + s·S Bᵀ."""
-    y = residual.clone() if weight is None else torch.nn.functional.linear(x, weight, bias)
+    y = residual.clone() if weight is None else cpu.linear(x, weight, bias)
     s = shrink(x, a, 1.0, dropout_of(seed, p, x.device))
     return add_product(y, s, b.t(), scale), s
 
@@ -178,22 +264,29 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bo
     da = transposed_product(t, x) if need_a else None
     if not need_x:
         return da, None
-    dx = torch.zeros(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if weight is None else dy @ weight
+    dx = (
+        torch.zeros(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if weight is None else cpu.through(dy, weight)
+    )
     dx = dx.to(dx_dtype)
     return da, add_product(dx, t, a)
 
 
-def _masked_grads(dy, x, t, weight, a, dropout: Dropout, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
-    """`grad_a_and_x` under dropout: one drawing of the mask serves both, and the masked term is written first, for the
-    base product to accumulate onto."""
-    da = torch.zeros_like(a, dtype=t.dtype) if need_a else None
-    dx = torch.empty(len(t), a.shape[1], dtype=dx_dtype, device=dy.device) if need_x else None
+def _masked_grads(dy, x, t, weight, a, dropout, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
+    """`grad_a_and_x` under dropout: one drawing of the mask serves both. The masked term is written first, for the base
+    product to accumulate onto and round once, except where that is oneDNN's, which comes first."""
+    da = empty_sum(t, a.shape[1]).zero_() if need_a else None
+    base = cpu.through(dy, weight) if _comes_first(dy, weight, t, dx_dtype) and need_x else None
+    dx = dy.new_empty(len(t), a.shape[1], dtype=dx_dtype) if need_x and base is None else base
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
-            da.addmm_(t[block].t(), dropped(x[block], t.dtype, places), alpha=dropout.scale)
-        if need_x:
+            add_transposed(da, t[block], dropped(x[block], t.dtype, places), dropout.scale)
+        if base is not None:
+            add_dropped_product(dx[block], t[block], a, dropout.scale, places)
+        elif need_x:
             drop_product(dx[block], t[block], a, dropout.scale, places)
-    if weight is None or dx is None:
-        return da, dx
-    return da, dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)
+    return da, dx if weight is None or base is not None or dx is None else cpu.add_through(dx, dy, weight)
+
+
+def _comes_first(dy, weight, t, dx_dtype: torch.dtype) -> bool:
+    return weight is not None and dy.dtype is dx_dtype is t.dtype and cpu.is_onednns(dy, weight)

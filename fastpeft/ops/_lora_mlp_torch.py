@@ -10,20 +10,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops import _lora_projections_torch as shared
 from fastpeft.ops._lora_linear_torch import (
     Dropout,
     Given,
+    add_dropped_product,
     add_product,
+    add_transposed,
     drop,
     dropout_of,
+    empty_sum,
     grad_b_and_t,
     product,
     row_blocks,
 )
 from fastpeft.ops._lora_linear_torch import draw_seed as draw_seed
+from fastpeft.ops._lora_linear_torch import keeping as keeping
+from fastpeft.ops._lora_linear_torch import kept as kept
 
 aten = torch.ops.aten
 
@@ -85,11 +90,11 @@ class _Sum:
     def __init__(self, wanted: bool, t: Tensor | None, columns: int):
         self.dtype = t.dtype if wanted else None
         wide = torch.promote_types(t.dtype, torch.float32) if wanted else None
-        self.sum = torch.zeros(t.shape[1], columns, dtype=wide, device=t.device) if wanted else None
+        self.sum = empty_sum(t.to(wide), columns).zero_() if wanted else None
 
     def add(self, t: Tensor, z: Tensor, scale: float) -> None:
         if self.sum is not None:
-            add_product(self.sum, t.t().to(self.sum.dtype), z.to(self.sum.dtype), scale)
+            add_transposed(self.sum, t.to(self.sum.dtype), z.to(self.sum.dtype), scale)
 
     def result(self) -> Tensor | None:
         return None if self.sum is None else self.sum.to(self.dtype)
@@ -121,7 +126,7 @@ def forward(x: Tensor, projections, seeds, call, keep: bool):
     gate, up, down = projections
     *dropouts, dropout = _dropouts(seeds, call, x.device)
     s_gate, s_up = _shrink_both(x, gate, up, dropouts)
-    products = [linear(x, each.weight, each.bias) for each in (gate, up)]
+    products = [cpu.linear(x, each.weight, each.bias) for each in (gate, up)]
     h = torch.empty_like(products[0]) if keep else products[0]
     s_down = None if down.a is None else torch.empty(len(x), len(down.a), dtype=down.a.dtype, device=x.device)
     act = ACTIVATIONS[call.activation][0]
@@ -139,7 +144,7 @@ def forward(x: Tensor, projections, seeds, call, keep: bool):
         elif s_down is not None:
             kept = drop(dropping.like(out, "h").copy_(out), places)
             product(kept, down.a.t(), dropout.scale, s_down[block])
-    y = linear(h, down.weight, down.bias)
+    y = cpu.linear(h, down.weight, down.bias)
     if s_down is not None:
         add_product(y, s_down, down.b.t(), call.scalings[2])
     return y, *products, (s_gate, s_up, s_down)
@@ -212,14 +217,19 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
 def _grad_of_h(dy: Tensor, t: Tensor | None, down, blocks, dropout) -> Tensor:
     """dy W + mask⊙(t a) [M, H]; without dropout the second term is left to who next has a block in the cache."""
     if dropout is None:
-        return dy @ down.weight
+        return cpu.through(dy, down.weight)
+    if cpu.is_onednns(dy, down.weight) and t.dtype is dy.dtype:
+        dh = cpu.through(dy, down.weight)
+        for block, places in blocks:
+            add_dropped_product(dh[block], t[block], down.a, dropout.scale, places)
+        return dh
     dh = dy.new_empty(len(dy), down.weight.shape[1])
     for block, places in blocks:
         if dh.dtype == t.dtype:
             drop(product(t[block], down.a, dropout.scale, dh[block]), places)
         else:
             dh[block] = drop(product(t[block], down.a, dropout.scale), places)
-    return dh.addmm_(dy, down.weight)
+    return cpu.add_through(dh, dy, down.weight)
 
 
 class _Wanted(NamedTuple):
@@ -256,7 +266,7 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
     if not (needs.hidden or needs.a[2]):
         return None, (None, None, None), (None, None, db_down), None, None
     if call.recompute:
-        products = [linear(x, each.weight, each.bias) for each in (gate, up)]
+        products = [cpu.linear(x, each.weight, each.bias) for each in (gate, up)]
     inner = _through_activation(dy, products, s, t_down, projections, seeds[2], call, needs)
     dgate, dup, gate_side, up_side, da_down = inner
     if not needs.hidden:
@@ -274,5 +284,5 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
 def add_base(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """dx + dy W in place, or dy W in `dtype`."""
     if dx is None:
-        return (dy @ weight).to(dtype)
-    return dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)
+        return cpu.through(dy, weight).to(dtype)
+    return cpu.add_through(dx, dy, weight)

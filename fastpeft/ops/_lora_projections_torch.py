@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops._lora_linear_torch import (
     add_product,
+    add_transposed,
     drop,
     dropout_of,
     dropped,
+    empty_sum,
     given_mask,
     grad_b_and_t,
     product,
@@ -37,7 +40,7 @@ def _droppers(seeds, dropouts, device) -> list:
 
 def forward(x, weights, biases, a, b, seeds, call):
     """((y [M, N], ...), (S [M, R], ...))"""
-    ys = tuple(map(torch.nn.functional.linear, [x] * len(weights), weights, biases))
+    ys = tuple(map(cpu.linear, [x] * len(weights), weights, biases))
     ss = _shrink(x, a, _droppers(seeds, call.dropouts, x.device))
     for y, s, matrix, scaling in zip(ys, ss, b, call.scalings, strict=True):
         add_product(y, s, matrix.t(), scaling)
@@ -49,7 +52,7 @@ def _shrink(x, a, droppers) -> tuple[Tensor, ...]:
     masked = any(each is not None for each in droppers)
     ranks = [len(each) for each in a]
     if not masked and x.dtype == a[0].dtype:
-        return (x @ torch.cat(a).t()).split(ranks, 1) if len(x) >= MANY else tuple(x @ each.t() for each in a)
+        return cpu.linear(x, torch.cat(a)).split(ranks, 1) if len(x) >= MANY else tuple(x @ each.t() for each in a)
     out = torch.empty(len(x), sum(ranks), dtype=a[0].dtype, device=x.device).split(ranks, 1)
     for block in row_blocks(*x.shape, masked):
         wide = None
@@ -101,19 +104,14 @@ def _add_bases(dx, dy, weight, dx_dtype=None) -> Tensor:
     it comes; else they accumulate."""
     dx_dtype = dx_dtype or dx.dtype
     for each, matrix in zip(dy, weight, strict=True):
-        if dx is None:
-            dx = (each @ matrix).to(dx_dtype)
-        elif dx.dtype == each.dtype:
-            dx.addmm_(each, matrix)
-        else:
-            dx.add_(each @ matrix)
+        dx = cpu.through(each, matrix).to(dx_dtype) if dx is None else cpu.add_through(dx, each, matrix)
     return dx
 
 
 def _masked_grads(x, ts, a, droppers, dx_dtype, needs):
     """([dA, ...], Σ mask⊙(T A)) under dropout: one drawing of each mask serves both."""
     kind, columns = a[0].dtype, a[0].shape[1]
-    da = [torch.zeros_like(each) if need else None for each, need in zip(a, needs.a, strict=True)]
+    da = [empty_sum(t, columns).zero_() if need else None for t, need in zip(ts, needs.a, strict=True)]
     rows = len(next(t for t in ts if t is not None))
     dx = torch.empty(rows, columns, dtype=dx_dtype, device=a[0].device) if needs.x else None
     for block in row_blocks(rows, columns, masked=True):
@@ -125,7 +123,7 @@ def _masked_grads(x, ts, a, droppers, dx_dtype, needs):
             places = None if dropout is None else dropout.next(len(dx[block]) if needs.x else len(x[block]), columns)
             if into is not None:
                 z = x[block].to(kind) if dropout is None else dropped(x[block], kind, places)
-                into.addmm_(t[block].t(), z, alpha=scale)
+                add_transposed(into, t[block], z, scale)
             if needs.x:
                 term = product(t[block], matrix, scale, out if total is None else None)
                 term = term if places is None else drop(term, places)

@@ -6,12 +6,15 @@ and T are kept one behind the other, as the kernels keep them.
 
 import torch
 
+from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops._lora_linear_torch import (
     Dropout,
     Given,
     add_product,
+    add_transposed,
     drop,
     dropped,
+    empty_sum,
     given_mask,
     product,
     row_blocks,
@@ -90,7 +93,7 @@ def _segments(t: torch.Tensor, samples, tokens: int, ranks) -> list[torch.Tensor
 def forward(x, weight, bias, residual, a, b, seeds, call):
     """(y [M, N], S [elements]): a, b the adapters' matrices, (r, K) and (N, r); `weight` None means y = residual + the
     low-rank terms."""
-    y = residual.clone() if weight is None else torch.nn.functional.linear(x, weight, bias)
+    y = residual.clone() if weight is None else cpu.linear(x, weight, bias)
     s = [a[0].new_empty(0)] if a else [x.new_empty(0)]
     for i, dropout in enumerate(_dropouts(seeds, call.dropouts, x.device)):
         rows = Rows(call.samples[i], call.tokens, x.device)
@@ -119,7 +122,7 @@ def grad_a_and_x(dy, x, t, weight, a, seeds, call, need_a: bool, need_x: bool):
     + mask⊙(T A)/(1 - p); without `weight`, only the last term."""
     da, dx = [], None
     if need_x:
-        dx = dy.new_zeros(len(dy), a[0].shape[1]) if weight is None else dy @ weight
+        dx = dy.new_zeros(len(dy), a[0].shape[1]) if weight is None else cpu.through(dy, weight)
         dx = dx.to(call.dx_dtype)
     parts = _segments(t, call.samples, call.tokens, call.ranks)
     for i, dropout in enumerate(_dropouts(seeds, call.dropouts, dy.device)):
@@ -139,11 +142,11 @@ def grad_a_and_x(dy, x, t, weight, a, seeds, call, need_a: bool, need_x: bool):
 
 def _masked_grads(x, dx, t, a, dropout: Dropout):
     """dA of one adapter under dropout, and mask⊙(T A) added to dx in place: one drawing of the mask serves both."""
-    da = None if x is None else torch.zeros_like(a, dtype=t.dtype)
+    da = None if x is None else empty_sum(t, a.shape[1]).zero_()
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if da is not None:
-            da.addmm_(t[block].t(), dropped(x[block], t.dtype, places), alpha=dropout.scale)
+            add_transposed(da, t[block], dropped(x[block], t.dtype, places), dropout.scale)
         if dx is not None:
             dx[block] = (dx[block].to(t.dtype) + drop(product(t[block], a, dropout.scale), places)).to(dx.dtype)
     return da

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpeft.ops._lora_linear_torch import Dropout, Given, drop, dropout_of
+from fastpeft.ops._lora_linear_torch import Dropout, Given, drop, dropout_of, given_parts
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, prefix_visible_block, visible_block
 
 BLOCK_ELEMENTS = 1 << 20  # of a buffer of scores, 4 MiB in fp32; backward has three of them, with dropout four
@@ -48,7 +48,7 @@ def keep_mask(seed: Tensor, p: float, batch: int, heads: int, queries: int, pref
 
 def given_mask(mask: Tensor, p: float) -> Given:
     """Of a mask (B, H, S, P + T), in the place of the seed."""
-    return Given((mask[samples, :, rows] for samples, rows in row_blocks(*mask.shape)), p)
+    return given_parts((mask[samples, :, rows] for samples, rows in row_blocks(*mask.shape)), p)
 
 
 def _places(dropout: Dropout | Given, block: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ With S = drop(x) Aᵀ and T = s·dY B, drop(x) = mask⊙x/(1 - p):
 
     dX = dY W + mask⊙(T A)/(1 - p)      dA = Tᵀ drop(x)      dB = s·dYᵀ S      dbias = Σ dY      dW = dYᵀ x
 
-Saved for backward: x where A wants a gradient, S where B does, and a seed in place of the mask. The adapter's matrices
-are never rounded: in fp32 on a half-precision x (HF peft's default) the kernels multiply them in fp32 precision.
+Saved for backward: x where A wants a gradient, S where B does, and a seed in place of the mask (on the torch path up
+to M·K/8 bytes, where they spare it a second drawing). The adapter's matrices are never rounded: in fp32 on a
+half-precision x (HF peft's default) the kernels multiply them in fp32 precision.
 """
 
 import math
@@ -92,15 +93,17 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, call: Call):
         seed = _path(call.plan is not None).draw_seed(x_MK) if call.dropout else None
-        y_MN, s_MR, call = run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call)
         need_x, need_w, _, _, need_a, need_b, _ = ctx.needs_input_grad
+        if call.plan is None and (need_x or need_a):
+            seed = torch_path.keeping(seed, call.dropout, x_MK.device)
+        y_MN, s_MR, call = run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call)
         ctx.save_for_backward(
             x_MK if need_a or need_w else None,
             weight_NK if need_x else None,
             a_RK if need_x or need_a else None,
             b_NR if need_x or need_a else None,
             s_MR if need_b else None,
-            seed,
+            torch_path.kept(seed),
         )
         ctx.call = call
         ctx.input_dtype, ctx.bias_dtype = x_MK.dtype, None if bias_N is None else bias_N.dtype
@@ -322,7 +325,7 @@ def lora_linear(
             ranks in slices of 128, and read x and dY once for each.
         lora_B: (N, r), likewise.
         scaling: alpha / r, or alpha / sqrt(r).
-        dropout: probability that an element of x is left out of the low-rank term, honoured to within 2**-17; the
+        dropout: probability that an element of x is left out of the low-rank term, honoured to within 2**-16; the
             mask is drawn from torch's generator in forward and drawn again in backward, never stored.
         training: dropout acts only if True.
 

@@ -127,8 +127,10 @@ class LoraMlpFunction(torch.autograd.Function):
     def forward(ctx, x_MK, call: Call, *flat):
         needs = needs_of((ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]))
         seeds = draw_seeds(x_MK, call)
+        if not call.triton:
+            seeds = list(map(torch_path.keeping, seeds, call.dropouts, [x_MK.device] * 3))
         y_MN, gate_MH, up_MH, s, call = run_forward(x_MK, flat, seeds, call, needs)
-        ctx.save_for_backward(*kept(x_MK, gate_MH, up_MH, s, flat, seeds, call, needs))
+        ctx.save_for_backward(*kept(x_MK, gate_MH, up_MH, s, flat, list(map(torch_path.kept, seeds)), call, needs))
         ctx.call, ctx.needs = call, needs
         ctx.input_dtype = x_MK.dtype
         return y_MN

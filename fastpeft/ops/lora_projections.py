@@ -22,6 +22,7 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
 from fastpeft.ops._first_order import first_order
+from fastpeft.ops._lora_linear_torch import keeping, kept
 from fastpeft.ops.lora_linear import Projection, as_rows, lora_linear_reference
 from fastpeft.ops.lora_linear import _check as check_lora
 
@@ -80,12 +81,14 @@ class LoraProjectionsFunction(torch.autograd.Function):
     def forward(ctx, x_MK, call: Call, *tensors):
         weights, biases, a, b = _quarters(tensors)
         seeds = _path(call.plans is not None).draw_seeds(x_MK, call.dropouts) if any(call.dropouts) else None
+        if call.plans is None and seeds is not None:
+            seeds = list(map(keeping, seeds, call.dropouts, [x_MK.device] * len(a)))
         ys, ss, call = run_forward(x_MK, weights, biases, a, b, seeds, call)
         needs = _needs(ctx.needs_input_grad)
         for_x_or_a = needs.x or any(needs.a)
         ctx.save_for_backward(
             x_MK if any(needs.a) or any(needs.weight) else None,
-            *(seeds or [None] * len(a)),
+            *map(kept, seeds or [None] * len(a)),
             *(weight if needs.x else None for weight in weights),
             *(each if for_x_or_a else None for each in a),
             *(each if for_x_or_a else None for each in b),

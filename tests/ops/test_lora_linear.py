@@ -75,7 +75,7 @@ def test_kernels_at_rank(rank):
 @pytest.mark.parametrize("rank", [1, 7, 24, 65, 256, 300])
 def test_torch_path_at_rank(rank):
     with on("torch"):
-        assert_right(draws(12, rank=rank, base=False, dropout=0.3))
+        assert_right(draws(24, rank=rank, base=False, dropout=0.3))
 
 
 SHAPES = [

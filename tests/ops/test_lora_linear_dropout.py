@@ -9,7 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpeft.kernels._common import Dropout, dropout_threshold, keep_mask
 from fastpeft.ops import dropout_mask, lora_linear
+from fastpeft.ops._lora_linear_torch import dropout_of, gap_table, keeping, kept, row_blocks
 from fastpeft.oracle import LoraProblem, op_dropout
+from tests.memory import saved_for_backward
 from tests.ops.lora_linear_cases import INPUTS, draws, on
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -136,6 +138,55 @@ def test_forward_and_backward_drop_what_dropout_mask_says(backend, rows):
     assert abs(p - 0.4) <= 2**-17
     assert torch.equal(y != 0, keep) and torch.equal(dx != 0, keep)
     torch.testing.assert_close(da, (x.detach() * keep).sum(0).expand_as(da) / (1 - p))
+
+
+@pytest.mark.parametrize("rows", [37, 4000])
+@pytest.mark.parametrize("p", [1e-9, 0.0011, 0.05, 0.06, 0.07, 0.5])
+def test_the_torch_path_keeps_the_gaps_of_a_mask_or_its_seed(p, rows):
+    """4000 rows are two blocks. Where the gaps are kept, nothing is drawn in backward."""
+    columns = 400
+    x, weight = torch.randn(rows, columns, requires_grad=True), torch.zeros(columns, columns)
+    a, b = torch.eye(columns, requires_grad=True), torch.eye(columns)
+    with on("torch"), saved_for_backward(besides=[x, weight, a, b]) as saved:
+        y = lora_linear(x, weight, None, a, b, 1.0, dropout=p, training=True)
+    (size,) = saved.values()
+    most = rows * columns / 8 * (1.4 if rows == 37 else 1.03)  # ten standard deviations, which are more of a few
+    assert 8 < size < most if 2**-10 <= p <= 2**-4 else size == 8
+    dx, da = torch.autograd.grad(y, (x, a), torch.ones_like(y))
+    keep = y.detach() != 0
+    assert torch.equal(dx != 0, keep)
+    torch.testing.assert_close(da[0], (x.detach() * keep).sum(0) / (1 - p), rtol=1e-4, atol=1e-3)
+
+
+def test_a_block_that_drops_nothing_keeps_the_seed():
+    draws, p = 0, 2.0**-9
+    for seed in range(40):
+        given = keeping(torch.tensor([seed]), p, torch.device("cpu"))
+        places = [given.next(4, 20), given.next(100, 20), given.next(4, 20)]
+        found = kept(given)
+        again = dropout_of(found, p, torch.device("cpu"))
+        draws += found.dtype is torch.int64
+        for before, size in zip(places, (80, 2000, 80), strict=True):
+            after = again.next(size // 20, 20)
+            assert set(after.tolist()) == set(before.tolist()) <= set(range(size))
+    assert 20 < draws < 40
+
+
+@pytest.mark.parametrize("p", [1e-12, 1e-6, 0.001, 0.05, 0.1, 0.3, 0.5, 0.9, 0.99, 1 - 2.0**-53])
+def test_the_mean_gap_is_that_of_the_probability(p):
+    gaps = gap_table(p, torch.device("cpu"))
+    assert gaps.min() >= 1
+    assert abs(len(gaps) / gaps.double().sum() - p) <= 2**-16
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (1, 0), (1, 10**7), (1024, 1408), (7, 2**18), (10**5, 3)])
+def test_blocks_are_even(rows, columns, masked):
+    blocks = row_blocks(rows, columns, masked)
+    assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(rows))
+    lengths = [block.stop - block.start for block in blocks]
+    assert all(length * columns <= 2**20 or length == 1 for length in lengths)
+    assert not lengths or max(lengths) - lengths[-1] < len(lengths) or max(lengths) == 1
 
 
 @pytest.mark.parametrize("backend", BOTH)

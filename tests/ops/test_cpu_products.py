@@ -1,0 +1,155 @@
+"""The products of the torch path that are oneDNN's on some processors: which, and that ops are as right with them."""
+
+import pytest
+import torch
+
+from fastpeft.dispatch import backend
+from fastpeft.ops import _cpu_products as cpu
+from fastpeft.oracle import Bounds
+from tests.memory import Allocations
+from tests.op_calls import OPS
+from tests.ops import lora_linear_cases, lora_mlp_cases, lora_projections_cases
+
+AMD, INTEL = "vendor_id : AuthenticAMD", "vendor_id : GenuineIntel"
+ORDER = Bounds(rms=1.3, peak=3.0, row=3.0)  # two libraries add up in two orders
+DROPPING = pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Every product that can be is oneDNN's, however small; yields the list of those that were."""
+    found = []
+    linear = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(cpu, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(cpu, "ELEMENTS", 0)
+    monkeypatch.setattr(cpu, "ROWS", 0)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *args: found.append(tuple(args[0].shape)) or linear(*args)
+    )
+    return found
+
+
+@DROPPING
+def test_lora_linear(onednn, dropout):
+    """In forward the base product and S, in backward dX and T; under dropout the masked term comes last."""
+    with backend("torch"):
+        lora_linear_cases.assert_right(lora_linear_cases.draws(8, dropout=0.3 * dropout), bounds=ORDER)
+    assert len(onednn) == 8 * 4
+
+
+@DROPPING
+def test_lora_projections(onednn, dropout):
+    with backend("torch"):
+        lora_projections_cases.assert_right(
+            [lora_projections_cases.draw("fp32", dropout=dropout, seed=seed) for seed in range(8)], ORDER
+        )
+    assert onednn
+
+
+@DROPPING
+def test_lora_mlp(onednn, dropout):
+    with backend("torch"):
+        lora_mlp_cases.assert_right(
+            [lora_mlp_cases.draw("fp32", dropout=dropout, seed=seed) for seed in range(8)], ORDER
+        )
+    assert onednn
+
+
+SERVED = ("lora-addmm", "lora-dropout", "mixed", "mlp", "projections")
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name.startswith(SERVED)])
+def test_every_op_gives_what_it_gives_without(onednn, monkeypatch, name):
+    op, tensors, options, _ = OPS[name]
+
+    def outcome():
+        torch.manual_seed(0)
+        given = tensors()
+        out = op(*given, **options)
+        return [out, *torch.autograd.grad(out, [t for t in given if t.requires_grad], torch.ones_like(out))]
+
+    with backend("torch"):
+        found = outcome()
+        assert onednn, "nothing of this op was oneDNN's"
+        monkeypatch.setattr(cpu, "prefers_onednn", lambda: False)
+        expected = outcome()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.randn(64, 48).t(), torch.randn(40, 64)),
+        (torch.randn(48, 128)[:, ::2], torch.randn(40, 64)),
+        (torch.randn(1, 64).expand(48, 64), torch.randn(40, 64)),
+        (torch.randn(48, 64), torch.randn(40, 128)[:, ::2]),
+        (torch.randn(48, 64).double(), torch.randn(40, 64).double()),
+        (torch.randn(48, 64).bfloat16(), torch.randn(40, 64).bfloat16()),
+    ],
+    ids=["x transposed", "x gappy", "x expanded", "weight gappy", "fp64", "bf16"],
+)
+def test_what_would_be_copied_or_has_another_dtype_is_torch_s(onednn, x, weight):
+    assert not cpu.is_onednns(x, weight)
+    y = cpu.linear(x, weight)
+    assert not onednn
+    assert torch.equal(y, torch.nn.functional.linear(x, weight))
+
+
+def test_neither_operand_is_copied(monkeypatch):
+    monkeypatch.setattr(cpu, "prefers_onednn", lambda: True)
+    x, weight = torch.randn(256, 512), torch.randn(384, 512)
+    assert cpu.is_onednns(x, weight)
+    with Allocations() as allocated:
+        y = cpu.linear(x, weight, torch.zeros(384))
+        cpu.through(y, weight)
+    assert max(allocated.sizes) <= 256 * 512 * 4
+
+
+@pytest.mark.parametrize(
+    ("processor", "capability", "expected"),
+    [(AMD, "AVX512", True), (AMD, "AVX2", False), (INTEL, "AVX512", False), ("", "DEFAULT", False)],
+)
+def test_whose_products_they_are(monkeypatch, processor, capability, expected):
+    monkeypatch.setattr(cpu, "processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert cpu.prefers_onednn.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("missing", ["mkl", "mkldnn"])
+def test_a_torch_without_one_of_the_two_has_no_choice(monkeypatch, missing):
+    monkeypatch.setattr(cpu, "processor", lambda: AMD)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(getattr(torch.backends, missing), "is_available", lambda: False)
+    assert cpu.prefers_onednn.__wrapped__() is False
+
+
+def test_the_users_switch_is_honoured(onednn):
+    x, weight = torch.randn(64, 64), torch.randn(64, 64)
+    assert cpu.is_onednns(x, weight)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not cpu.is_onednns(x, weight)
+
+
+def test_small_products_are_torch_s(monkeypatch):
+    monkeypatch.setattr(cpu, "prefers_onednn", lambda: True)
+    weight = torch.randn(512, 512)
+    assert cpu.is_onednns(torch.randn(cpu.ROWS, 512), weight)
+    assert not cpu.is_onednns(torch.randn(cpu.ROWS - 1, 2048), torch.randn(2048, 2048))
+    assert not cpu.is_onednns(torch.randn(64, 512), torch.randn(16, 512))
+
+
+def test_the_processor_says_what_it_is():
+    assert cpu.processor()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_arrives_where_torch_puts_it(onednn, value):
+    x, weight = torch.randn(48, 64), torch.randn(40, 64)
+    x[7, 9] = value
+    y, expected = cpu.linear(x, weight), torch.nn.functional.linear(x, weight)
+    assert onednn
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y.isnan(), expected.isnan())
