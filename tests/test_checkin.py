@@ -13,31 +13,23 @@ from benchmarks.summary import LINES
 from tests.benchmarks.made_up import made_up_tests
 
 STEPS = ["environment", "ceilings", "tests", "tune", "lora", "prefix", "step", "others", "more steps", "rest"]
-ALONE = pytest.mark.xdist_group("checkin")  # one after the other, and on one worker: they start processes
 
 
-@pytest.fixture(scope="module")
-def course(tmp_path_factory):
-    """A smoke run: its exit status, what it printed, its folder."""
-    folder = tmp_path_factory.mktemp("course")
-    tests = made_up_tests(folder, "assert 1 + 1 == 2")
-    begun = time.monotonic()
-    code = checkin.main(
-        ["--out", str(folder / "out"), "--smoke", "--minutes", "4", "--tests", str(tests), "--commit", "abc"]
-    )
-    return code, folder / "out", time.monotonic() - begun
-
-
-@pytest.fixture
-def document(course):
-    return report.load(course[1] / "checkin.json")
-
-
-@ALONE
 @pytest.mark.slow
-def test_the_whole_course_ends_in_time_with_every_step_done(course, document):
-    code, out, seconds = course
-    assert code == 0 and seconds < 240
+def test_the_whole_course(tmp_path):
+    """A smoke run; one test, as it takes the better part of a minute."""
+    out, tests = tmp_path / "out", made_up_tests(tmp_path, "assert 1 + 1 == 2")
+    begun = time.monotonic()
+    code = checkin.main(["--out", str(out), "--smoke", "--minutes", "4", "--tests", str(tests), "--commit", "abc"])
+    document = report.load(out / "checkin.json")
+    assert code == 0 and time.monotonic() - begun < 240
+    assert_every_step_is_done(document)
+    assert_every_op_and_whole_steps_are_measured(document)
+    assert_files_are_left(out, document)
+    assert_resuming_repeats_only_what_is_not_done(tmp_path / "again", document)
+
+
+def assert_every_step_is_done(document):
     assert report.problems(document) == [] and document["running"] is None
     assert [step["name"] for step in document["steps"]] == STEPS
     assert {step["name"]: step["note"] for step in document["steps"] if step["status"] != "done" or step["note"]} == {}
@@ -45,9 +37,7 @@ def test_the_whole_course_ends_in_time_with_every_step_done(course, document):
     assert document["stamp"]["ceilings"]["copy_gbps"] > 0 and document["stamp"]["ceilings"]["matmul_tflops"] > 0
 
 
-@ALONE
-@pytest.mark.slow
-def test_the_course_measures_every_op_and_whole_steps(document):
+def assert_every_op_and_whole_steps_are_measured(document):
     rows = document["results"]
     assert {row["op"] for row in rows} == {
         *("lora_linear", "mixed_lora_linear", "expert_lora_linear", "prefix_attention", "gated_prompt_attention"),
@@ -65,10 +55,7 @@ def test_the_course_measures_every_op_and_whole_steps(document):
     assert None not in absent
 
 
-@ALONE
-@pytest.mark.slow
-def test_what_the_course_leaves_behind(course, document):
-    out = course[1]
+def assert_files_are_left(out, document):
     assert lines.load(out / "checkin.jsonl") == lines.of(document)
     table, summary = ((out / name).read_text() for name in ("table.txt", "summary.txt"))
     assert report.CPU_HEADER in table and report.CPU_HEADER in summary
@@ -78,10 +65,7 @@ def test_what_the_course_leaves_behind(course, document):
     assert json.loads((out / "checkin.json").read_text())["stamp"]["commit"]
 
 
-@ALONE
-@pytest.mark.slow
-def test_resuming_repeats_only_what_is_not_done(course, document, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def assert_resuming_repeats_only_what_is_not_done(out, document):
     out.mkdir()
     document["steps"] = [step for step in document["steps"] if step["name"] != "prefix"]
     document["results"] = [row for row in document["results"] if row["op"] != "prefix_attention"]
