@@ -94,6 +94,11 @@ def sharded_by_itself(module: nn.Module) -> bool:
     return hasattr(type(module), "set_requires_gradient_sync")
 
 
+def own_class(module: nn.Module) -> type:
+    """A module's class without the one that `fully_shard` has put in front of it."""
+    return type(module).__bases__[1] if sharded_by_itself(module) else type(module)
+
+
 def give_class(module: nn.Module, cls: type) -> None:
     """Give a module another class, in front of which the one that `fully_shard` has put there stays."""
     present = type(module)

@@ -6,7 +6,7 @@ blocks that fit a CPU's cache: no M×K copy and no stored mask, forward or backw
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -165,6 +165,21 @@ def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> to
     return drop(block.to(dtype, copy=True, memory_format=torch.contiguous_format), places)
 
 
+def dropped_in_turn(block: torch.Tensor, dtype: torch.dtype, each: Sequence[torch.Tensor | None]) -> Iterator:
+    """The block in `dtype` without the elements at each of these places in turn, all of it where they are None. It is
+    one copy, put right in between: what was taken does not last."""
+    if all(places is None for places in each):
+        yield from [block.to(dtype)] * len(each)
+        return
+    z = dropped(block, dtype, block.new_empty(0, dtype=torch.int64))
+    flat = z.view(-1)
+    for i, places in enumerate(each):
+        before = None if places is None or i == len(each) - 1 else flat.index_select(0, places)
+        yield z if places is None else drop(z, places)
+        if before is not None:
+            flat.index_copy_(0, places, before)
+
+
 def _factors(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     """(q, scale), or of the same product what does not leave out its NaN, as BLAS does with a product times 0."""
     return (q, scale) if scale else (q * 0, 1.0)
@@ -178,19 +193,10 @@ def product(p: torch.Tensor, q: torch.Tensor, scale: float, out: torch.Tensor | 
     return torch.addmm(p.new_zeros(1), p, q, beta=0, alpha=scale, out=out)
 
 
-def drop_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float, places: torch.Tensor) -> None:
-    """out = scale·p q, in place, with zeros at these places: out [M, N] contiguous, p [M, R], q [R, N]."""
-    if out.dtype == q.dtype:
-        product(p, q, scale, out)
-    else:
-        out.copy_(product(p, q, scale))
-    drop(out, places)
-
-
 def add_dropped_product(
     out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float, places: torch.Tensor
 ) -> None:
-    """out += scale·p q but at these places, in place: out [M, N] contiguous, p [M, R], q [R, N], all of one dtype."""
+    """`add_product` but at these flat places of `out`, which is contiguous."""
     flat = out.view(-1)
     before = flat.index_select(0, places)
     add_product(out, p, q, scale)
@@ -272,21 +278,18 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bo
 
 
 def _masked_grads(dy, x, t, weight, a, dropout, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
-    """`grad_a_and_x` under dropout: one drawing of the mask serves both. The masked term is written first, for the base
-    product to accumulate onto and round once, except where that is oneDNN's, which comes first."""
+    """`grad_a_and_x` under dropout: one drawing of the mask serves both."""
     da = empty_sum(t, a.shape[1]).zero_() if need_a else None
-    base = cpu.through(dy, weight) if _comes_first(dy, weight, t, dx_dtype) and need_x else None
-    dx = dy.new_empty(len(t), a.shape[1], dtype=dx_dtype) if need_x and base is None else base
+    dx = base_grad(dy, weight, a.shape[1]).to(dx_dtype) if need_x else None
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
             add_transposed(da, t[block], dropped(x[block], t.dtype, places), dropout.scale)
-        if base is not None:
+        if need_x:
             add_dropped_product(dx[block], t[block], a, dropout.scale, places)
-        elif need_x:
-            drop_product(dx[block], t[block], a, dropout.scale, places)
-    return da, dx if weight is None or base is not None or dx is None else cpu.add_through(dx, dy, weight)
+    return da, dx
 
 
-def _comes_first(dy, weight, t, dx_dtype: torch.dtype) -> bool:
-    return weight is not None and dy.dtype is dx_dtype is t.dtype and cpu.is_onednns(dy, weight)
+def base_grad(dy, weight, columns: int) -> torch.Tensor:
+    """dY W [M, columns], or zeros where somebody else has the base product."""
+    return dy.new_zeros(len(dy), columns) if weight is None else cpu.through(dy, weight)

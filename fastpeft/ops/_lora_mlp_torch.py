@@ -6,7 +6,6 @@ and down, in this order, and so are `s`, `seeds` and whatever else has three ent
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,8 +181,7 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
     dgate = dup = dh = sides = None
     blocks = _blocks(len(dy), columns, dropout)
     if needs.hidden:
-        blocks = list(blocks) if dropout is not None else blocks
-        dh = _grad_of_h(dy, t_down, down, blocks, dropout)
+        dh = cpu.through(dy, down.weight)
         dgate, dup = torch.empty_like(dh), dh
         sides = [
             _Side(each, s[i], call.scalings[i], dh, needs.x or needs.a[i], needs.b[i])
@@ -201,8 +199,10 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
             da.add(t_down[block], h if places is None else drop(h, places), 1.0 if places is None else dropout.scale)
         if not needs.hidden:
             continue
-        if t_down is not None and dropout is None:
+        if t_down is not None and places is None:
             add_product(dh[block], t_down[block], down.a)
+        elif t_down is not None:
+            add_dropped_product(dh[block], t_down[block], down.a, dropout.scale, places)
         d = dh[block].to(room.dtype)
         into = dgate[block] if dgate.dtype == room.dtype else room.like(g, "grad")
         act_grad(torch.mul(d, u, out=other), g, into)
@@ -212,47 +212,6 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
         for side, grads in zip(sides, (dgate[block], dup[block]), strict=True):
             side.add(block, grads)
     return dgate, dup, *(sides or (None, None)), da.result()
-
-
-def _grad_of_h(dy: Tensor, t: Tensor | None, down, blocks, dropout) -> Tensor:
-    """dy W + mask⊙(t a) [M, H]; without dropout the second term is left to who next has a block in the cache."""
-    if dropout is None:
-        return cpu.through(dy, down.weight)
-    if cpu.is_onednns(dy, down.weight) and t.dtype is dy.dtype:
-        dh = cpu.through(dy, down.weight)
-        for block, places in blocks:
-            add_dropped_product(dh[block], t[block], down.a, dropout.scale, places)
-        return dh
-    dh = dy.new_empty(len(dy), down.weight.shape[1])
-    for block, places in blocks:
-        if dh.dtype == t.dtype:
-            drop(product(t[block], down.a, dropout.scale, dh[block]), places)
-        else:
-            dh[block] = drop(product(t[block], down.a, dropout.scale), places)
-    return cpu.add_through(dh, dy, down.weight)
-
-
-class _Wanted(NamedTuple):
-    x: bool
-    a: tuple[bool, ...]
-
-
-def _rank_terms(t, x, projections, dropouts, dx_dtype: torch.dtype, needs):
-    """(Σ mask⊙(T A) [M, K] in `dx_dtype`, dA of gate, dA of up), each None where not wanted; x read once for both."""
-    own = [i for i in (0, 1) if t[i] is not None]
-    da: list[Tensor | None] = [None, None]
-    if not own:
-        return None, *da
-    ts, a, drops = ([each[i] for i in own] for each in (t, [each.a for each in projections], dropouts))
-    wanted = _Wanted(needs.x, tuple(needs.a[i] for i in own))
-    if any(drops):
-        found, dx = shared._masked_grads(x, ts, a, drops, dx_dtype, wanted)
-    else:
-        found = shared._grads_of_a(x, ts, wanted.a)
-        dx = product(torch.cat(ts, 1), torch.cat(a), 1.0).to(dx_dtype) if needs.x else None
-    for i, each in zip(own, found, strict=True):
-        da[i] = each
-    return dx, *da
 
 
 def backward(dy, x, products, s, projections, seeds, call, needs):
@@ -273,16 +232,12 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
         return None, (None, None, da_down), (None, None, db_down), None, None
     t = (gate_side.t, up_side.t)
     dropouts = _dropouts(seeds, call, dy.device)
-    dx, da_gate, da_up = _rank_terms(t, x, projections, dropouts, call.dx_dtype, needs)
-    if needs.x:
-        dx = add_base(dx, dgate, gate.weight, call.dx_dtype)
-        dx = add_base(dx, dup, up.weight, call.dx_dtype)
+    dx = shared.sum_of_bases((dgate, dup), (gate.weight, up.weight), call.dx_dtype) if needs.x else None
+    own = [i for i in (0, 1) if t[i] is not None]
+    da: list[Tensor | None] = [None, None]
+    if own:
+        chosen = ([each[i] for i in own] for each in (t, (gate.a, up.a), dropouts[:2], needs.a))
+        for i, each in zip(own, shared.add_terms(dx, x, *chosen), strict=True):
+            da[i] = each
     db = (gate_side.grad_b(), up_side.grad_b(), db_down)
-    return dx, (da_gate, da_up, da_down), db, dgate, dup
-
-
-def add_base(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """dx + dy W in place, or dy W in `dtype`."""
-    if dx is None:
-        return cpu.through(dy, weight).to(dtype)
-    return cpu.add_through(dx, dy, weight)
+    return dx, (*da, da_down), db, dgate, dup

@@ -12,10 +12,10 @@ from fastpeft.kernels import lora_mlp as kernels
 from fastpeft.kernels import lora_projections as shared_kernels
 from fastpeft.kernels._common import Dropout
 from fastpeft.ops import _lora_linear_triton as single
+from fastpeft.ops._cpu_products import add_through
 from fastpeft.ops._lora_linear_triton import draw_seed as draw_seed
 from fastpeft.ops._lora_linear_triton import honoured as honoured
 from fastpeft.ops._lora_linear_triton import keep_mask as keep_mask
-from fastpeft.ops._lora_mlp_torch import add_base
 
 
 def _dropouts(seeds, call) -> list[Dropout | None]:
@@ -125,5 +125,5 @@ def _to_x(x, t, grads, projections, dropouts, call, needs):
                 t[i], projections[i].a.t(), call.dtype, dropout=dropouts[i], out_dtype=call.dx_dtype, residual=dx
             )  # fmt: skip
     for grad, each in zip(grads, projections, strict=False):
-        dx = add_base(dx, grad, each.weight, call.dx_dtype)
+        dx = (grad @ each.weight).to(call.dx_dtype) if dx is None else add_through(dx, grad, each.weight)
     return dx, *da

@@ -5,16 +5,16 @@ from torch import Tensor
 
 from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops._lora_linear_torch import (
+    add_dropped_product,
     add_product,
     add_transposed,
-    drop,
     dropout_of,
-    dropped,
+    dropped_in_turn,
     empty_sum,
     given_mask,
     grad_b_and_t,
-    product,
     row_blocks,
+    scaled_linear,
     transposed_product,
 )
 
@@ -55,15 +55,19 @@ def _shrink(x, a, droppers) -> tuple[Tensor, ...]:
         return cpu.linear(x, torch.cat(a)).split(ranks, 1) if len(x) >= MANY else tuple(x @ each.t() for each in a)
     out = torch.empty(len(x), sum(ranks), dtype=a[0].dtype, device=x.device).split(ranks, 1)
     for block in row_blocks(*x.shape, masked):
-        wide = None
-        for s, matrix, dropout in zip(out, a, droppers, strict=True):
-            if dropout is None:
-                wide = x[block].to(matrix.dtype) if wide is None else wide
-                s[block] = wide @ matrix.t()
-            else:
-                z = dropped(x[block], matrix.dtype, dropout.next(*x[block].shape))
-                s[block] = product(z, matrix.t(), dropout.scale)
+        places = _next_places(droppers, *x[block].shape)
+        taken = dropped_in_turn(x[block], a[0].dtype, places)
+        for s, matrix, z, dropout in zip(out, a, taken, droppers, strict=True):
+            scaled_linear(z, matrix, _scale(dropout), s[block])
     return out
+
+
+def _next_places(droppers, rows: int, columns: int) -> list[Tensor | None]:
+    return [None if each is None else each.next(rows, columns) for each in droppers]
+
+
+def _scale(dropout) -> float:
+    return 1.0 if dropout is None else dropout.scale
 
 
 def grads(dy, x, weight, a, b, s, seeds, call, needs):
@@ -75,19 +79,28 @@ def grads(dy, x, weight, a, b, s, seeds, call, needs):
         ts.append(t)
     if not (needs.x or any(needs.a)):
         return None, [None] * len(dy), db
-    droppers = _droppers(seeds, call.dropouts, dy[0].device)
+    dx = sum_of_bases(dy, weight, call.dx_dtype) if needs.x else None
+    return dx, add_terms(dx, x, ts, a, _droppers(seeds, call.dropouts, dy[0].device), needs.a), db
+
+
+def sum_of_bases(dy, weight, dtype: torch.dtype) -> Tensor:
+    """Σ dY W in `dtype`: in a wider one than the products are in, each is added as it comes; else they accumulate."""
+    dx = cpu.through(dy[0], weight[0]).to(dtype)
+    for each, matrix in zip(dy[1:], weight[1:], strict=True):
+        cpu.add_through(dx, each, matrix)
+    return dx
+
+
+def add_terms(dx, x, ts, a, droppers, wanted) -> list[Tensor | None]:
+    """[dA, ...], and Σ mask⊙(T A) onto dx, in place, if there is one. Where T is None there is nothing to add."""
     if any(each is not None for each in droppers):
-        da, dx = _masked_grads(x, ts, a, droppers, call.dx_dtype, needs)
-        return _add_bases(dx, dy, weight) if needs.x else None, da, db
-    da = _grads_of_a(x, ts, needs.a)
-    if not needs.x:
-        return None, da, db
-    dx = _add_bases(None, dy, weight, call.dx_dtype)
-    if len(dx) >= MANY:
-        return add_product(dx, torch.cat(ts, 1), torch.cat(a)), da, db
-    for t, matrix in zip(ts, a, strict=True):
-        add_product(dx, t, matrix)
-    return dx, da, db
+        return _add_masked_terms(dx, x, ts, a, droppers, wanted)
+    if dx is not None and len(dx) >= MANY:
+        add_product(dx, torch.cat(ts, 1), torch.cat(a))
+    elif dx is not None:
+        for t, matrix in zip(ts, a, strict=True):
+            add_product(dx, t, matrix)
+    return _grads_of_a(x, ts, wanted)
 
 
 def _grads_of_a(x, ts, wanted) -> list[Tensor | None]:
@@ -99,35 +112,22 @@ def _grads_of_a(x, ts, wanted) -> list[Tensor | None]:
     return [next(parts).clone() if want else None for want in wanted]
 
 
-def _add_bases(dx, dy, weight, dx_dtype=None) -> Tensor:
-    """dx (None: nothing, in `dx_dtype`) + Σ dY W, in place. In a wider type than the products are in, each is added as
-    it comes; else they accumulate."""
-    dx_dtype = dx_dtype or dx.dtype
-    for each, matrix in zip(dy, weight, strict=True):
-        dx = cpu.through(each, matrix).to(dx_dtype) if dx is None else cpu.add_through(dx, each, matrix)
-    return dx
-
-
-def _masked_grads(x, ts, a, droppers, dx_dtype, needs):
-    """([dA, ...], Σ mask⊙(T A)) under dropout: one drawing of each mask serves both."""
+def _add_masked_terms(dx, x, ts, a, droppers, wanted) -> list[Tensor | None]:
+    """`add_terms` under dropout: one drawing of each mask serves both."""
     kind, columns = a[0].dtype, a[0].shape[1]
-    da = [empty_sum(t, columns).zero_() if need else None for t, need in zip(ts, needs.a, strict=True)]
+    da = [empty_sum(t, columns).zero_() if want else None for t, want in zip(ts, wanted, strict=True)]
     rows = len(next(t for t in ts if t is not None))
-    dx = torch.empty(rows, columns, dtype=dx_dtype, device=a[0].device) if needs.x else None
+    own = [i for i, into in enumerate(da) if into is not None]
     for block in row_blocks(rows, columns, masked=True):
-        total, out = None, dx[block] if needs.x and dx_dtype == kind else None  # where the first term is written
-        for t, matrix, into, dropout in zip(ts, a, da, droppers, strict=True):
-            if t is None:
-                continue
-            scale = 1.0 if dropout is None else dropout.scale
-            places = None if dropout is None else dropout.next(len(dx[block]) if needs.x else len(x[block]), columns)
-            if into is not None:
-                z = x[block].to(kind) if dropout is None else dropped(x[block], kind, places)
-                add_transposed(into, t[block], z, scale)
-            if needs.x:
-                term = product(t[block], matrix, scale, out if total is None else None)
-                term = term if places is None else drop(term, places)
-                total = term if total is None else total.add_(term)
-        if needs.x and out is None:
-            dx[block] = total
-    return da, dx
+        places = _next_places(droppers, block.stop - block.start, columns)
+        taken = dropped_in_turn(x[block], kind, [places[i] for i in own]) if own else ()
+        for i, z in zip(own, taken, strict=True):
+            add_transposed(da[i], ts[i][block], z, _scale(droppers[i]))
+        if dx is None:
+            continue
+        for t, matrix, dropout, dropped_places in zip(ts, a, droppers, places, strict=True):
+            if dropped_places is None:
+                add_product(dx[block], t[block], matrix)
+            else:
+                add_dropped_product(dx[block], t[block], matrix, dropout.scale, dropped_places)
+    return da

@@ -10,13 +10,13 @@ from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops._lora_linear_torch import (
     Dropout,
     Given,
+    add_dropped_product,
     add_product,
     add_transposed,
     drop,
     dropped,
     empty_sum,
     given_mask,
-    product,
     row_blocks,
     shrink,
     transposed_product,
@@ -148,5 +148,5 @@ def _masked_grads(x, dx, t, a, dropout: Dropout):
         if da is not None:
             add_transposed(da, t[block], dropped(x[block], t.dtype, places), dropout.scale)
         if dx is not None:
-            dx[block] = (dx[block].to(t.dtype) + drop(product(t[block], a, dropout.scale), places)).to(dx.dtype)
+            add_dropped_product(dx[block], t[block], a, dropout.scale, places)
     return da

@@ -6,14 +6,12 @@ products of frozen dense weights, and no hook, nor any forward of an instance's 
 not, the forward of its own class runs.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastpeft.dispatch import MAX_RANK
-from fastpeft.distributed import is_sharded
+from fastpeft.distributed import give_class, is_sharded, own_class
 from fastpeft.ops.lora_mlp import Projection, apply_lora_mlp
 from fastpeft.tuners.gated_mlp import GatedMlp, activation_of, gated_mlp_of
 from fastpeft.tuners.layer import AdapterLayer, give_back_forward, patched_class
@@ -98,10 +96,15 @@ def _is_watched(module: nn.Module) -> bool:
     return "forward" in own or "_hf_hook" in own or any(own[name] for name in HOOKS)
 
 
+def _is_adapted(child: nn.Module) -> bool:
+    """Not asked of the instance, as a wrapper (FullyShardedDataParallel, a checkpoint), whose own call is needed,
+    answers with what it wraps."""
+    return hasattr(type(child), "lone_adapter")
+
+
 def _projection(child: nn.Module) -> Projection | None:
-    find: Callable[[], str | None] | None = getattr(child, "lone_adapter", None)
-    if find is not None:
-        name = find()
+    if _is_adapted(child):
+        name = child.lone_adapter()
         if name is None:
             return None
         a, b = child.factors(name)
@@ -125,13 +128,13 @@ def join_mlps(model: nn.Module) -> None:
     for module in list(model.modules()):
         if KEY in module.__dict__ or "forward" in module.__dict__:
             continue
-        if not any(hasattr(child, "lone_adapter") for child in module.children()):
+        if not any(map(_is_adapted, module.children())):
             continue
-        found = Found(type(module))
-        if not found.look(module) or not any(hasattr(child, "lone_adapter") for child in _children(module, found)):
+        found = Found(own_class(module))
+        if not found.look(module) or not any(map(_is_adapted, _children(module, found))):
             continue
         module.__dict__[KEY] = found
-        module.__class__ = patched_class(FusedMlp, found.original)
+        give_class(module, patched_class(FusedMlp, found.original))
 
 
 def part_mlps(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.dispatch import MAX_RANK
-from fastpeft.distributed import is_sharded
+from fastpeft.distributed import is_sharded, sharded_by_itself
 from fastpeft.ops.lora_projections import Projection, apply_lora_projections
 
 KEY = "_fastpeft_siblings"  # where a projection remembers its Siblings
@@ -31,13 +31,19 @@ _threads = threading.local()  # `call`: the parent's call that is going on in a 
 class _Call:
     """One call of a parent, while it goes on. runs: what it goes by, None while it is watched."""
 
-    def __init__(self, of: "Siblings", runs: Runs | None):
-        self.of, self.runs = of, runs
+    def __init__(self, of: "Siblings", parent: nn.Module, runs: Runs | None):
+        self.of, self.parent, self.runs = of, parent, runs
         self.seen: list[tuple] = []  # (projection, x, its state), in the order of their calls
         self.x: Tensor | None = None
         self.circumstances: list = []
         self.results: dict[nn.Module, tuple[str, Tensor]] = {}  # those computed ahead that nobody has taken yet
         self.surprising = False
+
+    def calls(self, layer: nn.Module) -> bool:
+        """Whether it is the parent's own call of the layer, in which nothing but the layer's hooks happens: no wrapper
+        (a checkpoint, FullyShardedDataParallel) stands in its place, and `fully_shard` was not called on it."""
+        name = self.of.members.get(layer)
+        return name is not None and self.parent._modules.get(name) is layer and not sharded_by_itself(layer)
 
 
 class Siblings:
@@ -55,12 +61,12 @@ class Siblings:
         """Before a call of the parent. What is left of another (it was interrupted, or this one is inside it) is let
         go of, so that one call's tensors are held, at most."""
         if torch.compiler.is_dynamo_compiling():
-            self.traced = _Call(self, self.runs or {})
+            self.traced = _Call(self, parent, self.runs or {})
             return
         before = getattr(_threads, "call", None)
         if before is not None and before.results:
             before.of.surprised()
-        _threads.call = _Call(self, self._runs_of_a_call())
+        _threads.call = _Call(self, parent, self._runs_of_a_call())
 
     def _runs_of_a_call(self) -> Runs | None:
         repeated = _is_backward()
@@ -94,7 +100,7 @@ class Siblings:
         """What `layer`, whose adapter `name` a call uses, gives for x, if it is computed as one of a run."""
         tracing = torch.compiler.is_dynamo_compiling()
         call = self.traced if tracing else getattr(_threads, "call", None)
-        if call is None or call.of is not self or layer not in self.members:
+        if call is None or call.of is not self or not call.calls(layer):
             return None
         if call.runs is None:
             call.seen.append((layer, x, _state(x)))
@@ -117,7 +123,7 @@ class Siblings:
         return y if right else None
 
     def _compute(self, call: _Call, run: list[nn.Module], name: str, x: Tensor, tracing: bool) -> Tensor | None:
-        others = [(each, _lone_adapter(each)) for each in run[1:]]
+        others = [(each, _lone_adapter(each) if call.calls(each) else None) for each in run[1:]]
         usable = [(run[0], name), *((each, other) for each, other in others if other is not None)]
         if call.surprising or len(usable) < 2 or run[0].lone_adapter() != name:
             return None
@@ -226,8 +232,8 @@ def join_siblings(model: nn.Module) -> None:
     """Let adapted projections compute together, wherever a module has several of one width."""
     for parent in list(model.modules()):
         members = {child: name for name, child in parent.named_children() if _can_join(child)}
-        widths = Counter(child.width()[1] for child in members)
-        members = {child: name for child, name in members.items() if widths[child.width()[1]] > 1}
+        widths = Counter(map(_inputs, members))
+        members = {child: name for child, name in members.items() if widths[_inputs(child)] > 1}
         if all(KEY in each.__dict__ for each in members):
             continue
         _part(parent)
@@ -239,7 +245,13 @@ def join_siblings(model: nn.Module) -> None:
 
 
 def _can_join(module: nn.Module) -> bool:
-    return hasattr(module, "lone_adapter") and module.is_dense()
+    """Not asked of the instance, as a wrapper answers with what it wraps."""
+    return hasattr(type(module), "lone_adapter") and (module.is_dense() or is_sharded(getattr(module, "weight", None)))
+
+
+def _inputs(layer: nn.Module) -> tuple[int, ...]:
+    """(K,), or () for a part of a flat parameter, whose width its next call will show."""
+    return layer.width()[1:]
 
 
 def part_siblings(model: nn.Module) -> None:
