@@ -6,7 +6,7 @@ blocks that fit a CPU's cache: no M×K copy and no stored mask, forward or backw
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -163,21 +163,6 @@ def scaled_linear(x: torch.Tensor, a: torch.Tensor, scale: float, out: torch.Ten
 def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> torch.Tensor:
     """A copy of the block in `dtype` without the elements at these places."""
     return drop(block.to(dtype, copy=True, memory_format=torch.contiguous_format), places)
-
-
-def dropped_in_turn(block: torch.Tensor, dtype: torch.dtype, each: Sequence[torch.Tensor | None]) -> Iterator:
-    """The block in `dtype` without the elements at each of these places in turn, all of it where they are None. It is
-    one copy, put right in between: what was taken does not last."""
-    if all(places is None for places in each):
-        yield from [block.to(dtype)] * len(each)
-        return
-    z = dropped(block, dtype, block.new_empty(0, dtype=torch.int64))
-    flat = z.view(-1)
-    for i, places in enumerate(each):
-        before = None if places is None or i == len(each) - 1 else flat.index_select(0, places)
-        yield z if places is None else drop(z, places)
-        if before is not None:
-            flat.index_copy_(0, places, before)
 
 
 def _factors(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:

@@ -9,7 +9,7 @@ from fastpeft.ops._lora_linear_torch import (
     add_product,
     add_transposed,
     dropout_of,
-    dropped_in_turn,
+    dropped,
     empty_sum,
     given_mask,
     grad_b_and_t,
@@ -55,19 +55,15 @@ def _shrink(x, a, droppers) -> tuple[Tensor, ...]:
         return cpu.linear(x, torch.cat(a)).split(ranks, 1) if len(x) >= MANY else tuple(x @ each.t() for each in a)
     out = torch.empty(len(x), sum(ranks), dtype=a[0].dtype, device=x.device).split(ranks, 1)
     for block in row_blocks(*x.shape, masked):
-        places = _next_places(droppers, *x[block].shape)
-        taken = dropped_in_turn(x[block], a[0].dtype, places)
-        for s, matrix, z, dropout in zip(out, a, taken, droppers, strict=True):
-            scaled_linear(z, matrix, _scale(dropout), s[block])
+        wide = None
+        for s, matrix, dropout in zip(out, a, droppers, strict=True):
+            if dropout is None:
+                wide = x[block].to(matrix.dtype) if wide is None else wide
+                scaled_linear(wide, matrix, 1.0, s[block])
+            else:
+                z = dropped(x[block], matrix.dtype, dropout.next(*x[block].shape))
+                scaled_linear(z, matrix, dropout.scale, s[block])
     return out
-
-
-def _next_places(droppers, rows: int, columns: int) -> list[Tensor | None]:
-    return [None if each is None else each.next(rows, columns) for each in droppers]
-
-
-def _scale(dropout) -> float:
-    return 1.0 if dropout is None else dropout.scale
 
 
 def grads(dy, x, weight, a, b, s, seeds, call, needs):
@@ -117,17 +113,17 @@ def _add_masked_terms(dx, x, ts, a, droppers, wanted) -> list[Tensor | None]:
     kind, columns = a[0].dtype, a[0].shape[1]
     da = [empty_sum(t, columns).zero_() if want else None for t, want in zip(ts, wanted, strict=True)]
     rows = len(next(t for t in ts if t is not None))
-    own = [i for i, into in enumerate(da) if into is not None]
     for block in row_blocks(rows, columns, masked=True):
-        places = _next_places(droppers, block.stop - block.start, columns)
-        taken = dropped_in_turn(x[block], kind, [places[i] for i in own]) if own else ()
-        for i, z in zip(own, taken, strict=True):
-            add_transposed(da[i], ts[i][block], z, _scale(droppers[i]))
-        if dx is None:
-            continue
-        for t, matrix, dropout, dropped_places in zip(ts, a, droppers, places, strict=True):
-            if dropped_places is None:
+        for t, matrix, into, dropout in zip(ts, a, da, droppers, strict=True):
+            if t is None:
+                continue
+            scale = 1.0 if dropout is None else dropout.scale
+            places = None if dropout is None else dropout.next(block.stop - block.start, columns)
+            if into is not None:
+                z = x[block].to(kind) if dropout is None else dropped(x[block], kind, places)
+                add_transposed(into, t[block], z, scale)
+            if dx is not None and dropout is None:
                 add_product(dx[block], t[block], matrix)
-            else:
-                add_dropped_product(dx[block], t[block], matrix, dropout.scale, dropped_places)
+            elif dx is not None:
+                add_dropped_product(dx[block], t[block], matrix, scale, places)
     return da
