@@ -108,12 +108,13 @@ def keeping(seed: torch.Tensor | None, p: float, device: torch.device) -> torch.
 
 def kept(seed: torch.Tensor | Dropout | None) -> torch.Tensor | None:
     """For backward, of what `keeping` returned: the gaps in int16, a row for each block filled up with zeros, which
-    repeat a place; or the seed, as where a block has dropped nothing."""
+    repeat a place; or the seed, where there is no block or one
+    that has dropped nothing."""
     if not isinstance(seed, Dropout):
         return seed
     if len(seed.gaps) == 1:
         return seed.gaps[0][None]
-    return pad_sequence(seed.gaps, batch_first=True) if all(map(len, seed.gaps)) else seed.seed
+    return pad_sequence(seed.gaps, batch_first=True) if seed.gaps and all(map(len, seed.gaps)) else seed.seed
 
 
 def drop(block: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

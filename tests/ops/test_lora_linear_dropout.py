@@ -158,6 +158,17 @@ def test_the_torch_path_keeps_the_gaps_of_a_mask_or_its_seed(p, rows):
     torch.testing.assert_close(da[0], (x.detach() * keep).sum(0) / (1 - p), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0), (2, 0, 8)])
+def test_nothing_can_be_dropped(shape):
+    x, b = torch.randn(*shape, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    a = torch.randn(2, shape[-1], requires_grad=True)
+    with on("torch"):
+        y = lora_linear(x, torch.zeros(5, shape[-1]), None, a, b, 1.0, dropout=0.05, training=True)
+        dx, da, db = torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
+    assert y.shape == (*shape[:-1], 5) and not y.any()
+    assert dx.shape == x.shape and not da.any() and not db.any()
+
+
 def test_a_block_that_drops_nothing_keeps_the_seed():
     draws, p = 0, 2.0**-9
     for seed in range(40):
