@@ -145,7 +145,7 @@ def test_forward_and_backward_drop_what_dropout_mask_says(backend, rows):
 def test_the_torch_path_keeps_the_gaps_of_a_mask_or_its_seed(p, rows):
     """4000 rows are two blocks. Where the gaps are kept, nothing is drawn in backward."""
     columns = 400
-    x, weight = torch.randn(rows, columns, requires_grad=True), torch.zeros(columns, columns)
+    x, weight = (torch.rand(rows, columns) + 0.5).requires_grad_(), torch.zeros(columns, columns)
     a, b = torch.eye(columns, requires_grad=True), torch.eye(columns)
     with on("torch"), saved_for_backward(besides=[x, weight, a, b]) as saved:
         y = lora_linear(x, weight, None, a, b, 1.0, dropout=p, training=True)
