@@ -2,6 +2,10 @@
 
 torch takes fp32 products to MKL, which on AMD's processors is 5 to 20 % slower than oneDNN, torch's own library for
 half precision. The choice is by processor, dtype and size alone, so that the same call gives the same bits.
+
+oneDNN compiles code for each number of rows, which takes it as long as a small product, and keeps it: half a megabyte
+each of up to a thousand. So it is asked for round numbers of rows alone, which batches of one length have, and batches
+of any length seldom.
 """
 
 import functools
@@ -11,7 +15,7 @@ from pathlib import Path
 import torch
 
 ELEMENTS = 1 << 23  # M·N·K, below which a call of oneDNN costs more than it saves
-ROWS = 32
+ROWS = 256  # of which the rows must be a multiple
 
 
 @functools.cache
@@ -54,6 +58,6 @@ def is_onednns(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if x.dtype is not torch.float32 or not x.is_cpu or not prefers_onednn():
         return False
     (rows, _), (outputs, inputs) = x.shape, weight.shape
-    if rows < ROWS or rows * outputs * inputs < ELEMENTS or weight.stride() not in ((inputs, 1), (1, outputs)):
+    if rows % ROWS or rows * outputs * inputs < ELEMENTS or weight.stride() not in ((inputs, 1), (1, outputs)):
         return False
     return weight.dtype is torch.float32 and x.is_contiguous() and torch.backends.mkldnn.enabled

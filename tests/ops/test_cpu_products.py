@@ -22,7 +22,7 @@ def onednn(monkeypatch):
     linear = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(cpu, "prefers_onednn", lambda: True)
     monkeypatch.setattr(cpu, "ELEMENTS", 0)
-    monkeypatch.setattr(cpu, "ROWS", 0)
+    monkeypatch.setattr(cpu, "ROWS", 1)
     monkeypatch.setattr(
         torch.ops.mkldnn, "_linear_pointwise", lambda *args: found.append(tuple(args[0].shape)) or linear(*args)
     )
@@ -136,9 +136,16 @@ def test_the_users_switch_is_honoured(onednn):
 def test_small_products_are_torch_s(monkeypatch):
     monkeypatch.setattr(cpu, "prefers_onednn", lambda: True)
     weight = torch.randn(512, 512)
-    assert cpu.is_onednns(torch.randn(cpu.ROWS, 512), weight)
-    assert not cpu.is_onednns(torch.randn(cpu.ROWS - 1, 2048), torch.randn(2048, 2048))
-    assert not cpu.is_onednns(torch.randn(64, 512), torch.randn(16, 512))
+    assert cpu.is_onednns(torch.randn(256, 512), weight)
+    assert not cpu.is_onednns(torch.randn(256, 512), torch.randn(16, 512))
+    assert not cpu.is_onednns(torch.randn(0, 512), weight)
+
+
+def test_batches_of_any_length_leave_no_code_behind(monkeypatch):
+    """oneDNN keeps what it compiles for a number of rows."""
+    monkeypatch.setattr(cpu, "prefers_onednn", lambda: True)
+    weight, x = torch.randn(512, 512), torch.randn(2048, 512)
+    assert [rows for rows in range(1, 2049) if cpu.is_onednns(x[:rows], weight)] == list(range(256, 2049, 256))
 
 
 def test_the_processor_says_what_it_is():
