@@ -116,8 +116,9 @@ def combine(plain, bias, base, gain, s, b, scale: float) -> torch.Tensor:
     out = torch.empty_like(base)
     with on_device_of(base):
         _dora_combine_kernel[(triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
-            plain, None if bias is None else bias.contiguous(), base, gain, s, b, out, scale, rows, columns, rank,
-            *b.stride(), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(rank), tiles.ranks),
+            plain, None if bias is None else bias.contiguous(), base, gain.contiguous(), s, b, out, scale,
+            rows, columns, rank, *b.stride(),
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(rank), tiles.ranks),
             HAS_PLAIN=plain is not None, HAS_BIAS=bias is not None, MODE=mode, HALF=TRITON_TYPES[base.dtype],
             UPCAST=UPCAST, **tiles.options,
         )  # fmt: skip
@@ -133,8 +134,8 @@ def scaled_grad(dy, base, gain, need_out: bool, need_sum: bool) -> tuple[torch.T
     sums = torch.empty(runs, columns, dtype=torch.float32, device=dy.device) if need_sum else None
     with on_device_of(dy):
         _dora_grad_kernel[(column_blocks, runs)](
-            dy, base, gain, out, sums, rows, columns, run, *dy.stride(), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
-            WITH_OUT=need_out, WITH_SUM=need_sum, **tiles.options,
+            dy, base, gain.contiguous(), out, sums, rows, columns, run, *dy.stride(), BLOCK_M=tiles.rows,
+            BLOCK_N=tiles.columns, WITH_OUT=need_out, WITH_SUM=need_sum, **tiles.options,
         )  # fmt: skip
     return out, sum_partials(sums, torch.float32) if need_sum else None
 

@@ -17,13 +17,18 @@ def layout_of(experts: int, rank: int, scaling: float, rows: Rows) -> Layout:
     return Layout(samples, (), 1, (rank,) * experts, (scaling,) * experts, (0.0,) * experts)
 
 
+def _flat(matrices: Tensor) -> Tensor:
+    """Every expert's, one behind the other, of any strides."""
+    return matrices.contiguous().view(-1)
+
+
 def forward(x, weight, bias, a, b, scalings, ends, rows) -> tuple[Tensor, list[Tensor]]:
     """(y [M, N], S [M, r] of each adapter): as the torch path's."""
     y, s = base_product(x, weight, bias, ends, rows), []
     for a_g, b_g, scaling in zip(a, b, scalings, strict=True):
         layout = layout_of(len(weight), a_g.shape[1], scaling, rows)
-        shrunk = kernels.shrink(x, a_g.reshape(-1), layout)
-        kernels.expand(shrunk, b_g.reshape(-1), layout, y, y.dtype, residual=y, of_b=True)
+        shrunk = kernels.shrink(x, _flat(a_g), layout)
+        kernels.expand(shrunk, _flat(b_g), layout, y, y.dtype, residual=y, of_b=True)
         s.append(shrunk.view(len(x), -1))
     return y, s
 
@@ -37,8 +42,8 @@ def backward(dy, x, weight, a, b, s, scalings, ends, rows, needs):
         layout = layout_of(len(weight), a[g].shape[1], scaling, rows)
         grad = kernels.grad_columns(s[g].reshape(-1), dy, layout, of_b=True) if need_b[g] else None
         db.append(None if grad is None else grad.view(b[g].shape))
-        t = kernels.shrink(dy, b[g].reshape(-1), layout, of_b=True) if need_a[g] or need_x else None
+        t = kernels.shrink(dy, _flat(b[g]), layout, of_b=True) if need_a[g] or need_x else None
         da.append(kernels.grad_columns(t, x, layout).view(a[g].shape) if need_a[g] else None)
         if need_x:
-            kernels.expand(t, a[g].reshape(-1), layout, dx, dy.dtype, residual=dx)
+            kernels.expand(t, _flat(a[g]), layout, dx, dy.dtype, residual=dx)
     return dx, dw, dbias, da, db

@@ -25,9 +25,9 @@ def row_norms_reference(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: 
     return torch.linalg.vector_norm(weight_NK + scaling * (b_NR @ a_RK), dim=1)
 
 
-def wide_dtype(weight: Tensor, a: Tensor) -> torch.dtype:
-    """What the norms are computed in: fp32, or fp64."""
-    return torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """What the norms are computed in: fp32, or fp64 if one of them is."""
+    return torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
 
 
 def _blocks(rows: int, columns: int) -> list[slice]:
@@ -39,7 +39,7 @@ def _blocks(rows: int, columns: int) -> list[slice]:
 def row_norms_torch(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
     """`row_norms` on the torch path, by blocks of rows: nothing of N×K elements is built, and autocast does not round
     the products."""
-    wide = wide_dtype(weight_NK, a_RK)
+    wide = wide_dtype(weight_NK, a_RK, b_NR)
     a, b = a_RK.to(wide), b_NR.to(wide)
     norms = torch.empty(len(weight_NK), dtype=wide, device=weight_NK.device)
     with torch.autocast(weight_NK.device.type, enabled=False):
@@ -51,7 +51,7 @@ def row_norms_torch(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: floa
 
 def _served(weight: Tensor, a: Tensor, b: Tensor, scaling: float, patched: str | None) -> Tensor:
     """On the backend that dispatch says. A kernel has no grid over nothing."""
-    dtype = wide_dtype(weight, a)
+    dtype = wide_dtype(weight, a, b)
     if not weight.numel() or choose_backend(weight, dtype, patched=patched).backend == "torch":
         return row_norms_torch(weight, a, b, scaling)
 
@@ -98,4 +98,4 @@ def _compiled(weight: Tensor, a: Tensor, b: Tensor, scaling: float, patched: str
 
 @_compiled.register_fake
 def _(weight, a, b, scaling, patched):
-    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight, a))
+    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight, a, b))
