@@ -8,6 +8,7 @@ That is no statistic: it holds for every element of every example, and in float6
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -38,18 +39,23 @@ def autocast_to(dtype: torch.dtype | None):
     return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
-def outcome(function: Callable[..., Tensor], tensors: Mapping[str, Tensor | None], wanted, dout: Tensor) -> dict:
+def outcome(function: Callable[..., Tensor | Sequence[Tensor]], tensors: Mapping[str, Tensor | None], wanted, dout):
     """{"out": result, "dx": gradient, "dx again": that of a second pass over the graph, ...} of function(**tensors),
-    whose tensors share the storages of what is given; where the result does not depend on one, it has no gradient."""
+    whose tensors share the storages of what is given; where the result does not depend on one, it has no gradient.
+
+    Several results are "out0", "out1" and so on; dout has a gradient for each, or None where nothing uses it."""
     leaves = {name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
     out = function(**leaves)
+    named = {"out": out} if isinstance(out, Tensor) else {f"out{i}": each for i, each in enumerate(out)}
+    found = {name: each.detach() for name, each in named.items()}
+    pairs = zip(named.values(), [dout] if isinstance(dout, Tensor) else dout, strict=True)
+    used = [(each, grad.to(each.dtype)) for each, grad in pairs if grad is not None and each.requires_grad]
     wanted = [name for name in leaves if name in wanted]
-    if not wanted or not out.requires_grad:
-        return {"out": out.detach()}
-    asked = [leaves[name] for name in wanted]
-    found = {"out": out.detach()}
+    if not wanted or not used:
+        return found
+    asked, (ends, grads) = [leaves[name] for name in wanted], zip(*used, strict=True)
     for which, keep in (("", True), (" again", False)):
-        gradients = torch.autograd.grad(out, asked, dout.to(out.dtype), allow_unused=True, retain_graph=keep)
+        gradients = torch.autograd.grad(ends, asked, grads, allow_unused=True, retain_graph=keep)
         pairs = zip(wanted, gradients, strict=True)
         found |= {f"d{name}{which}": gradient for name, gradient in pairs if gradient is not None}
     return found
@@ -64,17 +70,31 @@ def magnitudes(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]
     return {name: None if t is None else t.double().abs() for name, t in tensors.items()}
 
 
-def tried_on(op, tensors: Mapping[str, Tensor | None], wanted: Sequence[str], dout: Tensor, besides=()) -> dict:
+def tried_on(op, tensors: Mapping[str, Tensor | None], wanted: Sequence[str], dout, besides=()) -> dict:
     """`outcome` of the op, which has touched neither its arguments nor what lies around them."""
-    given = [t for t in (*tensors.values(), dout, *besides) if t is not None]
-    watch = Watch(given)
+    grads = [dout] if isinstance(dout, Tensor) else dout
+    watch = Watch([t for t in (*tensors.values(), *grads, *besides) if t is not None])
     got = outcome(op, tensors, wanted, dout)
     watch.assert_untouched()
     for name, t in got.items():
-        if name != "out":
+        if name[0] == "d":
             leaf = tensors[name.removesuffix(" again")[1:]]
             assert t.shape == leaf.shape and t.dtype == leaf.dtype, f"{name}: {t.dtype} of shape {tuple(t.shape)}"
     return got
+
+
+def tried_twice(op, tensors: Mapping[str, Tensor | None], wanted: Sequence[str], dout, seed: int, besides=()) -> dict:
+    """`tried_on` under this seed of torch's generator, and once more for the same bits."""
+    torch.manual_seed(seed)
+    first = tried_on(op, tensors, wanted, dout, besides)
+    torch.manual_seed(seed)
+    second = tried_on(op, tensors, wanted, dout, besides)
+    assert first.keys() == second.keys()
+    for name, each in first.items():
+        same = torch.equal(*(t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for t in
+            (each, second[name])))  # fmt: skip
+        assert same, f"{name}: other bits under the same seed"
+    return first
 
 
 def assert_rounded(
@@ -83,9 +103,11 @@ def assert_rounded(
     sizes: Mapping[str, Tensor],
     dtype: torch.dtype,
     terms: float,
+    parts: Mapping[str, int] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """Every element is the truth's up to rounding. sizes: the magnitudes that were added up, `terms` of them at most;
-    dtype: in which intermediate results are kept at the least."""
+    dtype: in which intermediate results are kept at the least; parts: of those that are made of several sums how many,
+    each of two terms that are added in place with a rounding, as a gradient of x that several projections share."""
     assert got.keys() == truth.keys(), f"{sorted(got)} instead of {sorted(truth)}"
     for name, t in got.items():
         assert t.shape == truth[name].shape, f"{name}: shape {tuple(t.shape)} instead of {tuple(truth[name].shape)}"
@@ -93,7 +115,8 @@ def assert_rounded(
             continue
         coarse = coarsest(dtype, t.dtype)
         fine = min(torch.float32, coarse, key=unit)  # of accumulators
-        relative = ROUNDINGS * unit(coarse) + terms * unit(fine)
+        count = parts.get(name.removesuffix(" again"), 1)
+        relative = (ROUNDINGS + 2 * (count - 1)) * unit(coarse) + count * terms * unit(fine)
         # The steps of fp16 are the larger ones, and bf16 the coarser: of results on the way, and of a leaf at the end.
         tiny = 4 * max(step(coarse), step(dtype)) * max(1.0, terms) + step(t.dtype)
         size = sizes[name.removesuffix(" again")]

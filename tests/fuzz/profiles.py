@@ -1,8 +1,11 @@
 """How much is tried: a few examples, always the same, in the tests; random ones in `make fuzz`."""
 
 import os
+from collections.abc import Callable
 
-from hypothesis import Phase, note, settings
+import pytest
+from hypothesis import Phase, given, note, settings
+from hypothesis.strategies import SearchStrategy
 
 from tests.counting import how_many
 
@@ -26,3 +29,16 @@ def tried(quick: int, full: int) -> settings:
 def shown(*case) -> None:
     """Of the smallest case that fails, the line to paste above the property is printed with it."""
     note(f"@example({', '.join(map(repr, case))})")
+
+
+def assert_shown(cases: SearchStrategy, holds: Callable[[object], None], words: str) -> None:
+    """One of a hundred cases, always the same ones, does not hold, in these words: what a property has to say of a
+    mistake that is planted."""
+
+    @settings(max_examples=100, derandomize=True, deadline=None, phases=(Phase.generate,))
+    @given(cases)
+    def tried_on(case):
+        holds(case)
+
+    with pytest.raises(AssertionError, match=words):
+        tried_on()
