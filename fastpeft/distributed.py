@@ -63,7 +63,7 @@ def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(other.to_local().device), mesh, other.placements, src_data_rank=None)
 
 
-def _part_of(tensor: Tensor) -> str | None:
+def part_of(tensor: Tensor) -> str | None:
     """By what a parameter was divided so that a process has a part of it, or None."""
     if is_sharded(tensor):
         return "is a DTensor"
@@ -75,7 +75,7 @@ def _part_of(tensor: Tensor) -> str | None:
 def check_undistributed(model: nn.Module) -> None:
     """Raises PatchError if parameters of the model are divided among processes already."""
     for name, parameter in model.named_parameters():
-        reason = _part_of(parameter)
+        reason = part_of(parameter)
         if reason is None:
             continue
         if (getattr(model, "_tp_size", None) or 1) > 1:
@@ -92,6 +92,15 @@ def check_undistributed(model: nn.Module) -> None:
 def sharded_by_itself(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on the module."""
     return hasattr(type(module), "set_requires_gradient_sync")
+
+
+def own_weight(module: nn.Module) -> Any:
+    """A module's weight where that is a parameter and nothing more, or None. FullyShardedDataParallel has what stands
+    for the parameter among the attributes while a checkpointed segment is recomputed."""
+    weight = module._parameters.get("weight")
+    if weight is None and "_is_fsdp_managed_module" in module.__dict__:
+        return module.__dict__.get("weight")
+    return weight
 
 
 def own_class(module: nn.Module) -> type:
@@ -132,8 +141,25 @@ def check_dtypes(model: nn.Module) -> None:
             )
 
 
+def is_flat(tensor: Tensor) -> bool:
+    """Whether it is a parameter of a FullyShardedDataParallel whose own forward is not going on: there are tensors in
+    its parameters' places in it. Whole ones (`summon_full_params`) may be read where no gradient is wanted."""
+    flat = not torch.compiler.is_compiling() and getattr(tensor, "_fsdp_flattened", False)
+    return flat and (tensor.ndim == 1 or torch.is_grad_enabled())
+
+
+def is_apart(tensor: Tensor) -> bool:
+    """Whether a parameter that is read in a layer's forward was sharded apart from the layer."""
+    return is_sharded(tensor) or is_flat(tensor)
+
+
 def check_gathered(tensor: Tensor, what: str) -> None:
     """Raises PatchError for a parameter that is read in a layer's forward and was sharded apart from the layer."""
+    if is_flat(tensor):
+        raise PatchError(
+            f"{what} is in a FullyShardedDataParallel of its own, and is read by the layer around it: give an "
+            "auto_wrap_policy of whole decoder layers (peft's fsdp_auto_wrap_policy is none), or use fully_shard"
+        )
     if is_sharded(tensor):
         raise PatchError(
             f"{what} is sharded by itself, and is read by the layer around it: call fully_shard on whole decoder "
@@ -165,7 +191,7 @@ def gathered(model: nn.Module, tensors: Iterable[Tensor], full: dict[str, Tensor
     try:
         for path, module in model.named_modules():
             for leaf, parameter in list(module._parameters.items()):
-                if id(parameter) not in wanted or (reason := _part_of(parameter)) is None:
+                if id(parameter) not in wanted or (reason := part_of(parameter)) is None:
                     continue
                 name = plain_path(f"{path}.{leaf}")
                 if id(parameter) not in made:

@@ -20,6 +20,11 @@ def fuse(model: nn.Module, *names: str) -> nn.Module:
     "mlp": an MLP whose forward is down(act(gate(x))·up(x)) and nothing beside, of frozen weights and with silu, gelu
     (exact or by tanh) or relu², is one op. It keeps for backward gate, up, x and the rank-r tensors.
 
+    A model may be fused before it is distributed, or after, when `model` is the one inside DistributedDataParallel's or
+    FullyShardedDataParallel's wrapper. Layers are one op where the module around them, or a greater one, is what was
+    sharded; one that was sharded or checkpointed by itself is called by itself. "mlp" changes nothing under
+    FullyShardedDataParallel, where frozen weights are parts of a flat parameter that is trained.
+
     Args:
         model: one that `patch` has patched, natively or around a PeftModel.
         names: which fusions; all of them without names.

@@ -19,6 +19,9 @@ def rehome(model: nn.Module) -> nn.Module:
     rank, and less than 64 more, in each direction. What moves or copies a weight (`model.to`, `copy.deepcopy`) leaves
     its room behind: call again after it. One model is then for one CUDA stream at a time.
 
+    DistributedDataParallel goes with it, before or after. A weight that is divided among processes (`fully_shard`,
+    FullyShardedDataParallel, DeepSpeed ZeRO-3) gets no room, and the first two take none that has: `unrehome` before.
+
     Args:
         model: one that `patch` has patched, natively or around a PeftModel, on the device where it is to stay.
 

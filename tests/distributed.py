@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = (  # by the server
     *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.nn.parallel", "accelerate"),
-    *("transformers.models.llama.modeling_llama", "tests.distributed_fsdp", "tests.error_recording"),
+    *("transformers.models.llama.modeling_llama", "tests.distributed_fused", "tests.error_recording"),
 )
 
 

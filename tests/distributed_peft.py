@@ -6,6 +6,7 @@ from torch import nn
 
 import fastpeft
 from tests import distributed_work as work
+from tests.distributed_fused import counted
 from tests.models import tiny
 from tests.peft_pair import quietly, randomise
 
@@ -72,4 +73,22 @@ def everything(rank: int, folder: str) -> dict[str, dict]:
         full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if rank == 0 and "prompt_encoder" not in model._modules:
             model.save_pretrained(f"{folder}/{method}", state_dict=full)
-    return out
+    return out | {f"{engine} lora": fused(rank, engine) for engine in ("fused-ddp", "fused-fsdp")}
+
+
+def fused(rank: int, engine: str) -> dict:
+    """Fused before it is wrapped, or after it is sharded."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = patched("lora")
+    if engine == "fused-ddp":
+        wrapped = DistributedDataParallel(fastpeft.fuse(model))
+    else:
+        for layer in layers_of(model):
+            fully_shard(layer)
+        wrapped = fastpeft.fuse(fully_shard(model))
+    with counted() as made:
+        result = train(model, "lora", wrapped, rank, dist.get_world_size())
+    assert made == {3: 6, "mlp": 8}, (engine, made)
+    return result

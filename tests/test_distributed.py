@@ -5,12 +5,14 @@ import enum
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import fastpeft
 from fastpeft import distributed
 from tests import distributed_work as work
+from tests.distributed_fused import counted
 from tests.models import batch, differences, snapshot, tiny
-from tests.peft_pair import WEIGHTS, result
+from tests.peft_pair import WEIGHTS, close, result
 
 
 class Status(enum.Enum):
@@ -37,6 +39,36 @@ def test_a_model_that_was_loaded_in_parts_is_refused(method):
     ):
         fastpeft.patch(model, kind(task_type=task, **settings))
     assert differences(before, snapshot(model)) == []
+
+
+def test_a_model_that_is_in_parts_is_fused_and_gets_no_room():
+    """Whose layers an engine's hooks make whole, each for its own call."""
+    model = work.patched("lora")
+    whole = partition(model)
+
+    def gather(module, args):
+        for parameter in module.parameters(recurse=hasattr(module, "lora_A")):
+            parameter.data = whole[names[parameter]]
+
+    def release(module, args, output):
+        for parameter in module.parameters():
+            parameter.data = torch.empty(0)
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        if module._parameters:
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(release)
+    with pytest.raises(
+        fastpeft.PatchError, match="q_proj: its weight is partitioned by DeepSpeed ZeRO-3, and is whole"
+    ):
+        fastpeft.rehome(model)
+    with torch.no_grad(), counted() as made:
+        expected = model(**batch()).logits
+        fastpeft.fuse(model)
+        for _ in range(2):
+            assert torch.equal(model(**batch()).logits, expected)
+    assert not made and torch.equal(work.patched("lora")(**batch()).logits, expected)
 
 
 def with_a_call(module, args):
@@ -73,6 +105,32 @@ def test_names_of_what_wraps_parts_are_not_in_files(tmp_path):
     assert fastpeft.adapter_state_dict(model).keys() == keys
     fastpeft.save_adapter(model, tmp_path)
     assert torch.equal(result(fastpeft.load_adapter(tiny(), tmp_path), batch()), expected)
+
+
+@pytest.mark.parametrize("kind", CheckpointImpl, ids=lambda kind: kind.name.lower())
+@pytest.mark.parametrize("called_before", [False, True], ids=["new", "called before"])
+def test_projections_that_are_checkpointed_by_themselves_are_called(kind, called_before):
+    """The others of their run go together."""
+    found = {}
+    for names in ((), ("projections",), ("mlp",)):
+        model = work.patched("lora")
+        if names:
+            fastpeft.fuse(model, *names)
+            with torch.set_grad_enabled(called_before):
+                model(**batch())
+        for layer in model.model.layers:
+            for parent, name in ((layer.self_attn, "q_proj"), (layer.mlp, "up_proj")):
+                setattr(parent, name, checkpoint_wrapper(getattr(parent, name), checkpoint_impl=kind))
+        with counted() as made:
+            loss = model(**batch()).loss
+            loss.backward()
+        assert made == ({2: 2} if names == ("projections",) else {}), (names, made)
+        found[names] = {"loss": loss.detach()}
+        found[names] |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for names in (("projections",), ("mlp",)):
+        assert found[names].keys() == found[()].keys() and len(found[()]) > 10
+        for name, expected in found[()].items():
+            close(found[names][name], expected, 1e-5)
 
 
 def test_plain_tensors_are_left_alone():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import distributed_fused as fused
 from tests import distributed_work as work
 from tests.distributed import run
 
@@ -16,12 +17,15 @@ VARIANTS = (
 def test_two_processes_train_what_one_does(tmp_path):
     cases = [(method, variant) for method in work.METHODS for variant in VARIANTS]
     refused = [(method, {"checkpointing": "reentrant"}) for method in ("prefix", "prefix-projection", "adalora")]
-    found = [*zip(*run(work.ddp, 2, tmp_path, cases + refused, timeout=120), strict=True)]
+    both = run(fused.under_ddp, 2, tmp_path, cases + refused, timeout=120)
+    found = [*zip(*(plain for plain, _ in both), strict=True)]
     for (method, variant), ranks in zip(cases, found, strict=False):
         work.assert_as_alone(method, ranks, variant)
     # The gradient of the first layer alone would be averaged, without a word.
     for ranks in found[len(cases) :]:
         assert all("under DistributedDataParallel: checkpointing with use_reentrant=True" in each for each in ranks)
+    for case, each in zip(fused.DDP, zip(*(results for _, results in both), strict=True), strict=True):
+        work.assert_as_alone("lora", each, case)
 
 
 def test_four_processes_train_what_one_does(tmp_path):

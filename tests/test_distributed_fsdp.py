@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import fastpeft
 from tests import distributed_fsdp as fsdp
+from tests import distributed_fused as fused
 from tests import distributed_work as work
 from tests.distributed import run
 from tests.models import tiny
@@ -28,9 +29,11 @@ INTERRUPTED = ["lora-head", "adalora", "prefix-projection", "p-tuning-lstm", "ad
 
 def test_two_processes(tmp_path):
     methods = list(work.METHODS)
-    ranks = run(fsdp.everything, 2, tmp_path, str(tmp_path), CASES, methods, INTERRUPTED, timeout=120)
+    ranks = run(fused.under_fsdp2, 2, tmp_path, str(tmp_path), CASES, methods, INTERRUPTED, timeout=120)
     for (method, case), found in zip(CASES, zip(*(each["trained"] for each in ranks), strict=True), strict=True):
         work.assert_as_alone(method, found, case)
+    for case, found in zip(fused.FSDP, zip(*(each["fused"] for each in ranks), strict=True), strict=True):
+        work.assert_as_alone("lora", found, case)
     for method, found in zip(INTERRUPTED, zip(*(each["resumed"] for each in ranks), strict=True), strict=True):
         work.assert_as_alone(method, found, "resumed")
     for method, found in zip(methods, zip(*(each["saved"] for each in ranks), strict=True), strict=True):

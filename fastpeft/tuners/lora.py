@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft.configs import LoraConfig
-from fastpeft.distributed import is_sharded
+from fastpeft.distributed import is_sharded, own_weight
 from fastpeft.errors import PatchError
 from fastpeft.selection import row_names
 from fastpeft.tuners import dora, lora_init
@@ -367,7 +367,7 @@ class LoraLinear(LinearArithmetic, LoraLayer):
 
     def is_dense(self) -> bool:
         """Whether the weight is a floating-point parameter and nothing more."""
-        weight = self._parameters.get("weight")  # not an attribute: reading a parametrised weight computes it
+        weight = own_weight(self)  # not an attribute: reading a parametrised weight computes it
         return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
     def lone_adapter(self) -> str | None:

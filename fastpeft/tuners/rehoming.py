@@ -3,18 +3,21 @@
 import torch
 from torch import nn
 
-from fastpeft.distributed import is_sharded
+from fastpeft.distributed import part_of
 from fastpeft.ops._rooms import fits, room_of, with_room
 
 
 def refusal(layer: nn.Module) -> str | None:
     """Why the weight of an adapted layer stays where it is, or None."""
+    part = part_of(getattr(layer, "weight", None))
+    if part is not None:
+        return f"its weight {part}, and is whole in its layer's call alone"
     if not (hasattr(layer, "lone_adapter") and layer.plain_base()) or layer.matrix() is not layer.weight:
         return "it is no linear layer with a dense weight (N, K)"
     weight = layer.weight
     if weight.requires_grad:
         return "its weight is trained"
-    if weight.is_meta or "_hf_hook" in layer.__dict__ or is_sharded(weight):
+    if weight.is_meta or "_hf_hook" in layer.__dict__:
         return "its weight is elsewhere"
     own = weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
     if not own and room_of(weight) is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.dispatch import MAX_RANK
-from fastpeft.distributed import is_sharded, sharded_by_itself
+from fastpeft.distributed import is_apart, is_sharded, sharded_by_itself
 from fastpeft.ops.lora_projections import Projection, apply_lora_projections
 
 KEY = "_fastpeft_siblings"  # where a projection remembers its Siblings
@@ -125,7 +125,7 @@ class Siblings:
     def _compute(self, call: _Call, run: list[nn.Module], name: str, x: Tensor, tracing: bool) -> Tensor | None:
         others = [(each, _lone_adapter(each) if call.calls(each) else None) for each in run[1:]]
         usable = [(run[0], name), *((each, other) for each, other in others if other is not None)]
-        if call.surprising or len(usable) < 2 or run[0].lone_adapter() != name:
+        if call.surprising or len(usable) < 2 or run[0].lone_adapter() != name or _is_apart(run[0], name):
             return None
         projections = [projection_of(each, other) for each, other in usable]
         if not all(_fits(each, x) for each in projections):
@@ -198,7 +198,12 @@ def _lone_adapter(layer: nn.Module) -> str | None:
     if KEY not in layer.__dict__ or not hasattr(layer, "lone_adapter") or layer._forward_pre_hooks:
         return None
     name = layer.lone_adapter()
-    return None if name is None or any(map(is_sharded, layer.factors(name))) else name
+    return None if name is None or _is_apart(layer, name) else name
+
+
+def _is_apart(layer: nn.Module, name: str) -> bool:
+    """Whether an adapter's matrices were sharded by themselves, which the layer's own call says in words."""
+    return any(map(is_apart, layer.factors(name)))
 
 
 def projection_of(layer: nn.Module, name: str) -> Projection:

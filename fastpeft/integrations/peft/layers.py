@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpeft import quantised
+from fastpeft.distributed import own_weight
 from fastpeft.integrations.peft.experts import FusedExperts
 from fastpeft.integrations.peft.swapping import Swapped, full_name, is_bare
 from fastpeft.tuners.linear_arithmetic import LinearArithmetic
@@ -26,7 +27,7 @@ class FusedLayer(Swapped, LinearArithmetic):
 
     def is_dense(self) -> bool:
         """Whether the base has its weight as a floating-point parameter and nothing more."""
-        weight = self.base_layer._parameters.get("weight")
+        weight = own_weight(self.base_layer)
         return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.itemsize > 1
 
     def base_forward(self, *args, **kwargs) -> Tensor:
