@@ -15,14 +15,15 @@ def fuse(model: nn.Module, *names: str) -> nn.Module:
     layer by layer.
 
     "projections": linear layers that read one tensor (q, k, v; gate, up) are one op, which reads it once. Which they
-    are is seen in the first call of the module that they are in, which is computed as before.
+    are is seen in the first call of the module that they are in, which is computed as before; let it come before
+    `torch.compile`, in which nothing is seen.
 
     "mlp": an MLP whose forward is down(act(gate(x))·up(x)) and nothing beside, of frozen weights and with silu, gelu
     (exact or by tanh) or relu², is one op. It keeps for backward gate, up, x and the rank-r tensors.
 
     A model may be fused before it is distributed, or after, when `model` is the one inside DistributedDataParallel's or
     FullyShardedDataParallel's wrapper. Layers are one op where the module around them, or a greater one, is what was
-    sharded; one that was sharded or checkpointed by itself is called by itself. "mlp" changes nothing under
+    sharded; one that was sharded or checkpointed by itself is called by itself. "mlp" changes no training under
     FullyShardedDataParallel, where frozen weights are parts of a flat parameter that is trained.
 
     Args:

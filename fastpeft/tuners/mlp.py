@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastpeft.dispatch import MAX_RANK
-from fastpeft.distributed import give_class, is_apart, own_class
+from fastpeft.distributed import give_class, is_apart, own_class, own_weight
 from fastpeft.ops.lora_mlp import Projection, apply_lora_mlp
 from fastpeft.tuners.gated_mlp import GatedMlp, activation_of, gated_mlp_of
 from fastpeft.tuners.layer import AdapterLayer, give_back_forward, patched_class
@@ -109,7 +109,7 @@ def _projection(child: nn.Module) -> Projection | None:
             return None
         a, b = child.factors(name)
         return None if is_apart(a) or is_apart(b) or a.shape[0] > MAX_RANK else projection_of(child, name)
-    weight = child._parameters.get("weight")
+    weight = own_weight(child)
     if type(child).forward is not nn.Linear.forward or type(weight) not in (nn.Parameter, Tensor):
         return None
     return Projection(weight, child.bias)
