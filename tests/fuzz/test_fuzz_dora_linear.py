@@ -14,6 +14,7 @@ from fastpeft.ops.dora_linear import apply_dora, dora_linear_reference
 from fastpeft.oracle import LoraProblem, op_dropout
 from tests.counting import count
 from tests.fuzz.judging import assert_rounded, autocast_to, coarsest, in_double, magnitudes, outcome, tried_twice
+from tests.fuzz.large import as_if_large, blocks_of
 from tests.fuzz.layouts import CONTIGUOUS, Layout, changed, laid_out, layouts_of
 from tests.fuzz.profiles import assert_shown, shown, tried
 from tests.ops.lora_linear_cases import DTYPES as PAIRS
@@ -29,7 +30,7 @@ GRADIENTS = ("x", "bias", "lora_A", "lora_B", "factor")
 class Case(NamedTuple):
     """A call. leading: the dimensions of x before its inputs; base: the dtype of weight and bias, where that is not
     x's, as it may be under autocast; like_adapter: the factor's dtype is the adapter's, not fp32; wanted: which
-    gradients; layouts: of these, weight and dy."""
+    gradients; layouts: of these, weight and dy; large: as if its tensors were."""
 
     leading: tuple[int, ...] = (2,)
     inputs: int = 1
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     wanted: tuple[str, ...] = ()
     layouts: dict[str, Layout] = {}
     strategy: str | None = None
+    large: bool = False
     seed: int = 0
 
     __repr__ = changed
@@ -69,6 +71,7 @@ def cases(draw, sizes, ranks, dtypes, strategies, bases, autocasts):
         wanted=draw(st.just(GRADIENTS) | st.lists(st.sampled_from(GRADIENTS), unique=True).map(tuple)),
         layouts=draw(layouts_of((*GRADIENTS, "weight", "dy"))),
         strategy=draw(strategies),
+        large=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
 
@@ -129,7 +132,9 @@ def holds(case: Case, backend: str) -> None:
         **{name: each for name, each in tensors.items() if name != "factor"},
         **{"dy": dy, "scaling": case.scaling, "dropout": case.dropout},
     )
-    with torch.random.fork_rng():
+    rows = torch.Size(case.leading).numel()
+    with torch.random.fork_rng(), as_if_large(case.large and backend == "torch"):
+        blocks = blocks_of(rows, case.inputs, case.outputs)
         torch.manual_seed(case.seed)
         with on(backend if problem.x.numel() * problem.lora_B.numel() else "torch"):
             keep, p = op_dropout(problem) if case.inputs else (None, 0.0)
@@ -143,8 +148,9 @@ def holds(case: Case, backend: str) -> None:
 
     truth = outcome(definition, in_double(tensors), wanted, dy.double())
     sizes = outcome(sizes_of(abs(case.scaling), keep, p), magnitudes(tensors), wanted, dy.double().abs())
-    terms = case.rank + max(torch.Size(case.leading).numel(), case.inputs, case.outputs)
-    assert_rounded(got, truth, sizes, coarsest(data, result), terms)
+    terms = case.rank + max(rows, case.inputs, case.outputs)
+    parts = {"dlora_A": blocks, "dfactor": blocks}
+    assert_rounded(got, truth, sizes, coarsest(data, result), terms, parts)
     count("examples")
 
 

@@ -13,6 +13,7 @@ from fastpeft.ops import _expert_lora_linear_triton as triton_path
 from fastpeft.ops.expert_lora_linear import apply_expert_lora, expert_lora_linear_reference
 from tests.counting import count
 from tests.fuzz.judging import assert_rounded, autocast_to, in_double, magnitudes, outcome, tried_twice
+from tests.fuzz.large import as_if_large
 from tests.fuzz.layouts import CONTIGUOUS, Layout, changed, laid_out, layouts_of
 from tests.fuzz.profiles import assert_shown, shown, tried
 from tests.ops.lora_linear_cases import DTYPES as PAIRS
@@ -34,7 +35,8 @@ class Adapter(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A call. rows: of each expert how many; layouts: of `SHARED`; wanted: which gradients, by name."""
+    """A call. rows: of each expert how many; large: as if its tensors were; layouts: of `SHARED`; wanted: which
+    gradients, by name."""
 
     rows: tuple[int, ...] = (2,)
     inputs: int = 1
@@ -44,6 +46,7 @@ class Case(NamedTuple):
     ends: str = "int64"
     bias: bool = False
     autocast: bool = False
+    large: bool = False
     wanted: tuple[str, ...] = ()
     layouts: dict[str, Layout] = {}
     seed: int = 0
@@ -68,6 +71,7 @@ def cases(sizes, ranks, dtypes):
         ends=st.sampled_from(list(ENDS)),
         bias=st.booleans(),
         autocast=st.booleans(),
+        large=st.booleans(),
         wanted=st.just(NAMES) | st.lists(st.sampled_from(NAMES), unique=True).map(tuple),
         layouts=layouts_of(SHARED),
         seed=st.integers(0, 2**32 - 1),
@@ -131,7 +135,7 @@ def holds(case: Case, backend: str) -> None:
         with autocast_to(torch.bfloat16 if case.autocast else None):
             return apply_expert_lora(x, weight, bias, adapters_of(case, matrices), ends)
 
-    with on(backend), torch.random.fork_rng():
+    with on(backend), torch.random.fork_rng(), as_if_large(case.large and backend == "torch"):
         got = tried_twice(op, tensors, wanted, dy, case.seed, [ends])
     data = DTYPES[case.dtypes][0]
     assert got["out"].dtype == data and got["out"].shape == dy.shape

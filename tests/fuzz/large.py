@@ -1,0 +1,25 @@
+"""What the torch path does with large tensors alone, done with small ones: rows taken in several blocks."""
+
+import contextlib
+
+import pytest
+
+from fastpeft.ops import _lora_linear_torch as path
+
+BLOCK, MASKED = 512, 1024  # elements of a block of rows, without dropout and with it
+
+
+@contextlib.contextmanager
+def as_if_large(wanted: bool):
+    """If it is wanted."""
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr(path, "BLOCK_ELEMENTS", BLOCK)
+            patch.setattr(path, "MASKED_ELEMENTS", MASKED)
+        yield
+
+
+def blocks_of(rows: int, *columns: int) -> int:
+    """As many as a sum over the rows of so many columns at most is made of, in force as above: a gradient that is added
+    up in the dtype of half-precision adapters is rounded with each."""
+    return max(1, len(path.row_blocks(rows, max(columns))))
