@@ -144,18 +144,19 @@ def check_dtypes(model: nn.Module) -> None:
 def is_flat(tensor: Tensor) -> bool:
     """Whether it is a parameter of a FullyShardedDataParallel whose own forward is not going on: there are tensors in
     its parameters' places in it. Whole ones (`summon_full_params`) may be read where no gradient is wanted."""
-    flat = not torch.compiler.is_compiling() and getattr(tensor, "_fsdp_flattened", False)
-    return flat and (tensor.ndim == 1 or torch.is_grad_enabled())
+    return getattr(tensor, "_fsdp_flattened", False) and (tensor.ndim == 1 or torch.is_grad_enabled())
 
 
 def is_apart(tensor: Tensor) -> bool:
     """Whether a parameter that is read in a layer's forward was sharded apart from the layer."""
-    return is_sharded(tensor) or is_flat(tensor)
+    return is_flat(tensor) if type(tensor) in PLAIN else is_sharded(tensor)
 
 
 def check_gathered(tensor: Tensor, what: str) -> None:
     """Raises PatchError for a parameter that is read in a layer's forward and was sharded apart from the layer."""
-    if is_flat(tensor):
+    if type(tensor) in PLAIN:
+        if not is_flat(tensor):
+            return
         raise PatchError(
             f"{what} is in a FullyShardedDataParallel of its own, and is read by the layer around it: give an "
             "auto_wrap_policy of whole decoder layers (peft's fsdp_auto_wrap_policy is none), or use fully_shard"
