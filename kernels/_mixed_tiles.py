@@ -4,14 +4,14 @@ not seen these kernels in it."""
 
 import torch
 
-from fastpeft.kernels._tiles import HALF, SPLIT, Row, Tiles, _serves, family_of, tiles_for
+from fastpeft.kernels._tiles import ANY, HALF, SPLIT, TF32X3, Row, Tiles, _serves, family_of, tiles_for
 
 OTHER_CUDA = (
     Row("shrink", HALF, 32, Tiles(64, depth=64, warps=4), above=16),
     Row("expand", SPLIT, 64, Tiles(128, 64), dropout=False),
 )
 OWN = {
-    "sm_90": (),
+    "sm_90": (Row("expand", SPLIT + TF32X3, ANY, Tiles(64, 128), dropout=True, above=64),),
     "sm_100": (
         Row("grad_columns", HALF, 64, Tiles(32, 64), above=32),
         Row("grad_columns", SPLIT, 64, Tiles(32, 64), above=32),
