@@ -37,6 +37,7 @@ def processor() -> str:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x Wᵀ + bias [M, N]: x [M, K], weight [N, K]."""
     if is_onednns(x, weight):
+        bias = bias if bias is None else bias.contiguous()  # whose stride oneDNN takes for 1
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
 

@@ -96,6 +96,13 @@ def test_what_would_be_copied_or_has_another_dtype_is_torch_s(onednn, x, weight)
     assert torch.equal(y, torch.nn.functional.linear(x, weight))
 
 
+def test_a_bias_of_any_stride(onednn):
+    x, weight, bias = torch.randn(48, 64), torch.randn(40, 64), torch.randn(40)
+    apart = torch.stack([bias, torch.full_like(bias, 1e6)], 1)[:, 0]
+    torch.testing.assert_close(cpu.linear(x, weight, apart), torch.nn.functional.linear(x, weight, bias))
+    assert onednn
+
+
 def test_neither_operand_is_copied(monkeypatch):
     monkeypatch.setattr(cpu, "prefers_onednn", lambda: True)
     x, weight = torch.randn(256, 512), torch.randn(384, 512)
