@@ -333,7 +333,9 @@ def _tiles(kernel: str, rank: int, mode: str, burden: bool, drops: bool, x: torc
         rows, stages = min(64, rows // 2 if drops else rows), min(stages, 2) if rank > MOST_RANKS else stages
         depth = min(depth, 32) if spills and drops else depth
     elif kernel == "grad_columns" and (drops or mode == "split"):
-        rows, columns = rows // 2, min(columns, 32) if spills else columns
+        rows //= 2
+        if spills:
+            columns, stages = (min(columns, 32), stages) if mode == "split" else (min(columns, 64), min(stages, 2))
     elif kernel == "expand" and drops:
         rows = min(64, rows // 2 if mode in SINGLE else rows)
     return replace(tiles, rows=max(16, rows), columns=columns, depth=depth, stages=stages)
