@@ -5,6 +5,7 @@ import torch
 
 from fastpeft.dispatch import backend
 from fastpeft.ops import _cpu_products as cpu
+from fastpeft.ops._lora_linear_torch import lies_down
 from fastpeft.oracle import Bounds
 from tests.memory import Allocations
 from tests.op_calls import OPS
@@ -35,6 +36,19 @@ def test_lora_linear(onednn, dropout):
     with backend("torch"):
         lora_linear_cases.assert_right(lora_linear_cases.draws(8, dropout=0.3 * dropout), bounds=ORDER)
     assert len(onednn) == 8 * 4
+
+
+@DROPPING
+@pytest.mark.parametrize(("rank", "lies"), [(15, False), (16, True)])
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16-fp32"])
+def test_gradients_of_wide_rows(rank, lies, dtypes, dropout):
+    """dA and dB are asked of the vendor lying down, or not."""
+    assert lies_down(torch.empty(3, rank), 1025) is lies and not lies_down(torch.empty(3, rank), 1024)
+    problems = lora_linear_cases.draws(
+        2, (33, 1040), outputs=1030, rank=rank, base=False, dropout=0.3 * dropout, dtypes=dtypes
+    )
+    with backend("torch"):
+        lora_linear_cases.assert_right(problems, ("x", "lora_A", "lora_B"), ORDER)
 
 
 @DROPPING
