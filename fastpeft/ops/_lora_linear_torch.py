@@ -20,7 +20,7 @@ DRAWS = 1 << 16
 
 def draw_seed(x: torch.Tensor) -> torch.Tensor:
     """One int64 from the CPU generator, which checkpointing restores for a recomputation."""
-    return torch.empty(1, dtype=torch.int64).random_()
+    return torch.empty(1, dtype=torch.int64, device="cpu").random_()
 
 
 def row_blocks(rows: int, columns: int, masked: bool = False) -> list[slice]:
@@ -34,7 +34,7 @@ def row_blocks(rows: int, columns: int, masked: bool = False) -> list[slice]:
 def gap_table(p: float, device: torch.device) -> torch.Tensor:
     """[65536] integers: from one dropped element to the next, for each of as many equally likely draws. These are the
     middles of the quantiles of the geometric distribution, which honours p to within 2**-16."""
-    draws = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    draws = (torch.arange(DRAWS, dtype=torch.float64, device="cpu") + 0.5) / DRAWS
     gaps = (draws.log_() / math.log1p(-p)).ceil_()
     return gaps.to(torch.int16 if gaps[0] < 2**15 else torch.int64).to(device)
 
@@ -108,8 +108,7 @@ def keeping(seed: torch.Tensor | None, p: float, device: torch.device) -> torch.
 
 def kept(seed: torch.Tensor | Dropout | None) -> torch.Tensor | None:
     """For backward, of what `keeping` returned: the gaps in int16, a row for each block filled up with zeros, which
-    repeat a place; or the seed, where there is no block or one
-    that has dropped nothing."""
+    repeat a place; or the seed, where there is no block or one that has dropped nothing."""
     if not isinstance(seed, Dropout):
         return seed
     if len(seed.gaps) == 1:
@@ -246,6 +245,11 @@ def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool):
     return db, shrink(dy, b.t(), scale) if need_t else None
 
 
+def base_grad(dy, weight, columns: int) -> torch.Tensor:
+    """dY W [M, columns], or zeros where somebody else has the base product."""
+    return dy.new_zeros(len(dy), columns) if weight is None else cpu.through(dy, weight)
+
+
 def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
     """(dA = Tᵀ drop(x) [R, K] or None, dX = dY W + mask⊙(T A) [M, K] in `dx_dtype` or None); without `weight`, only
     the last term."""
@@ -256,11 +260,7 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bo
     da = transposed_product(t, x) if need_a else None
     if not need_x:
         return da, None
-    dx = (
-        torch.zeros(len(t), a.shape[1], dtype=dy.dtype, device=dy.device) if weight is None else cpu.through(dy, weight)
-    )
-    dx = dx.to(dx_dtype)
-    return da, add_product(dx, t, a)
+    return da, add_product(base_grad(dy, weight, a.shape[1]).to(dx_dtype), t, a)
 
 
 def _masked_grads(dy, x, t, weight, a, dropout, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
@@ -274,8 +274,3 @@ def _masked_grads(dy, x, t, weight, a, dropout, dx_dtype: torch.dtype, need_a: b
         if need_x:
             add_dropped_product(dx[block], t[block], a, dropout.scale, places)
     return da, dx
-
-
-def base_grad(dy, weight, columns: int) -> torch.Tensor:
-    """dY W [M, columns], or zeros where somebody else has the base product."""
-    return dy.new_zeros(len(dy), columns) if weight is None else cpu.through(dy, weight)

@@ -23,7 +23,7 @@ MANY = 64  # rows, for which a copy of all matrices beside each other costs less
 
 def draw_seeds(x: Tensor, dropouts) -> list[Tensor | None]:
     """One for each projection that drops, from the CPU generator, in the order in which single layers draw them."""
-    return [torch.empty(1, dtype=torch.int64).random_() if p else None for p in dropouts]
+    return [torch.empty(1, dtype=torch.int64, device="cpu").random_() if p else None for p in dropouts]
 
 
 def given_masks(masks, dropouts) -> list:

@@ -25,7 +25,7 @@ from fastpeft.ops._lora_linear_torch import (
 
 def draw_seeds(x: torch.Tensor, adapters: int) -> torch.Tensor:
     """One int64 for each adapter from the CPU generator, which checkpointing restores for a recomputation."""
-    return torch.empty(adapters, dtype=torch.int64).random_()
+    return torch.empty(adapters, dtype=torch.int64, device="cpu").random_()
 
 
 class Rows:

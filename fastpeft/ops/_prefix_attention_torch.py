@@ -16,7 +16,7 @@ keep_mask, given_mask = blocks.keep_mask, blocks.given_mask
 
 def draw_seed(q: Tensor) -> Tensor:
     """One int64 from the CPU generator, which checkpointing restores for a recomputation."""
-    return torch.empty(1, dtype=torch.int64).random_()
+    return torch.empty(1, dtype=torch.int64, device="cpu").random_()
 
 
 def forward(tensors: Tensors, call, seed: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 import fastpeft
 from fastpeft.dispatch import backend, override_plan
+from fastpeft.ops import _lora_linear_torch as path
 from tests.compiled import METHODS, adapted
 from tests.counting import count, how_many
 from tests.interpreter import backwards
@@ -59,6 +60,27 @@ def test_every_op_twice(on, name):
     assert_same_bits(first, second)
     assert not torch.equal(first[0], outcome(name, seed=1)[0])  # in torch, of other tensors
     count("results the same bit for bit", len(first))
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if "dropout" in name])
+def test_the_default_device_draws_nothing(name):
+    """Seeds and tables are the CPU's, also where tensors without a device are made elsewhere."""
+    op, tensors, options, _ = OPS[name]
+    given = tensors()
+    path.gap_table.cache_clear()
+
+    def drawn():
+        torch.manual_seed(3)
+        out = op(*given, **options)
+        return [
+            out.detach(),
+            *torch.autograd.grad(out, [t for t in given if t.requires_grad], given[0].new_ones(out.shape)),
+        ]
+
+    with backend("torch"):
+        with torch.device("meta"):
+            found = drawn()
+        assert_same_bits(found, drawn())
 
 
 def trained(method: str, seed: int) -> list[torch.Tensor]:
