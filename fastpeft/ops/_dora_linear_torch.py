@@ -5,12 +5,11 @@ import torch
 
 from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops._lora_linear_torch import (
+    Sum,
     add_product,
-    add_transposed,
     drop,
     dropout_of,
     dropped,
-    empty_sum,
     grad_a_and_x,
     grad_b_and_t,
     product,
@@ -58,23 +57,25 @@ def backward(dy, x, weight, a, b, f, s, base, seed, masked: bool, call, needs: t
 
 
 def column_sums(dy, base, dtype: torch.dtype) -> torch.Tensor:
-    """Σ dY⊙H over the rows [N], in `dtype`."""
-    total = torch.zeros(dy.shape[1], dtype=dtype, device=dy.device)
+    """Σ dY⊙H over the rows [N], rounded once to `dtype`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    total = torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
     for block in row_blocks(*dy.shape):
-        total += (dy[block].to(dtype) * base[block].to(dtype)).sum(0)
-    return total
+        total += (dy[block].to(wide) * base[block].to(wide)).sum(0)
+    return total.to(dtype)
 
 
 def _masked_grads(dy, x, weight, a, gain, t, dropout, call, needs):
     """(dA, dX) under dropout; one drawing of the mask serves both."""
     need_x, _, need_a, _, _ = needs
-    da = empty_sum(t, a.shape[1]).zero_() if need_a else None
+    da = Sum(t, a.shape[1]) if need_a else None
     dx = torch.empty(len(t), a.shape[1], dtype=call.dx_dtype, device=dy.device) if need_x else None
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
-            add_transposed(da, t[block], dropped(x[block], a.dtype, places), dropout.scale)
+            da.add(t[block], dropped(x[block], a.dtype, places), dropout.scale)
         if need_x:
             through = product((dy[block] * gain).to(dy.dtype), weight, dropout.scale)
             dx[block] = drop(add_product(through, t[block], a, dropout.scale), places)
+    da = da.result() if need_a else None
     return da, None if dx is None else cpu.add_through(dx, dy, weight)

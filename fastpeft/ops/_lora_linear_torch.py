@@ -205,10 +205,10 @@ def transposed_product(t: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> 
     if x.dtype == t.dtype:
         return product(x.t(), t, scale).t() if lies_down(t, x.shape[1]) else product(t.t(), x, scale)
     t, scale = _factors(t, scale)
-    out = empty_sum(t, x.shape[1]).zero_()
+    total = Sum(t, x.shape[1])
     for block in row_blocks(*x.shape):
-        add_transposed(out, t[block], x[block].to(t.dtype), scale)
-    return out
+        total.add(t[block], x[block], scale)
+    return total.result()
 
 
 def lies_down(t: torch.Tensor, columns: int) -> bool:
@@ -217,19 +217,25 @@ def lies_down(t: torch.Tensor, columns: int) -> bool:
     return columns > 1024 and t.shape[1] >= 16 and t.dtype is torch.float32
 
 
-def empty_sum(t: torch.Tensor, columns: int) -> torch.Tensor:
-    """[R, columns] in t's dtype, laid out for `add_transposed`."""
-    if lies_down(t, columns):
-        return torch.empty(columns, t.shape[1], dtype=t.dtype, device=t.device).t()
-    return torch.empty(t.shape[1], columns, dtype=t.dtype, device=t.device)
+class Sum:
+    """Σ scale·tᵀ x [R, columns] over row blocks, in at least fp32 until it is rounded to t's dtype."""
 
+    def __init__(self, t: torch.Tensor, columns: int):
+        self.dtype, self.lies = t.dtype, lies_down(t, columns)
+        self.wide = torch.promote_types(t.dtype, torch.float32)
+        shape = (columns, t.shape[1]) if self.lies else (t.shape[1], columns)
+        self.sum = torch.zeros(shape, dtype=self.wide, device=t.device)
 
-def add_transposed(out: torch.Tensor, t: torch.Tensor, x: torch.Tensor, scale: float) -> None:
-    """out += scale·tᵀ x, in place: out [R, K] from `empty_sum`, t [M, R], x [M, K], all of one dtype."""
-    if lies_down(t, x.shape[1]):
-        out.t().addmm_(x.t(), t, alpha=scale)
-    else:
-        out.addmm_(t.t(), x, alpha=scale)
+    def add(self, t: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+        """t [M, R], x [M, columns]."""
+        t, x = t.to(self.wide), x.to(self.wide)
+        if self.lies:
+            self.sum.addmm_(x.t(), t, alpha=scale)
+        else:
+            self.sum.addmm_(t.t(), x, alpha=scale)
+
+    def result(self) -> torch.Tensor:
+        return (self.sum.t() if self.lies else self.sum).to(self.dtype)
 
 
 def forward(x, weight, bias, residual, a, b, scale, seed, p):
@@ -265,12 +271,12 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bo
 
 def _masked_grads(dy, x, t, weight, a, dropout, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
     """`grad_a_and_x` under dropout: one drawing of the mask serves both."""
-    da = empty_sum(t, a.shape[1]).zero_() if need_a else None
+    da = Sum(t, a.shape[1]) if need_a else None
     dx = base_grad(dy, weight, a.shape[1]).to(dx_dtype) if need_x else None
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if need_a:
-            add_transposed(da, t[block], dropped(x[block], t.dtype, places), dropout.scale)
+            da.add(t[block], dropped(x[block], t.dtype, places), dropout.scale)
         if need_x:
             add_dropped_product(dx[block], t[block], a, dropout.scale, places)
-    return da, dx
+    return da.result() if need_a else None, dx

@@ -15,12 +15,11 @@ from fastpeft.ops import _lora_projections_torch as shared
 from fastpeft.ops._lora_linear_torch import (
     Dropout,
     Given,
+    Sum,
     add_dropped_product,
     add_product,
-    add_transposed,
     drop,
     dropout_of,
-    empty_sum,
     grad_b_and_t,
     product,
     row_blocks,
@@ -83,22 +82,6 @@ class _Room:
         return self.made[name][: len(block)]
 
 
-class _Sum:
-    """scale·tᵀ z [R, columns], summed over row blocks in at least fp32; None if it is not `wanted`."""
-
-    def __init__(self, wanted: bool, t: Tensor | None, columns: int):
-        self.dtype = t.dtype if wanted else None
-        wide = torch.promote_types(t.dtype, torch.float32) if wanted else None
-        self.sum = empty_sum(t.to(wide), columns).zero_() if wanted else None
-
-    def add(self, t: Tensor, z: Tensor, scale: float) -> None:
-        if self.sum is not None:
-            add_transposed(self.sum, t.to(self.sum.dtype), z.to(self.sum.dtype), scale)
-
-    def result(self) -> Tensor | None:
-        return None if self.sum is None else self.sum.to(self.dtype)
-
-
 def _dropouts(seeds, call, device) -> list[Dropout | Given | None]:
     return [dropout_of(seed, p, device) for seed, p in zip(seeds, call.dropouts, strict=True)]
 
@@ -156,17 +139,16 @@ class _Side:
         self.b, self.s, self.scale = each.b, s, scale
         need_t = need_t and each.a is not None
         self.t = each.b.new_empty(len(grads), each.b.shape[1]) if need_t else None
-        self.db = _Sum(need_b, s, grads.shape[1])
+        self.db = Sum(s, grads.shape[1]) if need_b else None
 
     def add(self, block: slice, grads: Tensor) -> None:
         if self.t is not None:
             product(grads.to(self.b.dtype), self.b, self.scale, self.t[block])
-        if self.db.sum is not None:
+        if self.db is not None:
             self.db.add(self.s[block], grads, self.scale)
 
     def grad_b(self) -> Tensor | None:
-        db = self.db.result()
-        return None if db is None else db.t()
+        return None if self.db is None else self.db.result().t()
 
 
 def _through_activation(dy, products, s, t_down, projections, seed, call, needs):
@@ -177,7 +159,7 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
     gate, up, down = projections
     columns = products[0].shape[1]
     dropout = dropout_of(seed, call.dropouts[2], dy.device)
-    da = _Sum(needs.a[2], t_down, columns)
+    da = Sum(t_down, columns) if needs.a[2] else None
     dgate = dup = dh = sides = None
     blocks = _blocks(len(dy), columns, dropout)
     if needs.hidden:
@@ -211,7 +193,7 @@ def _through_activation(dy, products, s, t_down, projections, seed, call, needs)
         dup[block].mul_(activated)
         for side, grads in zip(sides, (dgate[block], dup[block]), strict=True):
             side.add(block, grads)
-    return dgate, dup, *(sides or (None, None)), da.result()
+    return dgate, dup, *(sides or (None, None)), None if da is None else da.result()
 
 
 def backward(dy, x, products, s, projections, seeds, call, needs):

@@ -5,12 +5,11 @@ from torch import Tensor
 
 from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops._lora_linear_torch import (
+    Sum,
     add_dropped_product,
     add_product,
-    add_transposed,
     dropout_of,
     dropped,
-    empty_sum,
     given_mask,
     grad_b_and_t,
     row_blocks,
@@ -111,7 +110,7 @@ def _grads_of_a(x, ts, wanted) -> list[Tensor | None]:
 def _add_masked_terms(dx, x, ts, a, droppers, wanted) -> list[Tensor | None]:
     """`add_terms` under dropout: one drawing of each mask serves both."""
     kind, columns = a[0].dtype, a[0].shape[1]
-    da = [empty_sum(t, columns).zero_() if want else None for t, want in zip(ts, wanted, strict=True)]
+    da = [Sum(t, columns) if want else None for t, want in zip(ts, wanted, strict=True)]
     rows = len(next(t for t in ts if t is not None))
     for block in row_blocks(rows, columns, masked=True):
         for t, matrix, into, dropout in zip(ts, a, da, droppers, strict=True):
@@ -121,9 +120,9 @@ def _add_masked_terms(dx, x, ts, a, droppers, wanted) -> list[Tensor | None]:
             places = None if dropout is None else dropout.next(block.stop - block.start, columns)
             if into is not None:
                 z = x[block].to(kind) if dropout is None else dropped(x[block], kind, places)
-                add_transposed(into, t[block], z, scale)
+                into.add(t[block], z, scale)
             if dx is not None and dropout is None:
                 add_product(dx[block], t[block], matrix)
             elif dx is not None:
                 add_dropped_product(dx[block], t[block], matrix, scale, places)
-    return da
+    return [None if each is None else each.result() for each in da]

@@ -10,12 +10,11 @@ from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops._lora_linear_torch import (
     Dropout,
     Given,
+    Sum,
     add_dropped_product,
     add_product,
-    add_transposed,
     drop,
     dropped,
-    empty_sum,
     given_mask,
     row_blocks,
     shrink,
@@ -142,11 +141,11 @@ def grad_a_and_x(dy, x, t, weight, a, seeds, call, need_a: bool, need_x: bool):
 
 def _masked_grads(x, dx, t, a, dropout: Dropout):
     """dA of one adapter under dropout, and mask⊙(T A) added to dx in place: one drawing of the mask serves both."""
-    da = None if x is None else empty_sum(t, a.shape[1]).zero_()
+    da = None if x is None else Sum(t, a.shape[1])
     for block in row_blocks(len(t), a.shape[1], masked=True):
         places = dropout.next(len(t[block]), a.shape[1])
         if da is not None:
-            add_transposed(da, t[block], dropped(x[block], t.dtype, places), dropout.scale)
+            da.add(t[block], dropped(x[block], t.dtype, places), dropout.scale)
         if dx is not None:
             add_dropped_product(dx[block], t[block], a, dropout.scale, places)
-    return da
+    return None if da is None else da.result()

@@ -107,8 +107,8 @@ def assert_rounded(
 ) -> None:  # fmt: skip
     """Every element is the truth's up to rounding. sizes: the magnitudes that were added up, `terms` of them at most;
     dtype: in which intermediate results are kept at the least; parts: of those that are made of several sums how many,
-    each of two terms at most that are added in place with a rounding: a gradient of x that several projections share,
-    one of A by blocks of rows."""
+    each of two terms at most that are added in place with a rounding: a gradient of x that several projections share.
+    """
     assert got.keys() == truth.keys(), f"{sorted(got)} instead of {sorted(truth)}"
     for name, t in got.items():
         assert t.shape == truth[name].shape, f"{name}: shape {tuple(t.shape)} instead of {tuple(truth[name].shape)}"

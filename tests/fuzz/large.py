@@ -23,9 +23,3 @@ def as_if_large(wanted: bool):
             patch.setattr(cpu, "ROWS", 1)
             patch.setattr(cpu, "prefers_onednn", lambda: torch.backends.mkldnn.is_available())
         yield
-
-
-def blocks_of(rows: int, *columns: int) -> int:
-    """As many as a sum over the rows of so many columns at most is made of, in force as above: a gradient that is added
-    up in the dtype of half-precision adapters is rounded with each."""
-    return max(1, len(path.row_blocks(rows, max(columns))))

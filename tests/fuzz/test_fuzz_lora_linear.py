@@ -13,6 +13,7 @@ from fastpeft.ops.lora_linear import apply_lora, lora_linear_reference
 from fastpeft.oracle import GRADIENTS, LoraProblem, op_dropout
 from tests.counting import count
 from tests.fuzz.judging import assert_rounded, autocast_to, coarsest, in_double, magnitudes, outcome, tried_on
+from tests.fuzz.large import as_if_large
 from tests.fuzz.layouts import CONTIGUOUS, Layout, changed, laid_out, layouts_of
 from tests.fuzz.profiles import shown, tried
 from tests.ops.lora_linear_cases import DTYPES as PAIRS
@@ -27,7 +28,7 @@ NAMES = (*GRADIENTS, "residual", "dy")
 
 class Case(NamedTuple):
     """A call. leading: the dimensions of x before its inputs; residual: in the place of weight and bias; base: the
-    dtype of these, where that is not x's; layouts: of `NAMES`; wanted: which gradients."""
+    dtype of these, where that is not x's; layouts: of `NAMES`; wanted: which gradients; large: as if they were."""
 
     leading: tuple[int, ...] = (2,)
     inputs: int = 1
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     wanted: tuple[str, ...] = ()
     layouts: dict[str, Layout] = {}
     strategy: str | None = None
+    large: bool = False
     seed: int = 0
 
     __repr__ = changed
@@ -68,6 +70,7 @@ def cases(sizes, outputs, ranks, dtypes, strategies, residual=False, bases=(None
         wanted=st.lists(st.sampled_from(gradients), unique=True).map(tuple),
         layouts=layouts_of(NAMES),
         strategy=strategies,
+        large=st.booleans(),
         seed=st.integers(0, 2**32 - 1),
     )
 
@@ -135,7 +138,8 @@ def holds(case: Case, backend: str) -> None:
     dy, wanted = tensors.pop("dy"), [name for name in case.wanted if tensors[name] is not None]
     given = {name: each for name, each in tensors.items() if name != "residual"}
     problem = LoraProblem(**given, dy=dy, scaling=case.scaling, dropout=case.dropout)
-    with on(backend, case.strategy), torch.random.fork_rng():
+    large = as_if_large(case.large and backend == "torch")
+    with on(backend, case.strategy), large, torch.random.fork_rng():
         torch.manual_seed(case.seed)
         keep, p = op_dropout(problem)
         torch.manual_seed(case.seed)
