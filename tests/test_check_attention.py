@@ -58,7 +58,9 @@ def parts(document, method):
     return found
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("prefix", "bf16"), ("adapter", "fp16")])  # fp32 is the default below
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("prefix", "fp32"), ("prefix", "bf16"), ("adapter", "fp32"), ("adapter", "fp16")]
+)
 def test_everything_is_right(method, dtype, tmp_path):
     status, printed, document = document_of(tmp_path, "--method", method, "--dtype", dtype, "--backend", "torch")
     assert (status, document["faults"]) == (0, []), printed

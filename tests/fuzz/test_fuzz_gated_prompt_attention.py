@@ -36,7 +36,7 @@ CAST_ON_TRITON = cases(
 )
 
 
-@tried(90, 1000)
+@tried(150, 1000)
 @given(ON_TORCH)
 def test_gated_prompt_attention_on_torch(case):
     shown(case)
@@ -44,7 +44,7 @@ def test_gated_prompt_attention_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(24, 200)
+@tried(40, 200)
 @given(ON_TRITON)
 @example(Case(heads_of_group=2, queries=3, keys=3, gate=1, sinks=True, layouts={"sinks": Layout(step=0)}))
 def test_gated_prompt_attention_on_the_kernels(case):
@@ -52,7 +52,7 @@ def test_gated_prompt_attention_on_the_kernels(case):
     holds(case, "triton")
 
 
-@tried(24, 600)
+@tried(40, 600)
 @given(CAST_ON_TORCH)
 @example(
     Case(keys=16, dtype="fp16", autocast="bf16", causal=False, alibi=True, gate=0, wanted=("query", "key"), seed=5)

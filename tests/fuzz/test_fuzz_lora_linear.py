@@ -174,7 +174,7 @@ RESIDUAL_ON_TORCH = cases(*FEW, list(DTYPES), st.none(), residual=True, bases=AN
 RESIDUAL_ON_TRITON = cases(*FEW, EXACT, st.none(), residual=True, bases=EXACT_BASES, autocasts=(None, "fp16"))
 
 
-@tried(90, 1000)
+@tried(150, 1000)
 @given(ON_TORCH)
 def test_lora_linear_on_torch(case):
     shown(case)
@@ -182,7 +182,7 @@ def test_lora_linear_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(30, 300)
+@tried(50, 300)
 @given(ON_TRITON)
 @example(Case(outputs=2, bias=True, layouts={"bias": Layout(step=0)}))
 def test_lora_linear_on_the_kernels(case):
@@ -190,7 +190,7 @@ def test_lora_linear_on_the_kernels(case):
     holds(case, "triton")
 
 
-@tried(36, 600)
+@tried(60, 600)
 @given(CAST_ON_TORCH)
 def test_lora_linear_under_autocast_on_torch(case):
     shown(case)
@@ -198,14 +198,14 @@ def test_lora_linear_under_autocast_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(9, 300)
+@tried(15, 300)
 @given(CAST_ON_TRITON)
 def test_lora_linear_under_autocast_on_the_kernels(case):
     shown(case)
     holds(case, "triton")
 
 
-@tried(36, 600)
+@tried(60, 600)
 @given(RESIDUAL_ON_TORCH)
 def test_lora_linear_on_a_residual_on_torch(case):
     shown(case)
@@ -213,7 +213,7 @@ def test_lora_linear_on_a_residual_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(9, 300)
+@tried(15, 300)
 @given(RESIDUAL_ON_TRITON)
 def test_lora_linear_on_a_residual_on_the_kernels(case):
     shown(case)

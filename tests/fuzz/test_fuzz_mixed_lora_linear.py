@@ -197,7 +197,7 @@ RESIDUAL_ON_TORCH = cases(*FEW, list(DTYPES), residual=True, bases=ANY, autocast
 RESIDUAL_ON_TRITON = cases(*FEW, EXACT, residual=True, bases=EXACT_BASES, autocasts=(None, "fp16"))
 
 
-@tried(90, 1000)
+@tried(150, 1000)
 @given(ON_TORCH)
 def test_mixed_lora_linear_on_torch(case):
     shown(case)
@@ -205,14 +205,14 @@ def test_mixed_lora_linear_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(30, 300)
+@tried(50, 300)
 @given(ON_TRITON)
 def test_mixed_lora_linear_on_the_kernels(case):
     shown(case)
     holds(case, "triton")
 
 
-@tried(36, 600)
+@tried(60, 600)
 @given(CAST_ON_TORCH)
 def test_mixed_lora_linear_under_autocast_on_torch(case):
     shown(case)
@@ -220,14 +220,14 @@ def test_mixed_lora_linear_under_autocast_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(9, 300)
+@tried(15, 300)
 @given(CAST_ON_TRITON)
 def test_mixed_lora_linear_under_autocast_on_the_kernels(case):
     shown(case)
     holds(case, "triton")
 
 
-@tried(36, 600)
+@tried(60, 600)
 @given(RESIDUAL_ON_TORCH)
 def test_mixed_lora_linear_on_a_residual_on_torch(case):
     shown(case)
@@ -235,7 +235,7 @@ def test_mixed_lora_linear_on_a_residual_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(9, 300)
+@tried(15, 300)
 @given(RESIDUAL_ON_TRITON)
 def test_mixed_lora_linear_on_a_residual_on_the_kernels(case):
     shown(case)

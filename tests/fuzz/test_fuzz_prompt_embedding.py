@@ -149,7 +149,7 @@ ON_TORCH = cases(st.just(0) | st.sampled_from((*HIDDEN, 129)), list(DTYPES))
 ON_TRITON = cases(st.just(0) | st.sampled_from(HIDDEN), ["fp32", "fp16"])
 
 
-@tried(90, 1000)
+@tried(150, 1000)
 @given(ON_TORCH)
 def test_prompt_embedding_on_torch(case):
     shown(case)
@@ -157,7 +157,7 @@ def test_prompt_embedding_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(30, 300)
+@tried(50, 300)
 @given(ON_TRITON)
 def test_prompt_embedding_on_the_kernels(case):
     shown(case)
