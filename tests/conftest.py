@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests import error_recording
+from tests import error_recording, quick_seeds
 
 # Before triton is imported, which decides it once per process.
 if not torch.cuda.is_available():
@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from tests import interpreter_speed
 
     interpreter_speed.install()
+quick_seeds.install()
 
 
 def pytest_configure(config):

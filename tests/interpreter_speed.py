@@ -14,6 +14,10 @@ import functools
 import inspect
 import math
 
+import numpy as np
+
+from tests.interpreter_arithmetic import quick_operators
+
 KNOWN = "3.9.0"
 _undo = contextlib.ExitStack()
 
@@ -29,10 +33,12 @@ def install() -> None:
 
     if triton.__version__ == KNOWN:
         _patch_the_language_once_a_launch()
+        _remember_what_to_patch()
         _leave_out_silent_checks()
         _remember_types()
         _answer_at_once()
         _broadcast_as_before()
+        _draw_at_once()
 
 
 def uninstall() -> None:
@@ -84,6 +90,60 @@ def _patch_the_language_once_a_launch() -> None:
         return _Scope(restore)
 
     _replace(interpreter, "_patch_lang", patch)
+
+
+def _remember_what_to_patch() -> None:
+    """Which names of the language are functions that the interpreter serves; those of tensors in short."""
+    from triton import language
+    from triton.language import core, math
+    from triton.runtime import interpreter
+
+    semantic, original = interpreter.interpreter_semantic, interpreter._patch_builtin
+
+    def served(function):
+        inside = getattr(function, "__wrapped__", function)  # of what only asks whether it was given a `_semantic`
+        return lambda *args, _semantic=None, **options: inside(*args, _semantic=semantic, **options)
+
+    known = {
+        owner: {name: served(function) for name, function in inspect.getmembers(owner, core.is_builtin)}
+        for owner in (language, core, core.tensor, math, core.tensor_descriptor_base)
+    }
+    known[core.tensor].update(quick_operators(known[core.tensor]))
+
+    def patch_builtin(owner, builder, scope):
+        if owner not in known:
+            return original(owner, builder, scope)
+        for name, function in known[owner].items():
+            scope.set_attr(owner, name, function)
+
+    _replace(interpreter, "_patch_builtin", patch_builtin)
+
+
+def _draw_at_once() -> None:
+    """The rounds of Philox on whole arrays of 32-bit words, as `triton.language.random.philox_impl` does them."""
+    from triton.language import core, random
+
+    original = random.philox_impl
+    factors, keys = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)), (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
+    half = np.uint64(32)
+
+    def philox_impl(c0, c1, c2, c3, k0, k1, n_rounds=random.N_ROUNDS_DEFAULT):
+        words, key = [each.handle.data for each in (c0, c1, c2, c3)], [each.handle.data for each in (k0, k1)]
+        if any(each.dtype != np.uint32 for each in words + key) or len({each.shape for each in words}) > 1:
+            return original(c0, c1, c2, c3, k0, k1, n_rounds)
+        for _ in range(core._unwrap_if_constexpr(n_rounds)):
+            even, odd = (word.astype(np.uint64) * factor for word, factor in zip(words[::2], factors, strict=True))
+            words = [
+                (odd >> half).astype(np.uint32) ^ words[1] ^ key[0],
+                odd.astype(np.uint32),
+                (even >> half).astype(np.uint32) ^ words[3] ^ key[1],
+                even.astype(np.uint32),
+            ]
+            key = [each + step for each, step in zip(key, keys, strict=True)]
+        handle = c0.handle
+        return tuple(core.tensor(type(handle)(word, handle.dtype.scalar), c0.type) for word in words)
+
+    _replace(random, "philox_impl", philox_impl)
 
 
 def _leave_out_silent_checks() -> None:

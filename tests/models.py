@@ -1,5 +1,6 @@
 """Tiny transformers models, built once per process and copied, and what patching may not leave changed in one."""
 
+import collections
 import copy
 import functools
 import types
@@ -70,6 +71,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         {**_ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0},
     ),
 }
+
+_PLAIN = (dict, set, list, collections.OrderedDict)
 
 # More families, for prefix tuning alone: every way in which transformers' attention is plugged together.
 MORE_FAMILIES: dict[str, tuple[str, dict]] = {
@@ -206,7 +209,13 @@ def _built(family: str, task: str) -> torch.nn.Module:
 
 def tiny(family: str = "llama", task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A model of its own, in eval mode, with the same weights at every call."""
-    return copy.deepcopy(_built(family, task)).to(dtype)
+    return copied(_built(family, task)).to(dtype)
+
+
+def copied(model: torch.nn.Module) -> torch.nn.Module:
+    """copy.deepcopy(model), in half the time: it is told of the empty containers, of which each module has a dozen."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return copy.deepcopy(model, {id(value): type(value)() for value in values if type(value) in _PLAIN and not value})
 
 
 def batch(task: str = "CAUSAL_LM", rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
-"""x Wᵀ and dY W on a CPU, by whichever vendor's library is faster there.
+"""x Wᵀ and dY W on a CPU, by one of two vendors' libraries.
 
-torch takes fp32 products to MKL, which on AMD's processors is 5 to 20 % slower than oneDNN, torch's own library for
-half precision. The choice is by processor, dtype and size alone, so that the same call gives the same bits.
+torch takes fp32 products to MKL. On the one AMD processor that was measured (Zen 4, two cores) that took 5 to 20 %
+longer than oneDNN, torch's own library for half precision. The choice is by processor, dtype and size alone, so that
+the same call gives the same bits.
 
 oneDNN compiles code for each number of rows, which takes it as long as a small product, and keeps it: half a megabyte
 each of up to a thousand. So it is asked for round numbers of rows alone, which batches of one length have, and batches

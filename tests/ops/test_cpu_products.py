@@ -52,20 +52,10 @@ def test_gradients_of_wide_rows(rank, lies, dtypes, dropout):
 
 
 @DROPPING
-def test_lora_projections(onednn, dropout):
+@pytest.mark.parametrize("cases", [lora_projections_cases, lora_mlp_cases], ids=["projections", "mlp"])
+def test_several_at_once(onednn, cases, dropout):
     with backend("torch"):
-        lora_projections_cases.assert_right(
-            [lora_projections_cases.draw("fp32", dropout=dropout, seed=seed) for seed in range(8)], ORDER
-        )
-    assert onednn
-
-
-@DROPPING
-def test_lora_mlp(onednn, dropout):
-    with backend("torch"):
-        lora_mlp_cases.assert_right(
-            [lora_mlp_cases.draw("fp32", dropout=dropout, seed=seed) for seed in range(8)], ORDER
-        )
+        cases.assert_right([cases.draw("fp32", dropout=dropout, seed=seed) for seed in range(8)], ORDER)
     assert onednn
 
 
