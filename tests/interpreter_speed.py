@@ -16,8 +16,6 @@ import math
 
 import numpy as np
 
-from tests.interpreter_arithmetic import quick_operators
-
 KNOWN = "3.9.0"
 _undo = contextlib.ExitStack()
 
@@ -97,6 +95,8 @@ def _remember_what_to_patch() -> None:
     from triton import language
     from triton.language import core, math
     from triton.runtime import interpreter
+
+    from tests.interpreter_arithmetic import quick_operators
 
     semantic, original = interpreter.interpreter_semantic, interpreter._patch_builtin
 

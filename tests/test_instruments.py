@@ -119,7 +119,33 @@ def _of_lora(dtypes):
         return oracle.lora_linear_outcomes(problem, ("x", "bias", "lora_A", "lora_B"))[0]
 
 
+@triton.jit
+def _operators(x_ptr, out_ptr, four, SIZE: tl.constexpr):
+    """Every operator on rows, columns, scalars and numbers, of one type and of two."""
+    rows, columns = tl.arange(0, SIZE), tl.arange(0, SIZE).to(tl.int64)
+    places = rows[:, None] * SIZE + columns[None, :]
+    x = tl.load(x_ptr + places)
+    column = tl.load(x_ptr + rows)
+    low = (places < four * 3) | ((columns[None, :] >= 2) & (rows[:, None] <= four)) ^ (places > 7)
+    word = (rows.to(tl.uint32) * 0x9E3779B9)[:, None] ^ (columns & 5).to(tl.uint32)[None, :]
+    halves = x.to(tl.float16) * 3 - column.to(tl.float16)[None, :]
+    sums = (2 - x) * x + 0.5 - 1.5 * column[:, None] + four * x + halves * x
+    sums += ((3 - rows)[:, None] * columns[None, :] - (7 - four)) * 1.0
+    both = tl.where(low & (x > 0) & (x <= column[:, None]) & (halves < 1), sums, sums - 100)
+    tl.store(out_ptr + places, both + ((word | 3) & 0xFF).to(tl.float32))
+    tl.store(
+        out_ptr + SIZE * SIZE + (places[None, :, :] - places[None, :, :]) + rows[:, None, None], places[None] * 1.0
+    )
+
+
+def _of_operators():
+    out = torch.empty(8 * 8 + 8)
+    _operators[(1,)](torch.randn(8, 8, generator=torch.Generator().manual_seed(3)), out, 4, SIZE=8)
+    return {"out": out}
+
+
 OUTCOMES = {
+    "operators": _of_operators,
     "half": lambda: _of_attention("segments", "alibi", "bias", "prefix-bias", "dropout", dtype=torch.float16),
     "single": lambda: _of_attention("window", "gaps", "softcap", "sinks", "own-prefixes", dtype=torch.float32),
     "one-query": lambda: _of_attention("cached", "left-padding", dtype=torch.float16, queries=1, keys=40, start=39),
