@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fastpeft.ops import _cpu_products as cpu
+from fastpeft.ops._scratch import scratch_like
 
 BLOCK_ELEMENTS = 1 << 18  # of an M×K operand, 1 MiB in fp32
 MASKED_ELEMENTS = 1 << 20  # where dropout is drawn as well: twelve calls a block, which show if there are many
@@ -61,7 +62,7 @@ class Dropout:
         count = math.ceil(size * self.p + 10 * math.sqrt(size * self.p) + 16)
         words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
         draws = words.random_(-(2**63), None, generator=self.generator).view(torch.uint16)
-        gaps = gap_table(self.p, device).index_select(0, draws.to(torch.int32))
+        gaps = gap_table(self.p, device).take(draws.to(torch.int64))
         gaps[:1].sub_(1)
         places = _places(gaps)
         dropped = int(torch.searchsorted(places, size))
@@ -161,8 +162,8 @@ def scaled_linear(x: torch.Tensor, a: torch.Tensor, scale: float, out: torch.Ten
 
 
 def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> torch.Tensor:
-    """A copy of the block in `dtype` without the elements at these places."""
-    return drop(block.to(dtype, copy=True, memory_format=torch.contiguous_format), places)
+    """A copy of the block in `dtype` without the elements at these places, until the next one of this thread."""
+    return drop(scratch_like(block, dtype).copy_(block), places)
 
 
 def _factors(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
@@ -183,7 +184,7 @@ def add_dropped_product(
 ) -> None:
     """`add_product` but at these flat places of `out`, which is contiguous."""
     flat = out.view(-1)
-    before = flat.index_select(0, places)
+    before = flat.take(places)
     add_product(out, p, q, scale)
     flat.index_copy_(0, places, before)
 
