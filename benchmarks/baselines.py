@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fastpeft.cost import Work
+
 from .accuracy import MAX_RMS_RATIO, PEER_RMS_RATIO
 from .harness import Call
 
@@ -20,7 +22,7 @@ class Implementation:
     """`build` binds a cell's inputs, or raises `Missing`, as may the call's first run. `compiled` entries cost a
     compilation per cell and run in few cells. `peer`: ours are compared with it. `rms_bound`: how many times eager's
     error it may have. `serves`: whether a cell of these inputs is for it at all. `said`: what there is to say of it in
-    such a cell, as which strategy it chose and why."""
+    such a cell, as which strategy it chose and why. `work(cell, pass)`: what it does, where that is not the cell's."""
 
     name: str
     label: str
@@ -33,6 +35,7 @@ class Implementation:
     rms_bound: float = PEER_RMS_RATIO
     serves: Callable[[Any], bool] = lambda inputs: True
     said: Callable[[Any], str] = lambda inputs: ""
+    work: Callable[[Any, str], Work] | None = None
 
 
 def ours(name: str, label: str, build: Callable[[Any], Call], strategy: str = "auto", **others) -> Implementation:

@@ -1,6 +1,7 @@
 """What there is to measure, by the names of the command line."""
 
 from . import (
+    bench_dora_linear,
     bench_expert_lora_linear,
     bench_gated_prompt_attention,
     bench_lora_linear,
@@ -20,6 +21,7 @@ BENCHES = {
     "projections": bench_lora_projections.BENCH,
     "mlp": bench_lora_mlp.BENCH,
     "experts": bench_expert_lora_linear.BENCH,
+    "dora": bench_dora_linear.BENCH,
 }
 BY_OP = {bench.op: bench for bench in BENCHES.values()}
 STEP = "step"  # whole training steps, which are no op: see bench_step

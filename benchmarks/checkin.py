@@ -186,7 +186,7 @@ STEPS: list[tuple[str, float, Callable[[Course, Budget], Ended]]] = [
     ("lora", 0.55, _benches("lora")),
     ("prefix", 0.67, _benches("prefix")),
     ("step", 0.82, _step),
-    ("others", 0.88, _benches("adapter", "prompt", "mixed", "experts", "projections", "mlp")),
+    ("others", 0.88, _benches("adapter", "prompt", "mixed", "experts", "projections", "mlp", "dora")),
     ("more steps", 0.92, _more_steps),
     ("rest", 1.0, _rest),
 ]

@@ -90,6 +90,29 @@ def lora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int,
     return [shrink, *forward], gradients
 
 
+def dora_linear(strategy: str, *, M: int, K: int, N: int, r: int, itemsize: int, dropout: float = 0.0) -> Launches:
+    """`row_norms`, then `dora_linear`: the kernels of `lora_linear` for what is of rank r, and one pass over a whole
+    output each way. `strategy`: "frozen", or how T A is added to dX, "prewrite" or "fused": on data in half precision
+    the layer has A, B, S and T in fp32, which no vendor's product takes beside it. That these are twice as large, and
+    what products in fp32 take longer, is not counted."""
+    sizes = {"M": M, "K": K, "N": N, "r": r, "itemsize": itemsize}
+    base, of_x = lora_linear("frozen", **sizes)
+    if strategy == "frozen":
+        return base, of_x
+    x, y, w, a, b, s = (size * itemsize for size in (M * K, M * N, N * K, r * K, r * N, M * r))
+    row = N * FP32
+    norms = Launch("_row_norms_kernel", PASS, Work(2 * N * K * r, w + a + b + row))
+    shrink = Launch("_shrink_kernel", PASS, Work(2 * M * r * K, x + a + s))
+    combined = Work(2 * M * r * N, (3 if dropout else 2) * y + s + b + row)
+    dropped = [Launch("_dora_drop_kernel", PASS, Work(0, 2 * x + SEED)), *base] if dropout else []
+    forward = [norms, *base, *dropped, shrink, Launch("_dora_combine_kernel", PASS, combined)]
+    _, backward = lora_linear(strategy, **sizes, dropout=dropout)
+    backward = [*backward, Launch("_dora_grad_kernel", PASS, Work(0, 3 * y + 2 * row))]
+    if dropout:
+        backward += [*of_x, Launch("_dora_drop_kernel", PASS, Work(0, 3 * x + SEED))]
+    return forward, backward
+
+
 def _beside(result: int, left: int, right: int, depth: int, itemsize: int, written: int | None = None) -> list[Launch]:
     """Both operands copied next to their rank-r parts, and the product of the two; sizes in elements. written: of the
     right one this much alone is copied, into the room beside the rest."""
@@ -217,6 +240,7 @@ class Design(NamedTuple):
 _ATTENTION_SIZES = ("B", "H", "Hkv", "S", "P", "D")
 DESIGNS = {
     "lora_linear": Design(lora_linear, (*LORA_STRATEGIES, "rehomed"), ("M", "K", "N", "r"), PRODUCT, PRODUCT),
+    "dora_linear": Design(dora_linear, ("prewrite", "fused"), ("M", "K", "N", "r"), PRODUCT, PRODUCT),
     "prefix_attention": Design(prefix_attention, ("fused", "merge", "concat"), _ATTENTION_SIZES, FLASH, FLASH_BACKWARD),
     "gated_prompt_attention": Design(
         gated_prompt_attention, ("fused", "merge"), _ATTENTION_SIZES, FLASH, FLASH_BACKWARD

@@ -75,15 +75,18 @@ class LoraTruth:
 def read_mask(call: Call, scaling: float, dropout: float, seed: int) -> tuple[torch.Tensor | None, str]:
     """The dropout mask that `call` draws after torch.manual_seed(seed): (bool (M, K), "") or (None, what is odd).
 
-    Weight 0, A = 1, B = dY = 1 in the first output column only: dX = s·r/(1-p) where kept, 0 elsewhere.
+    Weight 0, A = B = 1, dY = 1 in the first output column only: dX = s·r/(1-p) where kept, 0 elsewhere; of DoRA too,
+    whose rows then have the norm s·r·√K, and are given it as their magnitude.
     """
     tensors = {**call.frozen, **call.leaves, "grad": call.grad}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items() if name != "x"}
-    rank = call.leaves["A"].shape[0]
+    rank, depth = call.leaves["A"].shape
     with torch.no_grad():
         tensors["weight"].zero_()
         tensors["A"].fill_(1)
-        tensors["B"].zero_()[0] = 1
+        tensors["B"].fill_(1)
+        for name in {"m", "norms"} & tensors.keys():
+            tensors[name].fill_(scaling * rank * depth**0.5)
         tensors["grad"].zero_()[..., 0] = 1
     try:
         torch.manual_seed(seed)

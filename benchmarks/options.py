@@ -76,7 +76,7 @@ def _add_sizes(group) -> None:
     group.add_argument("--seq", type=_count, action="append", metavar="S", help="tokens of a sequence, likewise")
     group.add_argument("--rank", type=_count, action="append", metavar="R", help="lora: default 16")
     group.add_argument(
-        "--dropout", type=_probability, action="append", metavar="P", help="lora, step: default 0 and 0.05"
+        "--dropout", type=_probability, action="append", metavar="P", help="lora, dora, step: default 0 and 0.05"
     )
     group.add_argument("--prefix", type=_count, action="append", metavar="N", help="virtual tokens: default 30 or 10")
     group.add_argument("--per-head", action="store_true", help="adapter: a gate for each head")

@@ -33,6 +33,7 @@ SHARES = {
     designs.PASS: 0.80,
 }
 MEMORY_SHARE = 0.90
+LINEARS = ("lora_linear", "dora_linear")  # their dropout is a size of theirs
 LEAST = "least"  # everything in one kernel a pass, at the floor's rates: `fastpeft.cost`
 
 
@@ -57,14 +58,14 @@ def _sizes(op: str, cell) -> dict:
         raise FastpeftError(f"no prediction for {cell.dtype}: the peaks are of bf16 and fp16; choose --dtype bf16")
     shape = cell.shape()
     sizes = {name: shape[name] for name in DESIGNS[op].sizes} | {"itemsize": ITEMSIZE[cell.dtype]}
-    if op == "lora_linear":
+    if op in LINEARS:
         return sizes | {"dropout": cell.dropout}
     return sizes | {"causal": bool(shape["causal"])} if "causal" in shape else sizes
 
 
 def _strategies(op: str, cell) -> tuple[str, ...]:
     """Those that serve the cell: ALiBi and attention's dropout are the kernels' own."""
-    modified = op != "lora_linear" and (cell.shape().get("alibi") or cell.dropout)
+    modified = op not in LINEARS and (cell.shape().get("alibi") or cell.dropout)
     return ("fused",) if modified else DESIGNS[op].strategies
 
 

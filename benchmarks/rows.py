@@ -60,11 +60,12 @@ def row_of(bench, cell, prepared: Prepared, samples: dict[str, list], passed: st
         "checked": prepared.verdict.as_json() if prepared.verdict else None,
         "note": prepared.note,
     }
-    return row | _times(bench, cell, row["impl"], samples, passed) if prepared.status == "ok" else row
+    return row | _times(bench, cell, implementation, samples, passed) if prepared.status == "ok" else row
 
 
-def _times(bench, cell, name: str, samples: dict[str, list], passed: str) -> dict:
-    work = cell.work(name == FLOOR, passed)
+def _times(bench, cell, implementation: Implementation, samples: dict[str, list], passed: str) -> dict:
+    name = implementation.name
+    work = implementation.work(cell, passed) if implementation.work else cell.work(name == FLOOR, passed)
     # Where the floor has nothing to do, as an embedding's backward, there is nothing to be over.
     peers = [implementation.name for implementation in bench.implementations if implementation.peer]
     times = times_of(name, samples, PASS_MS[passed], peers, over_floor=any(cell.work(True, passed)))

@@ -81,6 +81,29 @@ def lora_linear(passed: str, *, M: int, K: int, N: int, r: int, itemsize: int, d
     return of_pass(passed, forward, backward)
 
 
+def dora_linear(
+    passed: str, *, M: int, K: int, N: int, r: int, itemsize: int, dropout: float = 0.0, norms: bool = True
+) -> Work:
+    """y = x Wᵀ + (f - 1)⊙(z Wᵀ) + f⊙(s·z Aᵀ Bᵀ), z = drop(x), f = m/‖W + s·B A‖ (N,); r=0: the frozen layer.
+
+    As `lora_linear`, and beside it: forward reads m and makes the norms, of one more product, s·B A, from the W that is
+    there anyway; norms=False: they are in hand, and read. Backward reads m and the norms, writes dm, and reads y, which
+    dm is made of. Under dropout the base's product is there twice in each pass, of x and z, of dY and (f - 1)⊙dY, and
+    dm is made of z Wᵀ, which forward then writes.
+    """
+    if r == 0:
+        return lora_linear(passed, M=M, K=K, N=N, r=r, itemsize=itemsize)
+    _checked(1, M=M, K=K, N=N, r=r, itemsize=itemsize)
+    base, product = M * K + N * K + M * N, 2 * M * N * K * (2 if dropout else 1)
+    adapter, low_rank = r * (K + N) + N, 2 * M * r * (K + N)
+    written, others = (M * N, N * FP32 + SEED) if dropout else (0, N * FP32)
+    made = 2 * N * K * r if norms else 0
+    forward = Work(product + low_rank + made, (base + adapter + M * r + written) * itemsize + others)
+    kept = M * K + M * r + M * N
+    backward = Work(product + 2 * low_rank, (base + kept + 2 * adapter) * itemsize + others)
+    return of_pass(passed, forward, backward)
+
+
 def lora_projections(
     passed: str, *, M: int, K: int, N: tuple[int, ...], r: int, itemsize: int, dropout: float = 0.0
 ) -> Work:

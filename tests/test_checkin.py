@@ -41,7 +41,7 @@ def assert_every_op_and_whole_steps_are_measured(document):
     rows = document["results"]
     assert {row["op"] for row in rows} == {
         *("lora_linear", "mixed_lora_linear", "expert_lora_linear", "prefix_attention", "gated_prompt_attention"),
-        *("prompt_embedding", "lora_projections", "lora_mlp", "step"),
+        *("prompt_embedding", "lora_projections", "lora_mlp", "dora_linear", "step"),
     }
     assert {row["pass"] for row in rows if row["op"] == "lora_linear"} == {"fwd", "bwd", "fwd+bwd"}
     assert {row["status"] for row in rows} <= {"ok", "missing"}

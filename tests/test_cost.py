@@ -30,6 +30,15 @@ SMALL_CASES = [
     (cost.lora_projections, "bwd", {"M": 2, "K": 3, "N": (5, 4), "r": 2, "itemsize": 2, "dropout": 0.1},
      Work(108 + 240, (51 + 14 + 60) * 2 + 16)),
     (cost.lora_projections, "fwd+bwd", {"M": 2, "K": 3, "N": (5, 4), "r": 0, "itemsize": 2}, Work(216, 102 * 2)),
+    # As lora_linear's 51 elements and, in backward, 73; beside them m's 5, in backward dm's 5 and y's 10, and 5 norms
+    # in fp32, one more product of 2·5·3·2. Under dropout the base's product is there twice, and 10 of it are written.
+    (cost.dora_linear, "fwd", {"M": 2, "K": 3, "N": 5, "r": 2, "itemsize": 2}, Work(124 + 60, 56 * 2 + 20)),
+    (cost.dora_linear, "fwd", {"M": 2, "K": 3, "N": 5, "r": 2, "itemsize": 2, "norms": False}, Work(124, 56 * 2 + 20)),
+    (cost.dora_linear, "bwd", {"M": 2, "K": 3, "N": 5, "r": 2, "itemsize": 2}, Work(188, 93 * 2 + 20)),
+    (cost.dora_linear, "fwd", {"M": 2, "K": 3, "N": 5, "r": 2, "itemsize": 2, "dropout": 0.1},
+     Work(184 + 60, 66 * 2 + 28)),
+    (cost.dora_linear, "bwd", {"M": 2, "K": 3, "N": 5, "r": 2, "itemsize": 2, "dropout": 0.1}, Work(248, 93 * 2 + 28)),
+    (cost.dora_linear, "fwd+bwd", {"M": 2, "K": 3, "N": 5, "r": 0, "itemsize": 2, "dropout": 0.1}, Work(120, 62 * 2)),
     # Two rows, 3 inputs, 5 hidden features, 4 outputs: x 6, y 8, gate and up 20, W 50, A, B 50, three S 12 elements, of
     # which backward reads x and S once more and has A, B twice; products 2·2·50, low-rank ones 2·2·2·25.
     (cost.lora_mlp, "fwd", {"M": 2, "K": 3, "H": 5, "N": 4, "r": 2, "itemsize": 2}, Work(400, (84 + 50 + 12) * 2)),
@@ -76,6 +85,7 @@ def test_by_hand(op, passed, sizes, expected):
 
 WHOLE = [
     (cost.lora_linear, {"M": 8, "K": 16, "N": 32, "r": 4, "itemsize": 2, "dropout": 0.1}, "r"),
+    (cost.dora_linear, {"M": 8, "K": 16, "N": 32, "r": 4, "itemsize": 2, "dropout": 0.1}, "r"),
     (cost.prefix_attention, LLAMA | {"P": 30}, "P"),
     (cost.gated_prompt_attention, LLAMA | {"P": 30}, "P"),
     (cost.prompt_embedding, {"B": 8, "S": 2048, "P": 30, "hidden": 4096, "itemsize": 2}, "P"),

@@ -27,9 +27,9 @@ def bench(*arguments) -> int:
         (["lora", "--rank", "0"], "no whole number of at least 1"),
         (["lora", "--dropout", "1"], "0 <= p < 1"),
         (["lora", "--prefix", "3"], "--prefix is for prefix, adapter, prompt, and lora has none"),
-        (["prefix", "--rank", "3"], "--rank is for lora, mixed, projections, mlp, experts, and prefix has none"),
+        (["prefix", "--rank", "3"], "--rank is for lora, mixed, projections, mlp, experts, dora, and prefix has none"),
         (["prefix", "--per-head"], "--per-head is for adapter"),
-        (["step", "--rank", "8"], "--rank is for lora, mixed, projections, mlp, experts, and step has none"),
+        (["step", "--rank", "8"], "--rank is for lora, mixed, projections, mlp, experts, dora, and step has none"),
         (["lora", "--against", "unsloth"], "--against unsloth: the peers here are addmm-algebra, lorafusion, peft"),
         (["lora", "--seconds", "0"], "seconds above 0"),
         (["lora", "--pass", "all"], "invalid choice"),
@@ -102,7 +102,8 @@ def test_all_names_the_ops_that_a_shape_is_not_for(tmp_path):
     path = tmp_path / "bench.json"
     assert bench("--shape", "64,32,48", "--quick", "--device", "cpu", "--rank", "4", "--json", path) == 0
     saved = lines.load(path)
-    assert {line["op"] for line in saved if line["status"] == "ok"} == {"lora_linear", "lora_mlp"}  # M, K and N or H
+    measured = {line["op"] for line in saved if line["status"] == "ok"}
+    assert measured == {"lora_linear", "dora_linear", "lora_mlp"}  # M, K and N or H
     notes = {line["op"]: line["note"] for line in saved if line["impl"] == "*"}
     assert "64,32,48 is not B,H,Hkv,S,P,D" in notes["prefix_attention"] and "step" in notes
 

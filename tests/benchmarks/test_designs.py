@@ -24,6 +24,8 @@ from fastpeft.ops import (
     prefix_attention,
     prompt_embedding,
 )
+from fastpeft.ops.dora_linear import apply_dora
+from fastpeft.ops.row_norms import row_norms
 from tests.traffic import count_traffic
 
 interpreter = pytest.mark.interpreter
@@ -71,6 +73,18 @@ def run_lora(strategy, M, K, N, r, dropout):
     return counted(forward), counted(backward)
 
 
+def run_dora(strategy, M, K, N, r, dropout):
+    """fp32, as above."""
+    x, weight, a, b, m = (draw(*shape, dtype=torch.float32) for shape in ((M, K), (N, K), (r, K), (N, r), (N,)))
+    weight.requires_grad_(False)
+    with backend("triton"), override_plan(Plan(strategy, strategy, "test")):
+        with count_traffic() as forward:
+            y = apply_dora(x, weight, None, a, b, m / row_norms(weight, a, b, 0.5), 0.5, dropout)
+        with count_traffic() as backward:
+            torch.autograd.grad(y, (x, a, b, m), torch.ones_like(y))
+    return counted(forward), counted(backward)
+
+
 def run_attention(op, strategy, B, H, Hkv, S, P, D):
     q, k, v = draw(B, H, S, D), draw(B, Hkv, S, D), draw(B, Hkv, S, D)
     prefix = draw(Hkv, P, D), draw(Hkv, P, D)
@@ -104,6 +118,15 @@ def test_lora_linear_in_one_tile_moves_its_ledgers_bytes(strategy, dropout, rank
 
 
 @interpreter
+@pytest.mark.parametrize("strategy", designs.DESIGNS["dora_linear"].strategies)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_linear_in_one_tile_moves_its_ledgers_bytes(strategy, dropout, one_processor):
+    sizes = {"M": 16, "K": 16, "N": 16, "r": 8, "dropout": dropout}
+    expected = designs.dora_linear(strategy, **sizes, itemsize=4)
+    assert run_dora(strategy, **sizes) == tuple(map(ledger, expected))
+
+
+@interpreter
 @pytest.mark.parametrize("strategy", ["fused", "merge"])
 @pytest.mark.parametrize("op", [prefix_attention, gated_prompt_attention])
 def test_attention_in_one_tile_moves_its_ledgers_bytes(op, strategy, one_processor):
@@ -117,11 +140,14 @@ def test_attention_in_one_tile_moves_its_ledgers_bytes(op, strategy, one_process
 
 
 @interpreter
-@pytest.mark.parametrize("strategy", designs.DESIGNS["lora_linear"].strategies)
-def test_lora_linear_in_many_tiles_moves_more_but_not_much(strategy):
-    sizes = {"M": 53, "K": 100, "N": 132, "r": 24, "dropout": 0.3}
+@pytest.mark.parametrize(
+    ("op", "strategy"),
+    [*(("lora_linear", name) for name in designs.DESIGNS["lora_linear"].strategies), ("dora_linear", "prewrite")],
+)
+def test_linears_in_many_tiles_move_more_but_not_much(op, strategy):
+    sizes, run = {"M": 53, "K": 100, "N": 132, "r": 24, "dropout": 0.3}, {"lora_linear": run_lora}.get(op, run_dora)
     for found, launches in zip(
-        run_lora(strategy, **sizes), designs.lora_linear(strategy, **sizes, itemsize=4), strict=True
+        run(strategy, **sizes), getattr(designs, op)(strategy, **sizes, itemsize=4), strict=True
     ):
         expected = ledger(launches)
         assert found.keys() == expected.keys()
@@ -162,6 +188,7 @@ ATTENTION = {"B": 8, "H": 32, "Hkv": 8, "S": 2048, "D": 128, "itemsize": 2}
 PROMPT = {"B": 8, "S": 2048, "hidden": 4096, "itemsize": 2}
 CASES = [
     *(("lora_linear", LORA | {"r": r, "dropout": p}) for r in (1, 16, 64, 65, 256) for p in (0.0, 0.05)),
+    *(("dora_linear", LORA | {"r": r, "dropout": p}) for r in (1, 65) for p in (0.0, 0.05)),
     *((op, ATTENTION | {"P": p, "causal": causal}) for op in ("prefix_attention", "gated_prompt_attention")
       for p in (1, 30, 2048) for causal in (True, False)),
     *(("prompt_embedding", PROMPT | {"P": p}) for p in (1, 100)),

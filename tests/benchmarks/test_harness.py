@@ -199,9 +199,9 @@ def test_the_plan_begins_with_what_matters_most():
     of_lora, of_prefix, of_prompt = of["lora_linear"], of["prefix_attention"], of["gated_prompt_attention"]
     assert {op: len({cell.id for cell in found}) for op, found in of.items()} == {
         "lora_linear": 50, "prefix_attention": 17, "gated_prompt_attention": 6, "prompt_embedding": 3,
-        "mixed_lora_linear": 4, "expert_lora_linear": 2, "lora_projections": 4, "lora_mlp": 2,
+        "mixed_lora_linear": 4, "expert_lora_linear": 2, "lora_projections": 4, "lora_mlp": 2, "dora_linear": 4,
     }  # fmt: skip
-    assert len(cells) == 88
+    assert len(cells) == 92
     assert [(c.name, c.r, c.dropout) for c in of_lora[:4]] == [
         ("llama3-8b q/o", 16, 0.0),
         ("llama3-8b q/o", 16, 0.05),

@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 
-from benchmarks import bench_gated_prompt_attention, bench_lora_linear, bench_prefix_attention, predict, report
+from benchmarks import (
+    bench_dora_linear,
+    bench_gated_prompt_attention,
+    bench_lora_linear,
+    bench_prefix_attention,
+    predict,
+    report,
+)
 from benchmarks.designs import DESIGNS, KINDS
 from benchmarks.geometry import GEOMETRIES
 from benchmarks.predict import MARK, SHARES, predictions, text
@@ -13,13 +20,14 @@ from fastpeft.cost import MACHINES, PASSES
 from fastpeft.errors import FastpeftError
 
 LORA, PREFIX, GATED = bench_lora_linear.BENCH, bench_prefix_attention.BENCH, bench_gated_prompt_attention.BENCH
+DORA = bench_dora_linear.BENCH
 
 LAYERS = GEOMETRIES["llama3-8b"].linears
 
 
-def lora_cell(name="q/o", r=16, dropout=0.0, dtype="bf16"):
+def lora_cell(name="q/o", r=16, dropout=0.0, dtype="bf16", bench=LORA):
     k, n = LAYERS[name]
-    return LORA.cell(name=name, M=8192, K=k, N=n, r=r, dropout=dropout, dtype=dtype)
+    return bench.cell(name=name, M=8192, K=k, N=n, r=r, dropout=dropout, dtype=dtype)
 
 
 def prefix_cell(S=2048, P=30, **options):
@@ -58,6 +66,17 @@ def test_nothing_is_predicted_below_the_least(passed, rank):
         assert entry["predicted_overhead"] >= 0
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_dora_is_lora_and_a_few_passes_and_under_dropout_the_base_once_more(dropout):
+    """Beside LoRA's kernels: the norms' pass over W, one more over y, two over dY and one over H."""
+    lora = predictions(LORA, [lora_cell(dropout=dropout)], machines=["h200"])
+    dora = predictions(DORA, [lora_cell(dropout=dropout, bench=DORA)], machines=["h200"])
+    assert all("dora" in entry["cell"] for entry in dora)
+    for impl in ("fastpeft:prewrite", "least"):
+        more = percent(dora, impl) - percent(lora, impl)
+        assert 100 * bool(dropout) < more < 100 * bool(dropout) + 35, impl
+
+
 def test_forward_and_backward_are_both_passes():
     forward, backward, both = (
         {(e["machine"], e["impl"]): e["predicted_ms"] for e in predictions(LORA, [lora_cell()], passed)}
@@ -66,7 +85,7 @@ def test_forward_and_backward_are_both_passes():
     assert both == pytest.approx({key: forward[key] + backward[key] for key in both})
 
 
-@pytest.mark.parametrize("bench", [LORA, PREFIX, GATED], ids=lambda bench: bench.op)
+@pytest.mark.parametrize("bench", [LORA, DORA, PREFIX, GATED], ids=lambda bench: bench.op)
 def test_every_cell_of_a_bench_has_a_prediction(bench):
     for tiny in (False, True):
         cells = [cell for tier in bench.tiers(tiny) for cell in tier]
@@ -83,7 +102,7 @@ def test_what_the_vendor_cannot_do_is_not_predicted_of_it():
 
 def test_every_kind_of_kernel_has_a_share_and_every_op_a_design():
     assert set(SHARES) == set(KINDS) and all(0 < share < 1 for share in SHARES.values())
-    assert {LORA.op, PREFIX.op, GATED.op} <= set(DESIGNS)
+    assert {LORA.op, DORA.op, PREFIX.op, GATED.op} <= set(DESIGNS)
 
 
 def test_every_line_of_text_is_marked_and_the_assumptions_are_stated():
