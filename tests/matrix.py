@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from tests.models import batch_for, longer, tiny
+from tests.models import batch_for, config_of, longer, tiny
 from tests.peft_pair import by_base_name, result
 
 DECODERS = (
@@ -69,7 +69,8 @@ class Cell:
     def inputs(self) -> dict[str, torch.Tensor]:
         inputs = batch_for(self.family, self.task)
         mask = inputs.get("attention_mask")
-        if mask is not None and getattr(self.base().config, "sliding_window", None) and self.task == "SEQ_CLS":
+        window = getattr(config_of(self.family, self.task), "sliding_window", None)
+        if mask is not None and window and self.task == "SEQ_CLS":
             # The last token, of which the class is made, sees a prompt no farther away than the windows of all layers.
             inputs = {key: value[:, 4:] if value.shape == mask.shape else value for key, value in inputs.items()}
             mask = inputs["attention_mask"]

@@ -212,6 +212,11 @@ def tiny(family: str = "llama", task: str = "CAUSAL_LM", dtype: torch.dtype = to
     return copied(_built(family, task)).to(dtype)
 
 
+def config_of(family: str, task: str):
+    """The configuration of `tiny`, to be read."""
+    return _built(family, task).config
+
+
 def copied(model: torch.nn.Module) -> torch.nn.Module:
     """copy.deepcopy(model), in half the time: it is told of the empty containers, of which each module has a dozen."""
     values = (value for module in model.modules() for value in vars(module).values())
