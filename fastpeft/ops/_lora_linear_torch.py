@@ -12,7 +12,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fastpeft.ops import _cpu_products as cpu
-from fastpeft.ops._scratch import scratch_like
 
 BLOCK_ELEMENTS = 1 << 18  # of an M×K operand, 1 MiB in fp32
 MASKED_ELEMENTS = 1 << 20  # where dropout is drawn as well: twelve calls a block, which show if there are many
@@ -162,8 +161,8 @@ def scaled_linear(x: torch.Tensor, a: torch.Tensor, scale: float, out: torch.Ten
 
 
 def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> torch.Tensor:
-    """A copy of the block in `dtype` without the elements at these places, until the next one of this thread."""
-    return drop(scratch_like(block, dtype).copy_(block), places)
+    """A copy of the block in `dtype` without the elements at these places."""
+    return drop(block.to(dtype, copy=True, memory_format=torch.contiguous_format), places)
 
 
 def _factors(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
