@@ -98,7 +98,7 @@ def _remember_what_to_patch() -> None:
 
     from tests.interpreter_arithmetic import quick_operators
 
-    semantic, original = interpreter.interpreter_semantic, interpreter._patch_builtin
+    semantic = interpreter.interpreter_semantic
 
     def served(function):
         inside = getattr(function, "__wrapped__", function)  # of what only asks whether it was given a `_semantic`
@@ -111,8 +111,6 @@ def _remember_what_to_patch() -> None:
     known[core.tensor].update(quick_operators(known[core.tensor]))
 
     def patch_builtin(owner, builder, scope):
-        if owner not in known:
-            return original(owner, builder, scope)
         for name, function in known[owner].items():
             scope.set_attr(owner, name, function)
 

@@ -72,8 +72,6 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 
-_PLAIN = (dict, set, list, collections.OrderedDict)
-
 # More families, for prefix tuning alone: every way in which transformers' attention is plugged together.
 MORE_FAMILIES: dict[str, tuple[str, dict]] = {
     **{name: (name, _DECODER) for name in ("cohere", "glm", "granite", "nemotron", "olmo", "olmo2")},
@@ -217,10 +215,14 @@ def config_of(family: str, task: str):
     return _built(family, task).config
 
 
+_CONTAINERS = (dict, set, list, collections.OrderedDict)
+
+
 def copied(model: torch.nn.Module) -> torch.nn.Module:
     """copy.deepcopy(model), in half the time: it is told of the empty containers, of which each module has a dozen."""
     values = (value for module in model.modules() for value in vars(module).values())
-    return copy.deepcopy(model, {id(value): type(value)() for value in values if type(value) in _PLAIN and not value})
+    empty = {id(value): type(value)() for value in values if type(value) in _CONTAINERS and not value}
+    return copy.deepcopy(model, empty)
 
 
 def batch(task: str = "CAUSAL_LM", rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:

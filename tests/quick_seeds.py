@@ -1,5 +1,5 @@
 """torch.manual_seed without what it does for accelerators that are not there: for each kind it keeps the seed and the
-whole stack of its caller as text, a tenth of a second for each hundred calls out of a deep stack."""
+whole stack of its caller as text, which takes half a millisecond out of a deep stack."""
 
 import types
 

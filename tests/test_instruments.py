@@ -1,5 +1,7 @@
 """The instruments of the kernel tests, each shown to notice what it is there to notice."""
 
+import contextlib
+
 import pytest
 import torch
 import triton
@@ -133,13 +135,12 @@ def _operators(x_ptr, out_ptr, four, SIZE: tl.constexpr):
     sums += ((3 - rows)[:, None] * columns[None, :] - (7 - four)) * 1.0
     both = tl.where(low & (x > 0) & (x <= column[:, None]) & (halves < 1), sums, sums - 100)
     tl.store(out_ptr + places, both + ((word | 3) & 0xFF).to(tl.float32))
-    tl.store(
-        out_ptr + SIZE * SIZE + (places[None, :, :] - places[None, :, :]) + rows[:, None, None], places[None] * 1.0
-    )
+    cube = (rows + 1)[:, None, None] * (SIZE * SIZE) + places[None, :, :]
+    tl.store(out_ptr + cube, x[None, :, :] - column[:, None, None])
 
 
 def _of_operators():
-    out = torch.empty(8 * 8 + 8)
+    out = torch.empty(9 * 8 * 8)
     _operators[(1,)](torch.randn(8, 8, generator=torch.Generator().manual_seed(3)), out, 4, SIZE=8)
     return {"out": out}
 
@@ -167,6 +168,26 @@ def test_the_faster_interpreter_computes_and_touches_the_same(outcome):
     )
     first, second = counts
     assert first == second and first
+
+
+@triton.jit
+def _sum_with(out_ptr, NUMBER: tl.constexpr, TYPE: tl.constexpr):
+    tl.store(out_ptr, tl.arange(0, 1).to(TYPE) + NUMBER)
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "words"),
+    [
+        (2**31, tl.int32, "2147483648 is out of range for type int32"),
+        (-(2**31) - 1, tl.int32, "-2147483649 is out of range for type int32"),
+        (2**32, tl.uint32, "4294967296 is out of range for type uint32"),
+        (-1, tl.uint32, "unsigned tensor and a negative scalar"),
+    ],
+)
+def test_the_faster_interpreter_refuses_the_numbers_that_the_shipped_one_refuses(number, dtype, words):
+    for interpreted in (contextlib.nullcontext, interpreter_speed.as_shipped):
+        with interpreted(), pytest.raises(Exception, match=words):
+            _sum_with[(1,)](torch.zeros(1, dtype=torch.int64), NUMBER=number, TYPE=dtype)
 
 
 def test_the_faster_interpreter_can_be_left_and_leaves_the_language_as_it_was():

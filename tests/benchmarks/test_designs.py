@@ -145,7 +145,8 @@ def test_attention_in_one_tile_moves_its_ledgers_bytes(op, strategy, one_process
     [*(("lora_linear", name) for name in designs.DESIGNS["lora_linear"].strategies), ("dora_linear", "prewrite")],
 )
 def test_linears_in_many_tiles_move_more_but_not_much(op, strategy):
-    sizes, run = {"M": 53, "K": 100, "N": 132, "r": 24, "dropout": 0.3}, {"lora_linear": run_lora}.get(op, run_dora)
+    sizes = {"M": 53, "K": 100, "N": 132, "r": 24, "dropout": 0.3}
+    run = {"lora_linear": run_lora, "dora_linear": run_dora}[op]
     for found, launches in zip(
         run(strategy, **sizes), getattr(designs, op)(strategy, **sizes, itemsize=4), strict=True
     ):

@@ -164,7 +164,7 @@ ON_TRITON = cases(
 )
 
 
-@tried(30, 600)
+@tried(50, 600)
 @given(ON_TORCH)
 def test_dora_linear_on_torch(case):
     shown(case)

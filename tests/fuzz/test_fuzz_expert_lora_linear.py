@@ -152,7 +152,7 @@ ON_TORCH = cases(st.sampled_from((*EDGES, 63, 65, 100)), st.sampled_from((*EDGES
 ON_TRITON = cases(*(st.sampled_from(EDGES), st.sampled_from((*EDGES, 65)), [*EXACT_IN_INTERPRETER, "fp32-fp16"]))
 
 
-@tried(30, 600)
+@tried(50, 600)
 @given(ON_TORCH)
 def test_expert_lora_linear_on_torch(case):
     shown(case)

@@ -181,7 +181,7 @@ ON_TRITON = cases(
 )
 
 
-@tried(30, 600)
+@tried(50, 600)
 @given(ON_TORCH)
 @example(Case(leading=(0,), sides=(Side(), Side(), Side(1, dropout=0.05, wanted=ops.FIELDS))))
 def test_lora_mlp_on_torch(case):

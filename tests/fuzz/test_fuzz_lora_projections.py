@@ -179,7 +179,7 @@ ON_TRITON = cases(
 )
 
 
-@tried(30, 600)
+@tried(50, 600)
 @given(ON_TORCH)
 @example(Case(leading=(0,), projections=(Projected(dropout=0.05, wanted=ops.KINDS),)))
 @example(Case(projections=(Projected(2, bias=True, layouts={"bias": Layout(step=0)}),), large=True))

@@ -93,7 +93,7 @@ ON_TORCH = cases(st.sampled_from((0, *EDGES, 63, 65, 300)), st.sampled_from((0, 
 ON_TRITON = cases(st.sampled_from((0, *EDGES, 63, 65, 130)), st.sampled_from((0, *EDGES, 65)), ["fp32", "fp16"])
 
 
-@tried(30, 600)
+@tried(50, 600)
 @given(ON_TORCH)
 @example(Case(dtypes=("fp32", "fp32", "fp64")))
 def test_row_norms_on_torch(case):
@@ -102,7 +102,7 @@ def test_row_norms_on_torch(case):
 
 
 @pytest.mark.interpreter
-@tried(12, 300)
+@tried(20, 300)
 @given(ON_TRITON)
 def test_row_norms_on_the_kernel(case):
     shown(case)
