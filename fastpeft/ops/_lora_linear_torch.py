@@ -117,8 +117,8 @@ def kept(seed: torch.Tensor | Dropout | None) -> torch.Tensor | None:
 
 
 def drop(block: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Zero these places of a block (contiguous, the caller's own), in place."""
-    block.view(-1).index_fill_(0, places, 0)
+    """Zero these places of a block (contiguous, the caller's own), in place: `index_fill_` takes twice as long."""
+    block.view(-1).scatter_(0, places, block.new_zeros(1).expand(len(places)))
     return block
 
 
@@ -185,7 +185,7 @@ def add_dropped_product(
     flat = out.view(-1)
     before = flat.take(places)
     add_product(out, p, q, scale)
-    flat.index_copy_(0, places, before)
+    flat.scatter_(0, places, before)
 
 
 def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
