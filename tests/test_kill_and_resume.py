@@ -59,6 +59,13 @@ def train(directory, resume, slow, dies_at):
         dying(dies_at)
     Trainer(model, arguments, train_dataset=rows, callbacks=callbacks).train(resume_from_checkpoint=resume)
 
+def whole(file):  # there, and written to its end
+    try:
+        with open(file) as written:
+            return bool(json.load(written))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
 ended = []
 for directory, resume, killed_after, dies_at in json.loads(sys.argv[1]):
     child = os.fork()
@@ -66,8 +73,8 @@ for directory, resume, killed_after, dies_at in json.loads(sys.argv[1]):
         train(directory, resume, bool(killed_after), dies_at)
         sys.stdout.flush()
         os._exit(0)
-    while killed_after and not os.path.exists(killed_after) and time.sleep(0.01) is None:
-        pass
+    while killed_after and not whole(killed_after):
+        time.sleep(0.01)
     if killed_after:
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -79,7 +86,7 @@ print("ended", json.dumps(ended))
 
 def ends_of(*trainings) -> list[tuple[int, dict[str, list[str]]]]:
     """The exit code, and the names of the files in each checkpoint, of trainings one after the other: (directory,
-    whether to go on from a checkpoint, the file on whose appearance it is killed, the step in whose save it kills
+    whether to go on from a checkpoint, the file at whose end it is killed, the step in whose save it kills
     itself)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

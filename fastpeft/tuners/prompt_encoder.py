@@ -1,6 +1,8 @@
 """The learned rows of prompt tuning (Lester et al., arXiv 2104.08691) and P-tuning (Liu et al., arXiv 2103.10385,
 section 3.2), under HF peft's names: a table, or a table behind a small network that is gone once training is over."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,16 @@ def _learned(table: nn.Embedding) -> Tensor:
         return table(torch.arange(table.num_embeddings, device=table.weight.device))
     check_gathered(table.weight, "a prompt")
     return table.weight
+
+
+def _lacks_lstm(rows: Tensor) -> bool:
+    """Whether autocast would ask oneDNN for an LSTM that it does not have on this processor, where torch, and so HF
+    peft, raises RuntimeError."""
+    if not (rows.is_cpu and torch.is_autocast_enabled("cpu")):
+        return False
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[torch.get_autocast_dtype("cpu")]
+    has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
+    return has is not None and not has()
 
 
 def over(other: nn.Module, used: int) -> "PromptTable | PromptNetwork":
@@ -79,7 +91,8 @@ class PromptNetwork(nn.Module):
     def _all(self) -> Tensor:
         rows = _learned(self.embedding)
         if "lstm_head" in self._modules:
-            rows = self.lstm_head(rows)[0]
+            with torch.autocast(rows.device.type, enabled=False) if _lacks_lstm(rows) else contextlib.nullcontext():
+                rows = self.lstm_head(rows)[0]
         return self.mlp_head(rows)
 
     @torch.enable_grad()  # as in HF peft: without, an LSTM is computed in another way and rounds otherwise
