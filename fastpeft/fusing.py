@@ -16,7 +16,8 @@ def fuse(model: nn.Module, *names: str) -> nn.Module:
 
     "projections": linear layers that read one tensor (q, k, v; gate, up) are one op, which reads it once. Which they
     are is seen in the first call of the module that they are in, which is computed as before; let it come before
-    `torch.compile`, in which nothing is seen.
+    `torch.compile`, in which nothing is seen. Of quantised layers, float8 ones too, each has its own base product, and
+    the op adds the low-rank terms of all.
 
     "mlp": an MLP whose forward is down(act(gate(x))·up(x)) and nothing beside, of frozen weights and with silu, gelu
     (exact or by tanh) or relu², is one op. It keeps for backward gate, up, x and the rank-r tensors.

@@ -21,9 +21,9 @@ def seen(monkeypatch) -> list[int]:
     """Of how many projections each op was that was made since."""
     sizes, shipped = [], siblings.apply_lora_projections
 
-    def spy(x, projections, backend):
+    def spy(x, projections, *more):
         sizes.append(len(projections))
-        return shipped(x, projections, backend)
+        return shipped(x, projections, *more)
 
     monkeypatch.setattr(siblings, "apply_lora_projections", spy)
     return sizes

@@ -15,6 +15,7 @@ from fastpeft.ops import (
     prompt_embedding,
 )
 from fastpeft.ops.lora_mlp import Projection
+from fastpeft.ops.lora_projections import apply_lora_projections
 
 
 def leaf(*shape) -> torch.Tensor:
@@ -38,6 +39,13 @@ def of_experts(x, weight, bias, a, b, ends, **more):
 def of_projections(x, *tensors, **more):
     weights, biases, a, b = (tensors[i : i + 2] for i in range(0, 8, 2))
     return torch.cat(lora_projections(x, weights, biases, a, b, [1.0, 2.0], training=True, **more), -1)
+
+
+def of_based_projections(x, *tensors, dropouts=(0.0, 0.0)):
+    """On base products that somebody else has computed."""
+    bases, a, b = (tensors[i : i + 2] for i in range(0, 6, 2))
+    projections = list(map(Projection, bases, [None, None], a, b, [1.0, 2.0], dropouts))
+    return torch.cat(apply_lora_projections(x, projections, based=True), -1)
 
 
 def of_mlp(x, *tensors, dropouts=(0.0, 0.0, 0.0), **more):
@@ -76,6 +84,11 @@ def _projections():
     return leaf(3, 5, 16), *(leaf(*shape) for shape in shapes)
 
 
+def _based_projections():
+    x, _, _, _, _, *matrices = _projections()
+    return x, leaf(3, 5, 24), leaf(3, 5, 9), *matrices
+
+
 def _mlp():
     """Ranks of gate, up and down 2, 4 and 3."""
     found = [leaf(3, 5, 16)]
@@ -96,6 +109,7 @@ OPS = {  # name -> (the op, its tensors, its options, the plan that is forced)
     "experts": (of_experts, _experts, {}, None),
     "projections": (of_projections, _projections, {}, None),
     "projections-dropout": (of_projections, _projections, {"dropouts": [0.5, 0.0]}, None),
+    "projections-based": (of_based_projections, _based_projections, {"dropouts": (0.0, 0.5)}, None),
     "mlp": (of_mlp, _mlp, {}, None),
     "mlp-dropout": (of_mlp, _mlp, {"dropouts": [0.5, 0.0, 0.3], "recompute": True}, None),
     "prefix": (of_prefix, _attention(), {}, None),

@@ -10,6 +10,7 @@ from torch import nn
 import fastpeft
 from fastpeft import quantised
 from fastpeft.errors import PatchError, TargetError
+from tests.fused import seen as seen
 from tests.models import batch, differences, snapshot, tiny
 from tests.peft_pair import quietly, randomise
 from tests.test_fp8 import ALL, FP8, K, Model, N, R, error, frozen, in_fp8, lora, patched, rows
@@ -74,14 +75,19 @@ def test_what_transformers_saves_of_it_is_not_loaded_as_something_else(tmp_path)
     assert torch.equal(type(model).from_pretrained(tmp_path)(**batch()).logits, model(**batch()).logits)
 
 
-def test_a_fused_model_computes_layer_by_layer():
+def test_a_fused_model_goes_on_in_float8(seen):
+    """Its projections together, now without their weights, and its MLPs layer by layer; and back."""
     model = fastpeft.patch(tiny(), lora(target_modules="all-linear"))
     randomise(model)
-    twin = fastpeft.quantise_base_fp8(copy.deepcopy(model))
+    twin = copy.deepcopy(model)
     fastpeft.fuse(model)
-    model(**batch())
-    fastpeft.quantise_base_fp8(model)
-    assert torch.equal(model(**batch()).logits, twin(**batch()).logits)
+    for change in (lambda model: model, fastpeft.quantise_base_fp8, fastpeft.dequantise_base_fp8):
+        for each in (model, twin):
+            change(each)
+        seen.clear()
+        for _ in range(2):
+            torch.testing.assert_close(model(**batch()).logits, twin(**batch()).logits, rtol=1e-5, atol=1e-5)
+        assert seen[-2:] == ([3, 2] if change is fastpeft.quantise_base_fp8 else [3, 3])
 
 
 def test_one_graph():

@@ -13,11 +13,10 @@ from torch import nn
 
 import fastpeft
 from fastpeft.tuners import siblings
-from tests.fused import LORA, SIZES, adapted, assert_alike, called, fused, outcome, pair
+from tests.fused import SIZES, adapted, assert_alike, called, fused, outcome, pair
 from tests.fused import seen as seen
 from tests.models import batch, tiny
 from tests.peft_pair import quietly, randomise
-from tests.quantised import load
 
 WAYS = pytest.mark.parametrize("way", ["native", "peft"])
 
@@ -378,27 +377,6 @@ def test_adalora(seen):
         randomise(models[-1])
     fused(models[0])
     assert_alike(*map(outcome, models))
-
-
-@pytest.mark.parametrize("way", ["native", "peft"])
-def test_quantised_weights_go_layer_by_layer(way, seen):
-    import peft
-
-    models = []
-    for _ in range(2):
-        model = load("nf4")
-        torch.manual_seed(1)
-        if way == "native":
-            model = quietly(fastpeft.patch, model, fastpeft.LoraConfig(**LORA))
-        else:
-            config = peft.LoraConfig(task_type="CAUSAL_LM", **LORA)
-            model = quietly(fastpeft.patch, quietly(peft.get_peft_model, model, config))
-        randomise(model)
-        models.append(model.eval())
-    fastpeft.fuse(models[0], "projections")
-    for _ in range(2):
-        assert_alike(*map(outcome, models))
-    assert seen == []
 
 
 # Copies

@@ -41,8 +41,13 @@ def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
     """(y [M, N], S [M, R]): as the torch path's."""
     s = kernels.shrink(x, a, 1.0, a.dtype, _dropout(seed, p))
     if weight is None:
-        return kernels.tail(s, b, residual.dtype, residual=residual, scale=scale), s
+        return onto(residual, s, b, scale), s
     return expand(s, x, weight, bias, b, scale, plan), s
+
+
+def onto(residual, s, b, scale):
+    """residual + s·S Bᵀ [M, N]"""
+    return kernels.tail(s, b, residual.dtype, residual=residual, scale=scale)
 
 
 def expand(s, x, weight, bias, b, scale, plan: Plan, shared: dict | None = None):

@@ -214,7 +214,8 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
         return None, (None, None, da_down), (None, None, db_down), None, None
     t = (gate_side.t, up_side.t)
     dropouts = _dropouts(seeds, call, dy.device)
-    dx = shared.sum_of_bases((dgate, dup), (gate.weight, up.weight), call.dx_dtype) if needs.x else None
+    weights = (gate.weight, up.weight)
+    dx = shared.sum_of_bases((dgate, dup), weights, call.dx_dtype, weights[0].shape[1]) if needs.x else None
     own = [i for i in (0, 1) if t[i] is not None]
     da: list[Tensor | None] = [None, None]
     if own:

@@ -8,6 +8,7 @@ from fastpeft.ops._lora_linear_torch import (
     Sum,
     add_dropped_product,
     add_product,
+    base_grad,
     dropout_of,
     dropped,
     given_mask,
@@ -37,9 +38,9 @@ def _droppers(seeds, dropouts, device) -> list:
     return [dropout_of(seed, p, device) for seed, p in zip(seeds, dropouts, strict=True)]
 
 
-def forward(x, weights, biases, a, b, seeds, call):
-    """((y [M, N], ...), (S [M, R], ...))"""
-    ys = tuple(map(cpu.linear, [x] * len(weights), weights, biases))
+def forward(x, bases, biases, a, b, seeds, call):
+    """((y [M, N], ...), (S [M, R], ...)): `bases` are weights, or with `call.based` the base products."""
+    ys = tuple(map(Tensor.clone, bases) if call.based else map(cpu.linear, [x] * len(bases), bases, biases))
     ss = _shrink(x, a, _droppers(seeds, call.dropouts, x.device))
     for y, s, matrix, scaling in zip(ys, ss, b, call.scalings, strict=True):
         add_product(y, s, matrix.t(), scaling)
@@ -74,15 +75,17 @@ def grads(dy, x, weight, a, b, s, seeds, call, needs):
         ts.append(t)
     if not (needs.x or any(needs.a)):
         return None, [None] * len(dy), db
-    dx = sum_of_bases(dy, weight, call.dx_dtype) if needs.x else None
+    dx = sum_of_bases(dy, weight, call.dx_dtype, a[0].shape[1]) if needs.x else None
     return dx, add_terms(dx, x, ts, a, _droppers(seeds, call.dropouts, dy[0].device), needs.a), db
 
 
-def sum_of_bases(dy, weight, dtype: torch.dtype) -> Tensor:
-    """Σ dY W in `dtype`: in a wider one than the products are in, each is added as it comes; else they accumulate."""
-    dx = cpu.through(dy[0], weight[0]).to(dtype)
+def sum_of_bases(dy, weight, dtype: torch.dtype, columns: int) -> Tensor:
+    """Σ dY W [M, columns] in `dtype`: in a wider one than the products are in, each is added as it comes; else they
+    accumulate. Where somebody else has the base products, zeros."""
+    dx = base_grad(dy[0], weight[0], columns).to(dtype)
     for each, matrix in zip(dy[1:], weight[1:], strict=True):
-        cpu.add_through(dx, each, matrix)
+        if matrix is not None:
+            cpu.add_through(dx, each, matrix)
     return dx
 
 

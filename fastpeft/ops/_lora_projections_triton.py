@@ -36,7 +36,7 @@ def _by_launches(values: list) -> list[list]:
     return [values[start : start + kernels.MOST] for start in range(0, len(values), kernels.MOST)]
 
 
-def forward(x, weights, biases, a, b, seeds, call):
+def forward(x, bases, biases, a, b, seeds, call):
     """((y [M, N], ...), (S [M, R], ...)): as the torch path's."""
     ss, dropouts = [], _dropouts(seeds, call.dropouts)
     if max(map(len, a)) > kernels.MOST_RANKS:
@@ -44,7 +44,9 @@ def forward(x, weights, biases, a, b, seeds, call):
     else:
         for few in zip(_by_launches(list(a)), _by_launches(dropouts), strict=True):
             ss += kernels.shrink_all(x, few[0], a[0].dtype, few[1])
-    shared, products = {}, zip(ss, weights, biases, b, call.scalings, call.plans, strict=True)
+    if call.based:
+        return tuple(map(single.onto, bases, ss, b, call.scalings)), tuple(ss)
+    shared, products = {}, zip(ss, bases, biases, b, call.scalings, call.plans, strict=True)
     ys = tuple(single.expand(s, x, w, bias, b, scale, plan, shared) for s, w, bias, b, scale, plan in products)
     return ys, tuple(ss)
 
@@ -62,7 +64,7 @@ def grads(dy, x, weight, a, b, s, seeds, call, needs):
     if not (needs.x or any(needs.a)):
         return dbias, None, [None] * count, db
     dropouts = _dropouts(seeds, call.dropouts)
-    whole = single.whole_product(call.plans[0].backward)
+    whole = None if call.based else single.whole_product(call.plans[0].backward)
     seeds_dx = needs.x and not whole and call.dx_dtype == dy[0].dtype and count <= kernels.MOST and all(needs.a)
     da, dx = _grads_of_a(x, ts, a, dropouts, needs.a, seeds_dx)
     if needs.x:
@@ -87,9 +89,9 @@ def _grads_of_a(x, ts, a, dropouts, wanted, with_tail: bool):
 
 
 def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, whole):
-    """Σ dY W + mask⊙(T A), of which `dx` holds all the second terms, unless it is None. In a wider type than the base
-    products are in, each of these is added as it comes. whole: the kernel that computes both terms of a projection in
-    one, if that is the strategy."""
+    """Σ dY W + mask⊙(T A), of which `dx` holds all the second terms, unless it is None; where somebody else has the
+    base products, these terms alone. In a wider type than the base products are in, each of these is added as it comes.
+    whole: the kernel that computes both terms of a projection in one, if that is the strategy."""
     narrow = dy[0].dtype
     if whole:
         for each, w, t, matrix, dropout in zip(dy, weight, ts, a, dropouts, strict=True):
@@ -101,5 +103,7 @@ def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, whole):
         for few in zip(*map(_by_launches, (ts, list(a), dropouts)), strict=True):
             dx = kernels.tail_all(*few, narrow, dx_dtype, onto=dx)
     for each, w in zip(dy, weight, strict=True):
+        if w is None:
+            continue
         dx = dx.addmm_(each, w) if dx_dtype == narrow else dx.add_(each @ w)
     return dx

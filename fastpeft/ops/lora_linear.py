@@ -58,7 +58,11 @@ class Call(NamedTuple):
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, p=0.0):
     """The definition, for autograd: x (..., K), keep a (M, K) mask or None. The order of HF peft's own forward:
     the adapter in its own dtype, the sum in the wider one, one cast to the base's dtype at the end."""
-    y = torch.nn.functional.linear(x, weight, bias)
+    return based_reference(torch.nn.functional.linear(x, weight, bias), x, lora_A, lora_B, scaling, keep, p)
+
+
+def based_reference(y, x, lora_A, lora_B, scaling, keep=None, p=0.0):
+    """The same, y (..., N) being the base product."""
     z = x.to(lora_A.dtype)
     if keep is not None:
         z = z * keep.view(z.shape) / (1 - p)

@@ -8,7 +8,8 @@ With S_p = drop_p(x) A_pᵀ and T_p = s_p·dY_p B_p, drop_p(x) = mask_p⊙x/(1 -
     dX = Σ dY_p W_p + mask_p⊙(T_p A_p)/(1 - d_p)      dA_p = T_pᵀ drop_p(x)      dB_p = s_p·dY_pᵀ S_p
 
 x is read once for every S and once for every dA, and dX is one sum, written in place, where single layers leave one dX
-each to be added up. Masks are independent. All else is as in `lora_linear`.
+each to be added up. Masks are independent. All else is as in `lora_linear`. Where somebody else computes the base
+products (of quantised weights), y_p is that product plus the low-rank term, and dX the sum of the low-rank terms alone.
 """
 
 from collections.abc import Sequence
@@ -23,14 +24,15 @@ from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._lora_linear_torch import keeping, kept
-from fastpeft.ops.lora_linear import Projection, as_rows, lora_linear_reference
+from fastpeft.ops.lora_linear import Projection, as_rows, based_reference, lora_linear_reference
 from fastpeft.ops.lora_linear import _check as check_lora
 
 # Letters of the shape suffixes: M rows (all leading dimensions of x), K inputs, N outputs, R rank.
 
 
 class Call(NamedTuple):
-    """What a call computes besides its tensors; `plans` are None on the torch path, the rest is as in `lora_linear`."""
+    """What a call computes besides its tensors; `plans` are None on the torch path, the rest is as in `lora_linear`.
+    based: the first quarter of its tensors are not weights, but the base products."""
 
     scalings: tuple[float, ...]
     dropouts: tuple[float, ...]
@@ -39,6 +41,7 @@ class Call(NamedTuple):
     plans: tuple[Plan, ...] | None
     demanded: bool = False
     fell_back: bool = False
+    based: bool = False
 
     def only(self, which: Sequence[int]) -> "Call":
         """The call of these projections."""
@@ -48,7 +51,7 @@ class Call(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted: of x, and of each projection's weight, bias, A and B."""
+    """Which gradients are wanted: of x, and of each projection's weight (or base product), bias, A and B."""
 
     x: bool
     weight: tuple[bool, ...]
@@ -57,10 +60,12 @@ class Needs(NamedTuple):
     b: tuple[bool, ...]
 
 
-def lora_projections_reference(x, projections: Sequence[Projection], keeps=None) -> list[Tensor]:
-    """The definition, for autograd: x (..., K), keeps a (M, K) mask or None for each projection."""
+def lora_projections_reference(x, projections: Sequence[Projection], keeps=None, based: bool = False) -> list[Tensor]:
+    """The definition, for autograd: x (..., K), keeps a (M, K) mask or None for each projection; `based` as below."""
     return [
-        lora_linear_reference(x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, keep, p.dropout)
+        based_reference(p.weight, x, p.lora_A, p.lora_B, p.scaling, keep, p.dropout)
+        if based
+        else lora_linear_reference(x, p.weight, p.bias, p.lora_A, p.lora_B, p.scaling, keep, p.dropout)
         for p, keep in zip(projections, keeps or [None] * len(projections), strict=True)
     ]
 
@@ -74,22 +79,22 @@ def _path(triton: bool):
 
 
 class LoraProjectionsFunction(torch.autograd.Function):
-    """Flat tensors in; all reshaping, casting and choosing is before `apply`. tensors: every weight, every bias, every
-    A, every B. An output that nothing uses costs its backward nothing."""
+    """Flat tensors in; all reshaping, casting and choosing is before `apply`. tensors: every weight (or base product),
+    every bias, every A, every B. An output that nothing uses costs its backward nothing."""
 
     @staticmethod
     def forward(ctx, x_MK, call: Call, *tensors):
-        weights, biases, a, b = _quarters(tensors)
+        bases, biases, a, b = _quarters(tensors)
         seeds = _path(call.plans is not None).draw_seeds(x_MK, call.dropouts) if any(call.dropouts) else None
         if call.plans is None and seeds is not None:
             seeds = list(map(keeping, seeds, call.dropouts, [x_MK.device] * len(a)))
-        ys, ss, call = run_forward(x_MK, weights, biases, a, b, seeds, call)
+        ys, ss, call = run_forward(x_MK, bases, biases, a, b, seeds, call)
         needs = _needs(ctx.needs_input_grad)
-        for_x_or_a = needs.x or any(needs.a)
+        for_x_or_a, with_weights = needs.x or any(needs.a), not call.based
         ctx.save_for_backward(
-            x_MK if any(needs.a) or any(needs.weight) else None,
+            x_MK if any(needs.a) or (any(needs.weight) and with_weights) else None,
             *map(kept, seeds or [None] * len(a)),
-            *(weight if needs.x else None for weight in weights),
+            *(base if needs.x and with_weights else None for base in bases),
             *(each if for_x_or_a else None for each in a),
             *(each if for_x_or_a else None for each in b),
             *(s if need else None for s, need in zip(ss, needs.b, strict=True)),
@@ -125,11 +130,12 @@ def _needs(needs_input_grad) -> Needs:
     return Needs(needs_input_grad[0], *map(tuple, _quarters(needs_input_grad[2:])))
 
 
-def run_forward(x_MK, weights, biases, a, b, seeds, call: Call):
+def run_forward(x_MK, bases, biases, a, b, seeds, call: Call):
     """((y [M, N], ...), (S [M, R], ...), the call as it was served) on the backend that `call.plans` stand for."""
     x = x_MK.to(call.dtype)
-    weights, biases = ([None if t is None else t.to(call.dtype) for t in each] for each in (weights, biases))
-    tensors = (x, weights, biases, a, b)
+    if not call.based:
+        bases = [weight.to(call.dtype) for weight in bases]
+    tensors = (x, bases, [None if t is None else t.to(call.dtype) for t in biases], a, b)
     if call.plans is None:
         return *torch_path.forward(*tensors, seeds, call), call
     (ys, ss), by_kernels = kernels_or_torch(
@@ -165,13 +171,18 @@ def run_backward(dys, x_MK, weights, a, b, ss, seeds, call: Call, needs: Needs):
         return None, *([None] * count for _ in range(4))
     dy, weight, a, b, s = ([each[p] for p in have] for each in (dys, weights, a, b, ss))
     dy = [each.to(call.dtype) for each in dy]
-    weight = [None if each is None else each.to(call.dtype) for each in weight]
+    weight = [each if each is None else each.to(call.dtype) for each in weight]
     x = None if x_MK is None else x_MK.to(call.dtype)
     some = Needs(needs.x, *(tuple(each[p] for p in have) for each in needs[1:]))
     dx, dbias, da, db = _rank_grads(dy, x, weight, a, b, s, seeds, call.only(have), some, have)
-    dw = [each.t() @ x if need else None for each, need in zip(dy, some.weight, strict=True)]
+    dw = [_grad_of_base(dys[p], each, x, call) if needs.weight[p] else None for p, each in zip(have, dy, strict=True)]
     grads = ([None] * count for _ in range(4))
     return dx, *(_put(into, have, found) for into, found in zip(grads, (dw, dbias, da, db), strict=True))
+
+
+def _grad_of_base(given, dy, x, call: Call) -> Tensor:
+    """dW of a weight, of a base product dY as it was `given`."""
+    return given if call.based else dy.t() @ x
 
 
 def _put(into: list, places: Sequence[int], values: Sequence) -> list:
@@ -207,22 +218,30 @@ def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs, have: l
     return dx, dbias, da, db
 
 
-def decide(x_MK: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str | None) -> Call:
+def decide(x_MK: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str | None, based: bool) -> Call:
     """The call's numbers, and its backend by `dispatch`, as in `lora_linear`."""
     elements = x_MK.numel() * min(map(Tensor.numel, b))
     triton = elements > 0 and choose_backend(x_MK, dtype, patched=patched).backend == "triton"
     plans = tuple(map(lambda *each: lora_linear_plan(x_MK, dtype, *each), a, b, dropouts)) if triton else None
     dx_dtype = torch.promote_types(x_MK.dtype, dtype)
-    return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, triton and is_demanded(patched))
+    demanded = triton and is_demanded(patched)
+    return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, demanded, based=based)
 
 
-def apply_lora_projections(x: Tensor, projections: Sequence[Projection], patched_backend=None) -> list[Tensor]:
-    """`lora_projections` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`."""
+def apply_lora_projections(
+    x: Tensor, projections: Sequence[Projection], patched_backend=None, based: bool = False
+) -> list[Tensor]:
+    """`lora_projections` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`.
+
+    based: `weight` is none, but the base product (..., N), which somebody else has computed; without a bias.
+    """
     device_type = x.device.type
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-    weights, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
-    for weight in weights:
+    bases, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
+    dtype = torch.get_autocast_dtype(device_type) if autocast and not based else x.dtype
+    if based:
+        bases = tuple(map(as_rows, bases))
+    for weight in () if based else bases:
         if not autocast and weight.dtype != dtype:
             raise OpError(f"lora_projections: x is {dtype} but a weight is {weight.dtype}; cast one, or use autocast")
     wide = dtype
@@ -234,15 +253,15 @@ def apply_lora_projections(x: Tensor, projections: Sequence[Projection], patched
         from fastpeft.ops._lora_projections_compiled import compiled_lora_projections
 
         ys = compiled_lora_projections(
-            x_MK, weights, biases, a, b, scalings, list(dropouts), dtype, patched_backend
+            x_MK, bases, biases, a, b, scalings, list(dropouts), dtype, patched_backend, based
         )  # fmt: skip
     else:
-        call = decide(x_MK, dtype, a, b, scalings, dropouts, patched_backend)
+        call = decide(x_MK, dtype, a, b, scalings, dropouts, patched_backend, based)
         if autocast:
             with torch.autocast(device_type, enabled=False):
-                ys = LoraProjectionsFunction.apply(x_MK, call, *weights, *biases, *a, *b)
+                ys = LoraProjectionsFunction.apply(x_MK, call, *bases, *biases, *a, *b)
         else:
-            ys = LoraProjectionsFunction.apply(x_MK, call, *weights, *biases, *a, *b)
+            ys = LoraProjectionsFunction.apply(x_MK, call, *bases, *biases, *a, *b)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 

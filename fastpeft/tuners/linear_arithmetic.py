@@ -27,11 +27,12 @@ class LinearArithmetic:
 
     def adapted_forward(self, names: list[str], input: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if len(names) == 1:
-            fused = self.plain_base() and not args and not kwargs
-            if fused and siblings.KEY in self.__dict__:
+            alone = not args and not kwargs
+            if alone and siblings.KEY in self.__dict__:
                 result = self.__dict__[siblings.KEY].result(self, names[0], input)
                 if result is not None:
                     return result
+            fused = alone and self.plain_base()
             return self._add(names[0], input, None if fused else self.base_forward(input, *args, **kwargs))
         result = self.base_forward(input, *args, **kwargs)
         dtype = result.dtype

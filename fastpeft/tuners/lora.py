@@ -371,13 +371,19 @@ class LoraLinear(LinearArithmetic, LoraLayer):
         return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
     def lone_adapter(self) -> str | None:
-        """The adapter of which the op computes this layer's call now, with the base product; None if it does not."""
+        """The adapter of which the op computes this layer's call now, with the base product or (`has_own_product`)
+        based on it; None if it does not."""
         names, model = self.active_adapters(), self._fastpeft.model
-        if len(names) != 1 or "_hf_hook" in self.__dict__ or not self.plain_base():
+        if len(names) != 1 or "_hf_hook" in self.__dict__ or model.merged or row_names(model) is not None:
             return None
-        if model.merged or row_names(model) is not None:
-            return None
-        return None if self.settings(names[0]).use_dora or self.is_offloaded(names[0]) else names[0]
+        settings = self.settings(names[0])
+        computed = self.plain_base() or (self.has_own_product() and not settings.bias)
+        return None if not computed or settings.use_dora or self.is_offloaded(names[0]) else names[0]
+
+    def has_own_product(self) -> bool:
+        """Whether the base product is the layer's own affair, and nothing but that: it may be asked for it before the
+        layer is called."""
+        return False
 
     def settings(self, name: str) -> Settings:
         return self._fastpeft.adapters[name]

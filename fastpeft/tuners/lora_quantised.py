@@ -66,6 +66,9 @@ class QuantisedLora(LoraLinear):
     def is_dense(self) -> bool:
         return False
 
+    def has_own_product(self) -> bool:
+        return self._fastpeft.original_forward is None
+
     def base_forward(self, *args, **kwargs):
         return quantised.call(self, super().base_forward, *args, **kwargs)
 

@@ -105,7 +105,7 @@ def _is_adapted(child: nn.Module) -> bool:
 def _projection(child: nn.Module) -> Projection | None:
     if _is_adapted(child):
         name = child.lone_adapter()
-        if name is None:
+        if name is None or not child.plain_base():
             return None
         a, b = child.factors(name)
         return None if is_apart(a) or is_apart(b) or a.shape[0] > MAX_RANK else projection_of(child, name)

@@ -123,14 +123,23 @@ class Siblings:
         return y if right else None
 
     def _compute(self, call: _Call, run: list[nn.Module], name: str, x: Tensor, tracing: bool) -> Tensor | None:
-        others = [(each, _lone_adapter(each) if call.calls(each) else None) for each in run[1:]]
-        usable = [(run[0], name), *((each, other) for each, other in others if other is not None)]
-        if call.surprising or len(usable) < 2 or run[0].lone_adapter() != name or _is_apart(run[0], name):
+        if call.surprising or run[0].lone_adapter() != name or _is_apart(run[0], name):
             return None
-        projections = [projection_of(each, other) for each, other in usable]
-        if not all(_fits(each, x) for each in projections):
+        based = not run[0].plain_base()  # all of one op have their base products from it, or none has
+        usable, passed_over = [(run[0], name)], False
+        for each in run[1:]:
+            other = _lone_adapter(each, based) if call.calls(each) else None
+            passed_over = passed_over or other is None
+            # Behind one that is called for itself dropout is drawn when its turn comes.
+            if other is not None and not (passed_over and each.dropout_of(other)):
+                usable.append((each, other))
+        projections = [projection_of(*each) for each in usable]
+        if len(usable) < 2 or not all(_fits(each, x) for each in projections):
             return None
-        first, *rest = apply_lora_projections(x, projections, run[0].backend())
+        if based:
+            bases = [each.base_forward(x) for each, _ in usable]
+            projections = [each._replace(weight=y) for each, y in zip(projections, bases, strict=True)]
+        first, *rest = apply_lora_projections(x, projections, run[0].backend(), based)
         call.x, call.circumstances = x, _circumstances(x, tracing)
         call.results = {each: (other, y) for (each, other), y in zip(usable[1:], rest, strict=True)}
         return first
@@ -192,13 +201,13 @@ def _circumstances(x: Tensor, tracing: bool) -> list:
     return [version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)]
 
 
-def _lone_adapter(layer: nn.Module) -> str | None:
-    """The one adapter that a layer's call will use, where the op can compute it with its base product; what its hooks
-    do before a call (gather a weight, change an input) is not done yet."""
+def _lone_adapter(layer: nn.Module, based: bool) -> str | None:
+    """The one adapter that a layer's call will use, where the op can compute it, `based` on the layer's own product or
+    with it; what its hooks do before a call (gather a weight, change an input) is not done yet."""
     if KEY not in layer.__dict__ or not hasattr(layer, "lone_adapter") or layer._forward_pre_hooks:
         return None
     name = layer.lone_adapter()
-    return None if name is None or _is_apart(layer, name) else name
+    return None if name is None or layer.plain_base() is based or _is_apart(layer, name) else name
 
 
 def _is_apart(layer: nn.Module, name: str) -> bool:
@@ -207,18 +216,19 @@ def _is_apart(layer: nn.Module, name: str) -> bool:
 
 
 def projection_of(layer: nn.Module, name: str) -> Projection:
-    """A layer with one adapter, for the op."""
+    """A layer with one adapter, for the op; without a weight where the layer has its base product for itself."""
     settings = layer.settings(name)
-    bias = layer._bias_with(name, settings)
-    return Projection(layer.matrix(), bias, *layer.factors(name), settings.scaling, layer.dropout_of(name))
+    base = (layer.matrix(), layer._bias_with(name, settings)) if layer.plain_base() else (None, None)
+    return Projection(*base, *layer.factors(name), settings.scaling, layer.dropout_of(name))
 
 
 def _fits(projection: Projection, x: Tensor) -> bool:
     """Whether the op takes x; if not, the layer itself says why."""
-    weight = projection.weight
-    same = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-    held = projection.lora_A.shape[0] <= MAX_RANK  # beyond, `lora_linear` has slices of ranks, which this op has not
-    return x.ndim > 0 and same and held and weight.device == x.device and weight.shape[-1] == x.shape[-1]
+    weight, a = projection.weight, projection.lora_A
+    same = weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    held = a.shape[0] <= MAX_RANK  # beyond, `lora_linear` has slices of ranks, which this op has not
+    reads = a if weight is None else weight
+    return x.ndim > 0 and same and held and reads.device == x.device and reads.shape[-1] == x.shape[-1]
 
 
 def in_words(layer: nn.Module) -> str:
@@ -251,7 +261,9 @@ def join_siblings(model: nn.Module) -> None:
 
 def _can_join(module: nn.Module) -> bool:
     """Not asked of the instance, as a wrapper answers with what it wraps."""
-    return hasattr(type(module), "lone_adapter") and (module.is_dense() or is_sharded(getattr(module, "weight", None)))
+    if not hasattr(type(module), "lone_adapter"):
+        return False
+    return module.is_dense() or module.has_own_product() or is_sharded(getattr(module, "weight", None))
 
 
 def _inputs(layer: nn.Module) -> tuple[int, ...]:

@@ -43,13 +43,15 @@ class Projected(NamedTuple):
 
 class Case(NamedTuple):
     """A call. leading: the dimensions of x before its inputs; base: the dtype of weights and biases, where that is not
-    x's, as it may be under autocast; wanted: whether x wants a gradient; large: as if its tensors were."""
+    x's, as it may be under autocast, or that of base products; based: on these, which somebody else has computed;
+    wanted: whether x wants a gradient; large: as if its tensors were."""
 
     leading: tuple[int, ...] = (2,)
     inputs: int = 1
     projections: tuple[Projected, ...] = (Projected(),)
     dtypes: str = "fp32"
     base: str | None = None
+    based: bool = False
     autocast: str | None = None
     wanted: bool = False
     layout: Layout = CONTIGUOUS
@@ -77,13 +79,15 @@ def cases(draw, sizes, ranks, dtypes, strategies, bases, autocasts):
         wanted=st.just(ops.KINDS) | st.lists(st.sampled_from(ops.KINDS), unique=True).map(tuple),
         layouts=layouts_of((*ops.KINDS, "dy")),
     )
-    leading, autocast = st.lists(st.integers(1, 3) | sizes, max_size=3).map(tuple), draw(st.sampled_from(autocasts))
+    leading = st.lists(st.integers(1, 3) | sizes, max_size=3).map(tuple)
+    autocast, based = draw(st.sampled_from(autocasts)), draw(st.booleans())
     return Case(
         leading=draw(leading.filter(lambda shape: torch.Size(shape).numel() <= 100)),
         inputs=draw(sizes),
         projections=draw(st.lists(projected, min_size=1, max_size=MOST).map(tuple)),
         dtypes=draw(st.sampled_from(dtypes)),
-        base=None if autocast is None else draw(st.sampled_from(bases)),
+        base=draw(st.sampled_from(bases)) if based or autocast else None,
+        based=based,
         autocast=autocast,
         wanted=draw(st.booleans()),
         layout=draw(layouts_of(["x"])).get("x", CONTIGUOUS),
@@ -96,9 +100,12 @@ def cases(draw, sizes, ranks, dtypes, strategies, bases, autocasts):
 def dtypes_of(case: Case) -> tuple[torch.dtype, ...]:
     """Of x, of adapters, of weights and biases, of the results."""
     data, adapter = DTYPES[case.dtypes]
+    base = data if case.base is None else KINDS[case.base]
+    if case.based:
+        return data, adapter, base, base
     if data == torch.float64 or case.autocast is None:
         return data, adapter, data, data
-    return data, adapter, data if case.base is None else KINDS[case.base], KINDS[case.autocast]
+    return data, adapter, base, KINDS[case.autocast]
 
 
 def problem_of(case: Case) -> ops.Problem:
@@ -110,24 +117,26 @@ def problem_of(case: Case) -> ops.Problem:
     def normal(layout, *shape, deviation=1.0, dtype=data):
         return laid_out((torch.randn(shape, generator=generator) * deviation).to(dtype), layout)
 
-    x = normal(case.layout, *case.leading, k)
+    x, deviation = normal(case.layout, *case.leading, k), max(1, k) ** -0.5
     for each in case.projections:
+        product, weight = ((*case.leading, each.outputs), 1.0, base), ((each.outputs, k), deviation, base)
         shapes = {
-            "weight": ((each.outputs, k), max(1, k) ** -0.5, base),
+            "weight": product if case.based else weight,
             "bias": ((each.outputs,), 1.0, base),
-            "A": ((each.rank, k), max(1, k) ** -0.5, adapter),
+            "A": ((each.rank, k), deviation, adapter),
             "B": ((each.outputs, each.rank), each.rank**-0.5, adapter),
             "dy": ((*case.leading, each.outputs), 1.0, result),
         }
-        for name, (shape, deviation, dtype) in shapes.items():
-            made = normal(each.layouts.get(name, CONTIGUOUS), *shape, deviation=deviation, dtype=dtype)
-            absent = name == "bias" and not each.bias or name == "dy" and not each.used
+        for name, (shape, spread, dtype) in shapes.items():
+            made = normal(each.layouts.get(name, CONTIGUOUS), *shape, deviation=spread, dtype=dtype)
+            absent = name == "bias" and (case.based or not each.bias) or name == "dy" and not each.used
             parts[name].append(None if absent else made)
     return ops.Problem(
         x=x,
         **{name: tuple(each) for name, each in parts.items()},
         scalings=tuple(each.scaling for each in case.projections),
         dropouts=tuple(each.dropout for each in case.projections),
+        based=case.based,
     )
 
 

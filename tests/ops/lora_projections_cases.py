@@ -9,7 +9,7 @@ import torch
 from fastpeft.dispatch import choose_backend
 from fastpeft.ops import lora_projections, lora_projections_reference
 from fastpeft.ops.lora_linear import dropout_mask
-from fastpeft.ops.lora_projections import Projection
+from fastpeft.ops.lora_projections import Projection, apply_lora_projections
 from fastpeft.oracle import Bounds, compare
 from tests.ops.lora_linear_cases import DTYPES
 
@@ -22,7 +22,7 @@ KINDS = ("weight", "bias", "A", "B")
 @dataclass(frozen=True)
 class Problem:
     """x (..., K); of each projection weight (N, K), bias (N,) or None, A (r, K), B (N, r), and dy (..., N), None where
-    nothing uses its result."""
+    nothing uses its result. based: in the place of a weight is a base product (..., N), without a bias."""
 
     x: torch.Tensor
     weight: tuple[torch.Tensor, ...]
@@ -32,6 +32,7 @@ class Problem:
     dy: tuple[torch.Tensor | None, ...]
     scalings: tuple[float, ...]
     dropouts: tuple[float, ...] | None
+    based: bool = False
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Fresh ones, by name: "x", "weight0", "bias0", "A0", "B0" and so on."""
@@ -49,8 +50,9 @@ class Problem:
 
 
 def draw(
-    dtypes: str = "fp32", *, shape=SHAPE, outputs=OUTPUTS, ranks=RANKS, dropout=False, unused=(), seed=0, device="cpu"
-) -> Problem:
+    dtypes: str = "fp32", *, shape=SHAPE, outputs=OUTPUTS, ranks=RANKS, dropout=False, unused=(), based=False, seed=0,
+    device="cpu",
+) -> Problem:  # fmt: skip
     """Base products of unit variance, low-rank terms a quarter of it or more; the second projection has no bias."""
     dtype, adapter = DTYPES[dtypes]
     generator = torch.Generator(device).manual_seed(seed)
@@ -60,15 +62,20 @@ def draw(
 
     inputs, count = shape[-1], len(ranks)
     outputs = [outputs[i % len(outputs)] for i in range(count)]
+
+    def base(n):
+        return normal(*shape[:-1], n) if based else normal(n, inputs, deviation=inputs**-0.5)
+
     return Problem(
         x=normal(*shape),
-        weight=tuple(normal(n, inputs, deviation=inputs**-0.5) for n in outputs),
-        bias=tuple(None if i == 1 else normal(n) for i, n in enumerate(outputs)),
+        weight=tuple(map(base, outputs)),
+        bias=tuple(None if based or i == 1 else normal(n) for i, n in enumerate(outputs)),
         A=tuple(normal(r, inputs, deviation=inputs**-0.5, dtype=adapter) for r in ranks),
         B=tuple(normal(n, r, deviation=r**-0.5, dtype=adapter) for n, r in zip(outputs, ranks, strict=True)),
         dy=tuple(None if i in unused else normal(*shape[:-1], n) for i, n in enumerate(outputs)),
         scalings=tuple(SCALINGS[i % 3] + 0.1 * i for i in range(count)),
         dropouts=tuple(DROPOUTS[i % 3] for i in range(count)) if dropout else None,
+        based=based,
     )
 
 
@@ -97,14 +104,20 @@ def of_kind(leaves: dict[str, torch.Tensor], kind: str, count: int) -> list[torc
 
 def call(problem: Problem, leaves: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """The op on these leaves."""
+    if problem.based:
+        projections = projections_of(problem, leaves, problem.dropouts)
+        return apply_lora_projections(leaves["x"], projections, based=True)
     each = (of_kind(leaves, kind, len(problem.A)) for kind in KINDS)
     return lora_projections(leaves["x"], *each, problem.scalings, dropouts=problem.dropouts, training=True)
 
 
-def reference(problem: Problem, leaves: dict[str, torch.Tensor], keeps, dropouts) -> list[torch.Tensor]:
+def projections_of(problem: Problem, leaves: dict[str, torch.Tensor], dropouts) -> list[Projection]:
     each = (of_kind(leaves, kind, len(problem.A)) for kind in KINDS)
-    projections = list(map(Projection, *each, problem.scalings, dropouts))
-    return lora_projections_reference(leaves["x"], projections, keeps)
+    return list(map(Projection, *each, problem.scalings, dropouts or [0.0] * len(problem.A)))
+
+
+def reference(problem: Problem, leaves: dict[str, torch.Tensor], keeps, dropouts) -> list[torch.Tensor]:
+    return lora_projections_reference(leaves["x"], projections_of(problem, leaves, dropouts), keeps, problem.based)
 
 
 def results(function, problem: Problem, wanted, dtype=None) -> dict[str, torch.Tensor]:

@@ -89,9 +89,11 @@ STEP = {  # dtypes, ranks, whether the pass that makes dA also holds the sum of 
 
 
 @dropping
+@pytest.mark.parametrize("based", [False, True], ids=["", "based"])
 @pytest.mark.parametrize(("dtypes", "ranks", "holds"), STEP.values(), ids=STEP)
-def test_a_training_step_reads_x_twice_and_each_gradient_once(dtypes, ranks, holds, dropout):
-    problem = draw(dtypes, shape=(3, 7, 40), outputs=(50, 20, 20), ranks=ranks, dropout=dropout)
+def test_a_training_step_reads_x_twice_and_each_gradient_once(dtypes, ranks, holds, based, dropout):
+    """And once, in forward, what somebody else has computed."""
+    problem = draw(dtypes, shape=(3, 7, 40), outputs=(50, 20, 20), ranks=ranks, dropout=dropout, based=based)
     leaves = {name: leaf.requires_grad_(name[0] in "xAB") for name, leaf in problem.leaves().items()}
     with backend("triton"), override_plan(Plan("prewrite", "prewrite", "a test")), count_traffic() as traffic:
         ys = call(problem, leaves)
@@ -99,6 +101,8 @@ def test_a_training_step_reads_x_twice_and_each_gradient_once(dtypes, ranks, hol
         torch.autograd.backward(ys, problem.dy)
     assert traffic.loaded(leaves["x"]) == 2 * leaves["x"].nbytes
     assert all(traffic.loaded(dy) == dy.nbytes for dy in problem.dy)
+    bases = [leaves[f"weight{i}"] for i in range(3)]
+    assert all(traffic.loaded(base) == based * base.nbytes for base in bases)
     found = [name for name in traffic.kernels() if name != "_sum_partials_kernel"]
     own = 3 * ["_tail_kernel", "_grad_b_and_t_kernel"]  # each projection's
     shared = ["_shrink_all_kernel", "_grad_all_columns_kernel", *([] if holds else ["_tail_all_kernel"])]

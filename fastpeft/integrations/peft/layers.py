@@ -58,11 +58,17 @@ class FusedLayer(Swapped, LinearArithmetic):
         return self.out_features, self.in_features
 
     def lone_adapter(self) -> str | None:
-        """The adapter of which the op computes this layer's call now, with the base product; None if it does not."""
+        """As of `LoraLinear`."""
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged_adapters or len(names) != 1 or not self.plain_base():
+        if self.disable_adapters or self.merged_adapters or len(names) != 1:
             return None
-        return None if self.settings(names[0]).use_dora or self.why_not(names[0]) else names[0]
+        settings = self.settings(names[0])
+        computed = self.plain_base() or (self.has_own_product() and not settings.bias)
+        return None if not computed or settings.use_dora or self.why_not(names[0]) else names[0]
+
+    def has_own_product(self) -> bool:
+        """As of `LoraLinear`."""
+        return quantised.entry_of(self.base_layer) is not None and is_bare(self.base_layer)
 
     def dropout_of(self, name: str) -> float:
         """The probability in force, which is the dropout module's matter alone."""
