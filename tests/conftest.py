@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests import error_recording, quick_seeds
+from tests import error_recording, quick_cards, quick_seeds
 
 # Before triton is imported, which decides it once per process.
 if not torch.cuda.is_available():
@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter_speed.install()
 quick_seeds.install()
+quick_cards.install()
 
 
 def pytest_configure(config):
@@ -27,6 +28,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    """What takes long comes first: at the end, one worker would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():

@@ -39,7 +39,7 @@ KERNELS = {
     if name.startswith("_") and name.endswith("_kernel")
 }  # fmt: skip
 
-pytestmark = pytest.mark.xdist_group("aot")  # one worker compiles, the other has the rest
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot")]  # one worker compiles, the other has the rest
 
 
 def run_gate(script: str, file: Path, **environment) -> tuple[subprocess.CompletedProcess, list[dict]]:

@@ -1,6 +1,7 @@
 """Every method under accelerate's DistributedDataParallel and FSDP2; torch's older FSDP; tensor parallelism, which is
 refused."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,6 +15,7 @@ from tests.peft_pair import WEIGHTS, close
 CLASSES = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaFor", "fsdp2-efficient": "FSDPLlamaFor"}
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     cases = [(method, engine) for method in work.METHODS for engine in ("ddp", "fsdp2")]
     cases += [(method, "fsdp2-efficient") for method in ("adalora", "p-tuning-lstm", "lora-head")]

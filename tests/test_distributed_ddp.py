@@ -14,6 +14,7 @@ VARIANTS = (
 )
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
     cases = [(method, variant) for method in work.METHODS for variant in VARIANTS]
     refused = [(method, {"checkpointing": "reentrant"}) for method in ("prefix", "prefix-projection", "adalora")]

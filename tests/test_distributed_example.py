@@ -22,6 +22,7 @@ def script(rank: int, *arguments: str) -> list[float]:
     return module.main([*arguments])
 
 
+@pytest.mark.slow
 def test_torchrun_and_going_on(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -27,6 +27,7 @@ CASES = [
 INTERRUPTED = ["lora-head", "adalora", "prefix-projection", "p-tuning-lstm", "adapter"]
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     methods = list(work.METHODS)
     ranks = run(fused.under_fsdp2, 2, tmp_path, str(tmp_path), CASES, methods, INTERRUPTED, timeout=120)

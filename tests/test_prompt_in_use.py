@@ -177,6 +177,25 @@ def test_autocast(family, method):
             assert torch.cosine_similarity(parameter.grad.flatten(), slopes[name].flatten(), 0) > 0.9
 
 
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_lstm_that_the_processor_has_not_in_half_precision_is_computed_in_fp32(dtype, has, monkeypatch):
+    """torch's own raises under autocast."""
+    model, kinds = prompted(method="lstm"), []
+    (lstm,) = (module for module in model.modules() if isinstance(module, torch.nn.LSTM))
+
+    def forward(rows):
+        kinds.append(torch.is_autocast_enabled("cpu"))
+        return rows.new_zeros(*rows.shape[:-1], 2 * lstm.hidden_size), None
+
+    lstm.forward = forward
+    for kind in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: has)
+    with torch.autocast("cpu", dtype):
+        model(**batch())
+    assert kinds == [has]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_prompt_on_a_half_precision_base_is_fp32(method, dtype, tmp_path):

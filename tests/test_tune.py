@@ -296,6 +296,7 @@ def run_main(*arguments, **environment):
     return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_rehearsal_runs_the_whole_course(tmp_path):
     start = time.process_time(), os.times().children_user
     done = run_main("--smoke", "--seconds", "100", FASTPEFT_CACHE=str(tmp_path))

@@ -59,6 +59,7 @@ def own_seconds(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_slowdown_is_caught_and_the_same_code_is_not(run, named, own_seconds):
     ours = named("fastpeft")[0]
     planted = runner.replace(ours, name="planted", build=lambda inputs: Slowed(**vars(ours.build(inputs))))

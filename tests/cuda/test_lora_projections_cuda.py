@@ -52,6 +52,13 @@ def test_any_number_of_projections(ranks, plan):
         assert_right(problems, SINGLE)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dtypes", ["bf16", "bf16-fp32"])
+def test_on_base_products_that_somebody_else_has_computed(dtypes, dropout):
+    with backend("triton"):
+        assert_right([drawn(dtypes, dropout=dropout, based=True, seed=seed) for seed in range(2)], SINGLE)
+
+
 @pytest.mark.parametrize("rows", [1, 7])
 def test_decoding(rows):
     with backend("triton"):
