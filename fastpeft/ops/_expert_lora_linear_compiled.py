@@ -75,7 +75,8 @@ def _autograd(ctx, dy, _s):
         dy.contiguous(), x, weight, ends, a, b, s, ctx.scalings, ctx.patched, *needs
     )  # fmt: skip
     dx, dw, dbias = (grad if need else None for grad, need in zip(base, needs[:3], strict=True))
-    return dx, dw, dbias, None, _apart(da, a, needs[3]), _apart(db, b, needs[4]), None, None
+    none = None if ctx.scalings else []  # torch takes an empty list for one of tensors
+    return dx, dw, dbias, None, _apart(da, a, needs[3]), _apart(db, b, needs[4]), none, None
 
 
 def _apart(grads: Tensor, like: list[Tensor], needs: list[bool]) -> list[Tensor | None]:

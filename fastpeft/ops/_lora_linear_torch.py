@@ -238,9 +238,14 @@ class Sum:
         return (self.sum.t() if self.lies else self.sum).to(self.dtype)
 
 
+def copied(base: torch.Tensor) -> torch.Tensor:
+    """A base product in memory of its own, contiguous whatever it was, as graphs expect it."""
+    return base.clone(memory_format=torch.contiguous_format)
+
+
 def forward(x, weight, bias, residual, a, b, scale, seed, p):
     """(y [M, N], S [M, R]): shapes as in `lora_linear`, flattened; `weight` None means y = residual + s·S Bᵀ."""
-    y = residual.clone() if weight is None else cpu.linear(x, weight, bias)
+    y = copied(residual) if weight is None else cpu.linear(x, weight, bias)
     s = shrink(x, a, 1.0, dropout_of(seed, p, x.device))
     return add_product(y, s, b.t(), scale), s
 

@@ -44,7 +44,8 @@ def _whole(tensors, like: Tensor) -> list[Tensor]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    """Without elements it may be one of several parts of nothing."""
+    return tensor.numel() > 0 and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 @torch.library.custom_op("fastpeft::lora_mlp", mutates_args=())

@@ -36,7 +36,7 @@ def _seeds(seeds: Tensor | None, dropouts: list[float]) -> list[Tensor | None] |
 def _own(tensor: Tensor) -> Tensor:
     """Contiguous, in a storage of its own: no result of an operator may lie in another's."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if whole and tensor.numel() else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("fastpeft::lora_projections", mutates_args=())

@@ -9,6 +9,7 @@ from fastpeft.ops._lora_linear_torch import (
     add_dropped_product,
     add_product,
     base_grad,
+    copied,
     dropout_of,
     dropped,
     given_mask,
@@ -40,7 +41,7 @@ def _droppers(seeds, dropouts, device) -> list:
 
 def forward(x, bases, biases, a, b, seeds, call):
     """((y [M, N], ...), (S [M, R], ...)): `bases` are weights, or with `call.based` the base products."""
-    ys = tuple(map(Tensor.clone, bases) if call.based else map(cpu.linear, [x] * len(bases), bases, biases))
+    ys = tuple(map(copied, bases) if call.based else map(cpu.linear, [x] * len(bases), bases, biases))
     ss = _shrink(x, a, _droppers(seeds, call.dropouts, x.device))
     for y, s, matrix, scaling in zip(ys, ss, b, call.scalings, strict=True):
         add_product(y, s, matrix.t(), scaling)

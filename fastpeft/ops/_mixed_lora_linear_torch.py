@@ -13,6 +13,7 @@ from fastpeft.ops._lora_linear_torch import (
     Sum,
     add_dropped_product,
     add_product,
+    copied,
     drop,
     dropped,
     given_mask,
@@ -92,7 +93,7 @@ def _segments(t: torch.Tensor, samples, tokens: int, ranks) -> list[torch.Tensor
 def forward(x, weight, bias, residual, a, b, seeds, call):
     """(y [M, N], S [elements]): a, b the adapters' matrices, (r, K) and (N, r); `weight` None means y = residual + the
     low-rank terms."""
-    y = residual.clone() if weight is None else cpu.linear(x, weight, bias)
+    y = copied(residual) if weight is None else cpu.linear(x, weight, bias)
     s = [a[0].new_empty(0)] if a else [x.new_empty(0)]
     for i, dropout in enumerate(_dropouts(seeds, call.dropouts, x.device)):
         rows = Rows(call.samples[i], call.tokens, x.device)

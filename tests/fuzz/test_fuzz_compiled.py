@@ -1,6 +1,8 @@
 """Ops under torch.compile, in one graph, of static shapes and of dynamic ones: bit for bit the results and gradients of
 the ops that are not compiled, under autocast and on a residual too."""
 
+import sys
+
 import pytest
 import torch
 import torch._dynamo
@@ -12,12 +14,16 @@ from fastpeft.attention_oracle import GRADIENTS
 from fastpeft.dispatch import backend
 from fastpeft.ops import _gated_prompt_attention_torch as gated_path
 from fastpeft.ops import _lora_linear_torch as lora_path
+from fastpeft.ops import _lora_projections_torch as projections_path
 from fastpeft.ops import _mixed_lora_linear_torch as mixed_path
 from fastpeft.ops import _prefix_attention_torch as attention_path
 from tests.counting import count
 from tests.fuzz import attention
+from tests.fuzz import test_fuzz_expert_lora_linear as experts
 from tests.fuzz import test_fuzz_gated_prompt_attention as gated
 from tests.fuzz import test_fuzz_lora_linear as lora
+from tests.fuzz import test_fuzz_lora_mlp as mlp
+from tests.fuzz import test_fuzz_lora_projections as projections
 from tests.fuzz import test_fuzz_mixed_lora_linear as mixed
 from tests.fuzz import test_fuzz_prefix_attention as prefix
 from tests.fuzz import test_fuzz_prompt_embedding as embedding
@@ -36,10 +42,15 @@ def seeds_of_graphs():
     def one(x, count=1):
         return torch.randint(2**62, (count,))
 
+    def each(x, dropouts):
+        return [seed if p else None for seed, p in zip(one(x, len(dropouts)).split(1), dropouts, strict=True)]
+
     with pytest.MonkeyPatch.context() as patch, torch._functorch.config.patch(donated_buffer=False):
         for path in (lora_path, attention_path, gated_path):
             patch.setattr(path, "draw_seed", one)
         patch.setattr(mixed_path, "draw_seeds", one)
+        patch.setattr(projections_path, "draw_seeds", each)
+        patch.setattr(sys.modules["fastpeft.ops.lora_mlp"], "draw_seeds", lambda x, call: each(x, call.dropouts))
         yield
     torch._dynamo.reset()
 
@@ -61,18 +72,22 @@ def layouts_in_graphs(dout, out) -> list:
     return list({each.stride(): each for each in laid_out}.values())
 
 
-def differing(found, expected, how: dict) -> list[str]:
-    """Names of those that are not the same: bit for bit, or, out of inductor, up to rounding."""
+def differing(found, expected, exact: bool) -> list[str]:
+    """Names of those that are not the same: bit for bit, or up to rounding."""
     assert found.keys() == expected.keys(), f"{sorted(found)} instead of {sorted(expected)}"
     for name, each in expected.items():
         assert found[name].dtype == each.dtype and found[name].shape == each.shape, name
-        if how != TRACED and each.numel():
+        if not exact and each.numel():
             close(found[name], each, 8 * torch.finfo(each.dtype).eps)
-    return [name for name, each in expected.items() if how == TRACED and not torch.equal(found[name], each)]
+    return [name for name, each in expected.items() if exact and not torch.equal(found[name], each)]
 
 
-def same_compiled(op, tensors, wanted, dout, seed: int, dynamic: bool | None, how: dict = TRACED) -> None:
-    """Result, gradients, and those of a second pass; dtypes, shapes; and nothing is touched."""
+def same_compiled(
+    op, tensors, wanted, dout, seed: int, dynamic: bool | None, how: dict = TRACED, exact: bool | None = None
+) -> None:
+    """Result, gradients, and those of a second pass; dtypes, shapes; and nothing is touched. exact: bit for bit, which
+    inductor's are not, nor those of ops whose S lies otherwise in a graph than beside the other projections'."""
+    exact = how == TRACED if exact is None else exact
 
     def seeded(function, *given):
         torch.manual_seed(seed)
@@ -82,7 +97,7 @@ def same_compiled(op, tensors, wanted, dout, seed: int, dynamic: bool | None, ho
         found = seeded(tried_on, compiled(op, dynamic, how), tensors, wanted, dout)
         handed = layouts_in_graphs(dout, found["out"])
         expected = [seeded(outcome, op, tensors, wanted, each) for each in handed]
-    wrong = [differing(found, each, how) for each in expected]
+    wrong = [differing(found, each, exact) for each in expected]
     assert not all(wrong), f"{min(wrong, key=len)} with dout laid out in any of {len(wrong)} ways"
     count("compiled examples")
 
@@ -116,6 +131,49 @@ def test_mixed_lora_linear(case, dynamic):
     tensors = problem.leaves()
     wanted = [name for name in case.wanted if name in tensors]
     same_compiled(mixed.op_of(case, problem), tensors, wanted, problem.dy, case.seed, dynamic)
+
+
+@tried(3, 300)
+@given(projections.ON_TORCH, DYNAMIC)
+@example(
+    projections.Case(
+        (3, 2), 5, tuple(projections.Projected(n, 2, 0.5, 0.3, wanted=projections.ops.KINDS) for n in (4, 1)),
+        base="bf16", based=True, wanted=True,
+    ),
+    None,
+)  # fmt: skip
+def test_lora_projections(case, dynamic):
+    """All results are used: where one is not, a graph hands zeros back for it."""
+    shown(case, dynamic)
+    problem = projections.problem_of(case)
+    tensors = {name: leaf.detach() for name, leaf in problem.leaves().items()}
+    op = projections.op_of(case, problem)
+
+    def joined(**leaves):
+        return torch.cat([y.flatten() for y in op(**leaves)])
+
+    dy = torch.randn(sum(y.numel() for y in op(**tensors)), generator=torch.Generator().manual_seed(case.seed))
+    same_compiled(joined, tensors, projections.wanted_of(case, tensors), dy, case.seed, dynamic, exact=False)
+
+
+@tried(3, 300)
+@given(mlp.ON_TORCH, DYNAMIC)
+@example(mlp.Case((0,), sides=(mlp.Side(1, wanted=("lora_A",)), mlp.Side(1), mlp.Side())), None)
+def test_lora_mlp(case, dynamic):
+    shown(case, dynamic)
+    problem = mlp.problem_of(case)
+    tensors, wanted = problem.tensors, mlp.wanted_of(case, problem.tensors)
+    same_compiled(mlp.op_of(case, problem), tensors, wanted, problem.dy, case.seed, dynamic, exact=False)
+
+
+@tried(3, 300)
+@given(experts.ON_TORCH, DYNAMIC)
+@example(experts.Case(rows=(2, 0), adapters=(), wanted=("x",)), True)
+def test_expert_lora_linear(case, dynamic):
+    shown(case, dynamic)
+    tensors, ends, dy = experts.given_of(case)
+    wanted = [name for name in case.wanted if tensors.get(name) is not None]
+    same_compiled(experts.op_of(case, ends), tensors, wanted, dy, case.seed, dynamic, exact=False)
 
 
 @tried(3, 300)

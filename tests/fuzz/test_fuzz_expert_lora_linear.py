@@ -127,14 +127,17 @@ def definition_of(case: Case, ends: torch.Tensor, sign):
     return definition
 
 
-def holds(case: Case, backend: str) -> None:
-    tensors, ends, dy = given_of(case)
-    wanted = [name for name in case.wanted if tensors.get(name) is not None]
-
+def op_of(case: Case, ends: torch.Tensor):
     def op(x, weight, bias, **matrices):
         with autocast_to(torch.bfloat16 if case.autocast else None):
             return apply_expert_lora(x, weight, bias, adapters_of(case, matrices), ends)
 
+    return op
+
+
+def holds(case: Case, backend: str) -> None:
+    tensors, ends, dy = given_of(case)
+    op, wanted = op_of(case, ends), [name for name in case.wanted if tensors.get(name) is not None]
     with on(backend), torch.random.fork_rng(), as_if_large(case.large and backend == "torch"):
         got = tried_twice(op, tensors, wanted, dy, case.seed, [ends])
     data = DTYPES[case.dtypes][0]

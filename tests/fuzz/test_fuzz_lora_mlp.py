@@ -138,16 +138,23 @@ def magnitudes_of(problem: ops.Problem) -> ops.Problem:
     return dataclasses.replace(problem, x=x, projections=tuple(projections), dy=dy)
 
 
-def holds(case: Case, backend: str) -> None:
-    problem = problem_of(case)
-    tensors, weights = problem.tensors, [each.weight for each in problem.projections]
-    wanted = [f"{side}.{field}" for side, each in zip(ops.SIDES, case.sides, strict=True) for field in each.wanted]
-    wanted = [name for name in [*wanted, *["x"] * case.wanted] if name in tensors]
-
+def op_of(case: Case, problem: ops.Problem):
     def op(**leaves):
         with autocast_to(case.autocast and HALVES[case.autocast]):
             return ops.call(problem, leaves)
 
+    return op
+
+
+def wanted_of(case: Case, tensors: dict) -> list[str]:
+    wanted = [f"{side}.{field}" for side, each in zip(ops.SIDES, case.sides, strict=True) for field in each.wanted]
+    return [name for name in [*wanted, *["x"] * case.wanted] if name in tensors]
+
+
+def holds(case: Case, backend: str) -> None:
+    problem = problem_of(case)
+    tensors, weights = problem.tensors, [each.weight for each in problem.projections]
+    op, wanted = op_of(case, problem), wanted_of(case, tensors)
     some = min(t.numel() for t in (*weights, *tensors.values())) > 0
     rows = torch.Size(case.leading).numel()
     with torch.random.fork_rng(), as_if_large(case.large and backend == "torch"):

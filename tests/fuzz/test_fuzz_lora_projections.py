@@ -140,16 +140,23 @@ def problem_of(case: Case) -> ops.Problem:
     )
 
 
-def holds(case: Case, backend: str) -> None:
-    problem = problem_of(case)
-    tensors = {name: leaf.detach() for name, leaf in problem.leaves().items()}
-    wanted = [f"{kind}{i}" for i, each in enumerate(case.projections) for kind in each.wanted]
-    wanted = [name for name in [*wanted, *["x"] * case.wanted] if name in tensors]
-
+def op_of(case: Case, problem: ops.Problem):
     def op(**leaves):
         with autocast_to(case.autocast and KINDS[case.autocast]):
             return ops.call(problem, leaves)
 
+    return op
+
+
+def wanted_of(case: Case, tensors: dict) -> list[str]:
+    wanted = [f"{kind}{i}" for i, each in enumerate(case.projections) for kind in each.wanted]
+    return [name for name in [*wanted, *["x"] * case.wanted] if name in tensors]
+
+
+def holds(case: Case, backend: str) -> None:
+    problem = problem_of(case)
+    tensors = {name: leaf.detach() for name, leaf in problem.leaves().items()}
+    op, wanted = op_of(case, problem), wanted_of(case, tensors)
     some = problem.x.numel() * min(len(b) for b in problem.B) > 0
     rows, outputs = torch.Size(case.leading).numel(), max(each.outputs for each in case.projections)
     with torch.random.fork_rng(), as_if_large(case.large and backend == "torch"):
