@@ -29,9 +29,10 @@ def seen(monkeypatch) -> list[int]:
     return sizes
 
 
-def adapted(way: str = "native", family: str = "llama", **settings) -> nn.Module:
-    """A model in eval mode with an adapter that is not neutral, fastpeft's own or peft's under the patch."""
-    model = tiny(family)
+def adapted(way: str = "native", family: str = "llama", base: nn.Module | None = None, **settings) -> nn.Module:
+    """A model in eval mode with an adapter that is not neutral, fastpeft's own or peft's under the patch; `base` in the
+    place of the tiny model."""
+    model = tiny(family) if base is None else base
     torch.manual_seed(11)
     if way == "native":
         model = quietly(fastpeft.patch, model, fastpeft.LoraConfig(**LORA | settings))

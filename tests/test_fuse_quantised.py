@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastpeft
-from tests.fused import LORA, SIZES, assert_alike, called, fused, outcome
+from tests.fused import LORA, SIZES, adapted, assert_alike, called, fused, outcome
 from tests.fused import seen as seen
 from tests.models import batch, tiny
 from tests.peft_pair import close, quietly, randomise
@@ -21,15 +21,9 @@ WAYS = pytest.mark.parametrize("way", ["native", "peft"])
 
 def quantised(kind: str, way: str, **settings) -> nn.Module:
     """A model in eval mode on a quantised base, with an adapter that is not neutral."""
-    model = quietly(load, kind) if kind != "fp8" else tiny().requires_grad_(False)
-    torch.manual_seed(11)
-    if way == "native":
-        model = quietly(fastpeft.patch, model, fastpeft.LoraConfig(**LORA | settings))
-    else:
-        model = quietly(peft.get_peft_model, model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA | settings))
-        model = quietly(fastpeft.patch, model)
-    randomise(model)
-    return (fastpeft.quantise_base_fp8(model) if kind == "fp8" else model).eval()
+    if kind == "fp8":
+        return fastpeft.quantise_base_fp8(adapted(way, base=tiny().requires_grad_(False), **settings))
+    return adapted(way, base=quietly(load, kind), **settings)
 
 
 def pair(kind: str, way: str, **settings) -> tuple[nn.Module, nn.Module]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpeft.dispatch import choose_backend
+from fastpeft.dispatch import backend, choose_backend
 from fastpeft.ops import lora_projections, lora_projections_reference
 from fastpeft.ops.lora_linear import dropout_mask
 from fastpeft.ops.lora_projections import Projection, apply_lora_projections
@@ -159,6 +159,22 @@ def faults_of(problems: Sequence[Problem], bounds: Bounds = Bounds(), wanted=Non
 def assert_right(problems: Sequence[Problem], bounds: Bounds = Bounds(), wanted=None) -> None:  # noqa: B008
     faults = faults_of(problems, bounds, wanted)
     assert not faults, "\n".join(faults)
+
+
+def assert_as_single_layers(problem: Problem, alone) -> None:
+    """On the torch path the op gives what alone(leaves), layer by layer, gives under the same seed, and has drawn as
+    much."""
+    found = []
+    with backend("torch"):
+        for function in (alone, lambda leaves: call(problem, leaves)):
+            torch.manual_seed(3)
+            found.append(results(function, problem, list(problem.leaves())))
+            found[-1]["the generator"] = torch.rand(1)
+    assert torch.equal(found[0].pop("the generator"), found[1].pop("the generator"))
+    exact = problem.x.dtype == torch.float32
+    for key, expected in found[0].items():
+        bound = {} if exact else {"rtol": 0.02, "atol": 0.02 * float(expected.float().abs().max())}
+        torch.testing.assert_close(found[1][key], expected, **bound)
 
 
 def _gappy(t: torch.Tensor) -> torch.Tensor:

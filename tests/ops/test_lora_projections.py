@@ -20,6 +20,7 @@ from tests.ops.lora_projections_cases import (
     LAYOUTS,
     OUTPUTS,
     RANKS,
+    assert_as_single_layers,
     assert_right,
     call,
     draw,
@@ -218,16 +219,7 @@ def test_equal_to_single_layers_under_the_same_seed(dtypes, dropout):
             lora_linear(leaves["x"], *tensors, scaling, dropout=p, training=True) for *tensors, scaling, p in each
         ]  # fmt: skip
 
-    found = []
-    with backend("torch"):
-        for function in (alone, lambda leaves: call(problem, leaves)):
-            torch.manual_seed(3)
-            found.append(results(function, problem, list(problem.leaves())))
-            found[-1]["the generator"] = torch.rand(1)
-    assert torch.equal(found[0].pop("the generator"), found[1].pop("the generator"))
-    for key, expected in found[0].items():
-        bound = {} if dtypes == "fp32" else {"rtol": 0.02, "atol": 0.02 * float(expected.float().abs().max())}
-        torch.testing.assert_close(found[1][key], expected, **bound)
+    assert_as_single_layers(problem, alone)
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -12,7 +12,16 @@ from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.oracle import Bounds
 from tests.memory import saved_for_backward
 from tests.ops.lora_linear_cases import DTYPES, EXACT_IN_INTERPRETER, TRUNCATED
-from tests.ops.lora_projections_cases import assert_right, call, draw, of_kind, outcomes, projections_of, results
+from tests.ops.lora_projections_cases import (
+    assert_as_single_layers,
+    assert_right,
+    call,
+    draw,
+    of_kind,
+    outcomes,
+    projections_of,
+    results,
+)
 
 pytestmark = pytest.mark.usefixtures("poison", "symmetric_products")
 BOTH = [pytest.param("torch"), pytest.param("triton", marks=pytest.mark.interpreter)]
@@ -82,16 +91,7 @@ def test_equal_to_single_layers_under_the_same_seed(dtypes, dropout):
         each = projections_of(problem, leaves, problem.dropouts)
         return [apply_lora(leaves["x"], None, None, p.weight, p.lora_A, p.lora_B, *p[4:6]) for p in each]
 
-    found = []
-    with backend("torch"):
-        for function in (alone, lambda leaves: call(problem, leaves)):
-            torch.manual_seed(3)
-            found.append(results(function, problem, list(problem.leaves())))
-            found[-1]["the generator"] = torch.rand(1)
-    assert torch.equal(found[0].pop("the generator"), found[1].pop("the generator"))
-    for key, expected in found[0].items():
-        bound = {} if dtypes == "fp32" else {"rtol": 0.02, "atol": 0.02 * float(expected.float().abs().max())}
-        torch.testing.assert_close(found[1][key], expected, **bound)
+    assert_as_single_layers(problem, alone)
 
 
 @pytest.mark.parametrize("name", BOTH)
