@@ -25,7 +25,7 @@ def _lacks_lstm(rows: Tensor) -> bool:
     peft, raises RuntimeError."""
     if not (rows.is_cpu and torch.is_autocast_enabled("cpu")):
         return False
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[torch.get_autocast_dtype("cpu")]
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(torch.get_autocast_dtype("cpu"))
     has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
     return has is not None and not has()
 
