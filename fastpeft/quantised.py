@@ -34,7 +34,8 @@ def _nothing(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """How one class of quantised linear layers is served. Each function gets the layer.
+    """How one class of quantised linear layers is served. Each function gets the layer. The layer's forward gives a new
+    tensor in every call, and draws no random numbers: `fastpeft.fuse` calls several layers' before it adds to any.
 
     library: what errors call it.
     features: (N, K), outputs and inputs; None reads out_features and in_features.
@@ -135,10 +136,11 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 class FrozenProduct(torch.autograd.Function):
     """y = x Wᵀ (+ bias), by whatever `product` does; dX = dY W with the weight that `dense()` makes in backward, so
-    that it is not kept in between."""
+    that it is not kept in between. A result that nothing uses costs backward nothing."""
 
     @staticmethod
     def forward(ctx, x, bias, dense: Callable[[], torch.Tensor], product: Callable[[torch.Tensor], torch.Tensor]):
+        ctx.set_materialize_grads(False)
         ctx.dense, ctx.dtype = dense, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return product(x)
@@ -148,6 +150,8 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx, dy):
         need_x, need_bias, _, _ = ctx.needs_input_grad
         dx = dbias = None
+        if dy is None:
+            return (None,) * 4
         with torch.autocast(dy.device.type, enabled=False):
             if need_x:
                 dx = (dy @ ctx.dense().to(dy.dtype)).to(ctx.dtype)

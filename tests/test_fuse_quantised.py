@@ -2,6 +2,7 @@
 one tensor are one op. A step is what it is layer by layer, and trains as HF peft's beside it."""
 
 import copy
+import sys
 
 import peft
 import pytest
@@ -125,7 +126,7 @@ def test_dense_and_quantised_projections_beside_each_other(names, dropout, sizes
 
 
 def test_what_the_op_does_not_add_goes_layer_by_layer(seen):
-    """A bias of the adapter, and a forward of the layer's own."""
+    """A bias of the adapter."""
     model = three("abc", lora_bias=True)
     alone, x = copy.deepcopy(model), torch.randn(5, 32)
     fastpeft.fuse(model, "projections")
@@ -147,7 +148,7 @@ def test_a_hook_on_the_base(way, seen):
 
 
 @WAYS
-def test_adapters_are_switched_off_merged_and_restored(way, seen):
+def test_adapters_are_switched_off_and_on(way, seen):
     model, alone = pair("int8", way)
     found = []
     for each in (model, alone):
@@ -155,6 +156,7 @@ def test_adapters_are_switched_off_merged_and_restored(way, seen):
             found.append(called(each))
     assert torch.equal(*found) and seen == []
     assert_alike(outcome(model), outcome(alone))
+    assert seen == SIZES
     fastpeft.unfuse(model)
     assert not siblings_of(model)
     seen.clear()
@@ -172,5 +174,22 @@ def test_one_graph(seen):
     assert step_of(compiled, x)["y"].isfinite().all() and seen == [3]
     for each in (model, alone):
         each.eval()
+    seen.clear()
     found = {name.removeprefix("_orig_mod."): each for name, each in step_of(compiled, x).items()}
+    assert seen == [3]
     assert_alike(found, step_of(alone, x))
+
+
+def test_results_that_nothing_uses_cost_no_weight(seen, monkeypatch):
+    """Their base products are computed with the others', but not their gradients."""
+    model, x = three("abc"), torch.randn(5, 32)
+    fastpeft.fuse(model, "projections")
+    model(x)
+    path, made = sys.modules["fastpeft.ops.fp8_linear"], []
+    shipped = path.dequantise_rows
+    monkeypatch.setattr(path, "dequantise_rows", lambda *given: made.append(given) or shipped(*given))
+    model[0].forward = lambda x: [model[0].a(x), model[0].b(x), model[0].c(x)][0]
+    y = model(x.requires_grad_())
+    made.clear()
+    y.sum().backward()
+    assert len(made) == 1 and seen == [3]

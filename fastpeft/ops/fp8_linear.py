@@ -89,12 +89,14 @@ def product(x_MK, weight_NK, scale_N1, bias_N, dtype: torch.dtype) -> torch.Tens
 
 
 class Fp8LinearFunction(torch.autograd.Function):
-    """Flat tensors in; the weight, its scales and the numbers of dtypes are all that backward needs."""
+    """Flat tensors in; the weight, its scales and the numbers of dtypes are all that backward needs. A result that
+    nothing uses costs it nothing."""
 
     @staticmethod
     def forward(ctx, x_MK, weight_NK, scale_N1, bias_N, dtype: torch.dtype):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(weight_NK, scale_N1)
+        ctx.set_materialize_grads(False)
         ctx.input_dtype, ctx.bias_dtype = x_MK.dtype, None if bias_N is None else bias_N.dtype
         return product(x_MK, weight_NK, scale_N1, bias_N, dtype)
 
@@ -103,6 +105,8 @@ class Fp8LinearFunction(torch.autograd.Function):
     def backward(ctx, dy_MN):
         need_x, _, _, need_bias, _ = ctx.needs_input_grad
         dx = dbias = None
+        if dy_MN is None:
+            return (None,) * 5
         with torch.autocast(dy_MN.device.type, enabled=False):
             if need_x:
                 dx = (dy_MN @ dequantise_rows(*ctx.saved_tensors, dy_MN.dtype)).to(ctx.input_dtype)
