@@ -189,8 +189,8 @@ def test_an_lstm_that_the_processor_has_not_in_half_precision_is_computed_in_fp3
         return rows.new_zeros(*rows.shape[:-1], 2 * lstm.hidden_size), None
 
     lstm.forward = forward
-    for kind in ("bf16", "fp16"):
-        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: has)
+    for kind, of in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda of=of: has == (of == dtype))
     with torch.autocast("cpu", dtype):
         model(**batch())
     assert kinds == [has]
