@@ -108,7 +108,7 @@ def assert_same_prefix_step(hf, ours, inputs: dict, bound: float = 1e-6, slope_b
     assert found.keys() == expected.keys()
     greatest = max(float(grad.norm()) for grad in expected.values())
     for name, grad in expected.items():
-        error, least = float((found[name] - grad).norm()), greatest * (1.0 if grad.numel() == 1 else 0.1)
+        error, least = float((found[name] - grad).norm()), greatest * (0.3 if grad.numel() == 1 else 0.1)
         assert error <= slope_bound * max(float(grad.norm()), least), (name, error, float(grad.norm()))
 
 
