@@ -86,7 +86,7 @@ CASES = {
     "float64": _elementwise(_float64, **FUSION),
     "fusion not stated": _elementwise(_in_64_bits),
     "spills": _shrink(Tiles(128, depth=64, warps=4, stages=2)),
-    "shared memory": _tail(Tiles(128, 256, depth=64, stages=6)),
+    "shared memory": _tail(Tiles(128, 128, depth=256, warps=8, stages=2)),
 }
 
 if __name__ == "__main__":
