@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter_speed.install()
 quick_seeds.install()
 quick_cards.install()
-gc.set_threshold(20_000, 20, 20)  # at Python's own 700 a tenth of a compiled test is spent looking through torch's objects
+gc.set_threshold(20_000, 20, 20)  # at Python's own 700, compiling spends a tenth of its time in collections
 
 
 def pytest_configure(config):
