@@ -3,6 +3,9 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 MINUTES ?= 30
 
+# Compiled modules are kept, though images set this: most of a process that a test starts is imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
