@@ -55,7 +55,7 @@ bench: $(INSTALLED)
 		--json bench-output/bench.json --plot bench-output/bench.png
 
 aot: $(INSTALLED)
-	$(BIN)/python tests/aot.py --all
+	$(BIN)/python tests/aot.py --all --processes $$(nproc)
 
 matrix: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix_report

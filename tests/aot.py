@@ -2,7 +2,7 @@
 
     python tests/aot.py --all      every shipped configuration for every target, as a table; exit status 1 on a fault
     python tests/aot.py --quick    a few for each kernel, as the tests do
-    --op lora_linear  --target sm_90  --json FILE
+    --op lora_linear  --target sm_90  --json FILE  --processes 8
 
 The launchers run on meta tensors while Triton's driver is replaced and its launch recorded instead of made: kernel,
 argument types, divisibility, constants and options are those a GPU would get, and nothing is written down a second
@@ -16,11 +16,13 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,6 +264,24 @@ def work(cases: Iterable[Case], targets: Iterable[str], quick: bool) -> list[tup
     return list(wanted.values())
 
 
+_jobs: list[tuple[Launch, str, Case]] = []
+
+
+def checked(jobs: list[tuple[Launch, str, Case]], processes: int) -> Iterator[Facts]:
+    """What `check` finds, job by job. Processes are forked with the jobs: a launch holds what cannot be pickled."""
+    _jobs[:] = jobs
+    if processes == 1:
+        yield from map(_checked, range(len(jobs)))
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_checked, range(len(jobs)))
+
+
+def _checked(number: int) -> Facts:
+    launch, target, case = _jobs[number]
+    return check(launch, target, case.name, case.bounded)
+
+
 COLUMNS = "{:<7} {:<34} {:<68} {:>4} {:>5} {:>6} {:>7} {:>6}  {}"
 
 
@@ -282,15 +302,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=ops, help="only this op")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target")
     parser.add_argument("--json", type=Path, help="write the facts here as well")
+    parser.add_argument("--processes", type=int, default=1, help="compile in so many at once")
     chosen = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: compiled kernels need a process without it")
     jobs = work(all_cases(chosen.op or ops), chosen.target or DEFAULT_TARGETS, chosen.quick)
     results = []
-    for number, (launch, target, case) in enumerate(jobs, 1):
-        results.append(check(launch, target, case.name, case.bounded))
-        progress = f"[{number}/{len(jobs)}] {target} {case.name} {launch.name}"
-        print(progress, *results[-1].faults, sep="; ", file=sys.stderr, flush=True)
+    for (launch, target, case), facts in zip(jobs, checked(jobs, chosen.processes), strict=True):
+        results.append(facts)
+        progress = f"[{len(results)}/{len(jobs)}] {target} {case.name} {launch.name}"
+        print(progress, *facts.faults, sep="; ", file=sys.stderr, flush=True)
     print(COLUMNS.format("target", "case", "kernel", "regs", "stack", "spills", "shared", "copies", "tensor cores"))
     for facts in results:
         print(table_row(facts))
