@@ -314,7 +314,7 @@ def rehearsal_tasks() -> list:
     """Tiny ones, of each kind one."""
     full = torch.float32
     return [
-        LoraTask(24, 40, 20, 8, full, full, tiles=True),
+        LoraTask(20, 24, 20, 8, full, full, tiles=True),
         PrefixTask(1, 2, 1, 12, 12, 10, 16, full),
         PrefixTask(1, 2, 1, 1, 12, 10, 16, full, tiles=True),
     ]
