@@ -258,7 +258,7 @@ def measure_memory(call: Call, device: torch.device, *, count_saved: bool = True
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> dict[str, float]:
     """The machine's own limits, measured: a large copy (bytes read plus written), a large product on random data."""
-    elements, side = (1 << 30, 8192) if device.type == "cuda" and not tiny else (1 << 22, 256)
+    elements, side = (1 << 30, 8192) if device.type == "cuda" and not tiny else (1 << 22, 128)
     copy_ms, matmul_ms = _copy_ms(elements, device), _matmul_ms(side, dtype, device)
     return {
         "copy_gbps": 2 * torch.bfloat16.itemsize * elements / copy_ms / 1e6,
