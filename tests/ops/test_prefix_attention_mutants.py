@@ -55,9 +55,10 @@ def problems():
         ("decode", ("alibi", "left-padding", "sinks", "cached"), {"queries": 1, "keys": 70, "prefix": 35, "start": 40}),
         ("decode", ("own-prefixes", "bidirectional", "bias", "prefix-bias"), {"queries": 1, "keys": 33, "batch": 9}),
         ("decode", ("window", "segments"), {"queries": 1, "keys": 60, "batch": 9, "window": 30}),
+        ("biases alone", ("bias", "prefix-bias", "dropout", "left-padding"), {}),
     ):
         case = problem(*modifiers, **{**SHAPE, **changes})
-        if "bias" in modifiers and strategy == "fused":  # of each kind of broadcasting
+        if "bias" in modifiers and strategy != "decode":  # of each kind of broadcasting
             bias, pbias = torch.randn(2, 1, 18, 20), torch.randn(1, 4, 18, 17)
             case = case._replace(tensors=case.tensors._replace(bias_BHST=bias, pbias_BHSP=pbias))
         elif "prefix-bias" in modifiers and strategy == "fused":
@@ -80,7 +81,7 @@ def _truth(strategy, case, gate):
         out = gated_prompt_attention_reference(tensors, leaves[0], case.scores)
     else:
         out = prefix_attention_reference(tensors, case.scores, keep, p)
-    wanted = leaves if strategy == "gated" else leaves[1:]
+    wanted = {"gated": leaves, "biases alone": leaves[-2:]}.get(strategy, leaves[1:])
     return [out.detach(), *torch.autograd.grad(out, wanted, case.dout_BHSD.double())]
 
 
@@ -89,8 +90,9 @@ def _results(strategy, case, gate):
     if strategy == "decode":
         yield path.forward(case.tensors, Call(case.scores, 0.0, ATTENTION_DECODE), None)[0]
         return
-    call = Call(case.scores, case.dropout, PLANS["fused" if strategy == "gated" else strategy])
-    needs = Tensors(*(t is not None for t in case.tensors))
+    call = Call(case.scores, case.dropout, PLANS["merge" if strategy == "merge" else "fused"])
+    few = strategy == "biases alone"
+    needs = Tensors(*(t is not None and (not few or "bias" in name) for name, t in case.tensors._asdict().items()))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         seed = path.draw_seed(gate) if case.dropout else None
@@ -107,6 +109,7 @@ def _results(strategy, case, gate):
 
 # Where to look first: a word of the mistake, and the number of a problem that has to do with it.
 LIKELY = {
+    "cap after the bias": 1, "sign of δ": 6, "head of the prefix's bias": 2,
     "causal row": 5, "gate": 7, "statistics": 7, "vendor": 6, "prefix's bias": 8, "bias": 2, "sink": 1, "cap": 1,
     "alibi": 1, "slope": 1,
     "mask": 1, "kept": 1, "drop": 1, "padding": 2, "segment": 3, "first sample": 1, "window": 4, "begin": 4, "end": 5,
@@ -114,6 +117,9 @@ LIKELY = {
 
 
 def likely(mutant) -> int:
+    for kernel, first in (("decode", 9), ("grad_bias", 12)):
+        if mutant in KERNELS[kernel]:
+            return first
     said = " ".join(mutant).lower()
     return next((number for word, number in LIKELY.items() if word in said), 0)
 
@@ -154,7 +160,7 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     monkeypatch.setattr(gated, "kernels", modules["prefix_attention"])
     monkeypatch.setattr(path, "decode", modules["_prefix_attention_decode"])
     monkeypatch.setattr(path.decode, "processor_count", lambda tensor: 64)
-    assert first_fault(9 if mutant in KERNELS["decode"] else likely(mutant)) is not None
+    assert first_fault(likely(mutant)) is not None
     count("planted faults caught")
 
 
