@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 MINUTES ?= 30
 
-# Compiled modules are kept, though images set this: most of a process that a test starts is imports.
+# Images of containers set this; imports, compiled anew in each, are most of the processes that tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
 BIN := .venv/bin
