@@ -39,6 +39,7 @@ class Choice(NamedTuple):
 
 
 ON_A_CPU = Choice("torch", "CPU tensors run in torch unless Triton is demanded")
+ASKED_FOR = Choice("torch", "asked for")
 
 PREWRITE = Plan("prewrite", "prewrite", "predicted: the vendor's product is the faster one on wide matrices")
 SHORT = Plan("addmm", "prewrite", "predicted: few rows, so launches count more than passes")
@@ -79,8 +80,12 @@ def backend(name: str):
 
 def requested_backend(patched: str | None = None) -> str:
     """The backend asked for, by the precedence in this module's docstring; `patched` is what `patch` was given."""
-    if (name := _context.get() or patched or _default) is not None:
-        return name
+    return _context.get() or patched or _default or backend_of_environment()
+
+
+@functools.cache
+def backend_of_environment() -> str:
+    """FASTPEFT_BACKEND, as it is when the first call asks: to look there takes as long as all other questions."""
     return checked_backend(os.environ.get("FASTPEFT_BACKEND", "auto"), "FASTPEFT_BACKEND")
 
 
@@ -136,8 +141,8 @@ def choose_backend(
     BackendError where "triton" is demanded in vain."""
     asked = requested_backend(patched)
     if asked == "torch":
-        return Choice("torch", "asked for")
-    if asked == "auto" and x.device.type == "cpu":
+        return ASKED_FOR
+    if asked == "auto" and x.is_cpu:
         return ON_A_CPU
     reason = triton_refusal(x, dtype, width, of)
     if reason is None:

@@ -149,19 +149,21 @@ def is_flat(tensor: Tensor) -> bool:
 
 def is_apart(tensor: Tensor) -> bool:
     """Whether a parameter that is read in a layer's forward was sharded apart from the layer."""
-    return is_flat(tensor) if type(tensor) in PLAIN else is_sharded(tensor)
-
-
-def check_gathered(tensor: Tensor, what: str) -> None:
-    """Raises PatchError for a parameter that is read in a layer's forward and was sharded apart from the layer."""
     if type(tensor) in PLAIN:
-        if not is_flat(tensor):
-            return
-        raise PatchError(
-            f"{what} is in a FullyShardedDataParallel of its own, and is read by the layer around it: give an "
-            "auto_wrap_policy of whole decoder layers (peft's fsdp_auto_wrap_policy is none), or use fully_shard"
-        )
-    if is_sharded(tensor):
+        return getattr(tensor, "_fsdp_flattened", False) and is_flat(tensor)
+    return is_sharded(tensor)
+
+
+def check_gathered(what: str, *tensors: Tensor) -> None:
+    """Raises PatchError for a parameter that is read in a layer's forward and was sharded apart from the layer."""
+    for tensor in tensors:
+        if not is_apart(tensor):
+            continue
+        if type(tensor) in PLAIN:
+            raise PatchError(
+                f"{what} is in a FullyShardedDataParallel of its own, and is read by the layer around it: give an "
+                "auto_wrap_policy of whole decoder layers (peft's fsdp_auto_wrap_policy is none), or use fully_shard"
+            )
         raise PatchError(
             f"{what} is sharded by itself, and is read by the layer around it: call fully_shard on whole decoder "
             "layers and on the model, and on no part of an adapter"

@@ -51,6 +51,19 @@ def _short_collections():
 
 
 @pytest.fixture
+def environment_backend(monkeypatch):
+    """Sets FASTPEFT_BACKEND, as if before the process's first call."""
+    from fastpeft.dispatch import backend_of_environment
+
+    def set_to(name: str) -> None:
+        monkeypatch.setenv("FASTPEFT_BACKEND", name)
+        backend_of_environment.cache_clear()
+
+    yield set_to
+    backend_of_environment.cache_clear()
+
+
+@pytest.fixture
 def poison():
     """torch.empty and its kin return NaN (the greatest integer for integers): what was never written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

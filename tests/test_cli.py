@@ -79,8 +79,8 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
         cli.main(["info"])
 
 
-def test_info_tells_versions_devices_backends_and_variables(capsys, monkeypatch):
-    monkeypatch.setenv("FASTPEFT_BACKEND", "torch")
+def test_info_tells_versions_devices_backends_and_variables(capsys, monkeypatch, environment_backend):
+    environment_backend("torch")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert cli.main(["info"]) == 0
     lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
@@ -93,8 +93,8 @@ def test_info_tells_versions_devices_backends_and_variables(capsys, monkeypatch)
     assert first_words["TRITON_INTERPRET"][0] == "1:"
 
 
-def test_info_survives_a_backend_that_does_not_exist(capsys, monkeypatch):
-    monkeypatch.setenv("FASTPEFT_BACKEND", "vulkan")
+def test_info_survives_a_backend_that_does_not_exist(capsys, environment_backend):
+    environment_backend("vulkan")
     assert cli.main(["info"]) == 0
     assert "FASTPEFT_BACKEND: unknown backend 'vulkan'" in capsys.readouterr().out
 

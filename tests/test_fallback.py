@@ -237,11 +237,11 @@ def _by_backward(y, leaves):
 
 
 @pytest.mark.parametrize("how", ["environment", "context", "patch", "default"])
-def test_where_triton_is_demanded_it_is_an_error(how, monkeypatch):
+def test_where_triton_is_demanded_it_is_an_error(how, monkeypatch, environment_backend):
     break_(monkeypatch, OPS["lora_linear"][1])
     said = r"cannot be done without \(lora_linear, forward, on cpu: .*OutOfResources"
     if how == "environment":
-        monkeypatch.setenv("FASTPEFT_BACKEND", "triton")
+        environment_backend("triton")
         with pytest.raises(BackendError, match=said):
             outcome("lora_linear")
     elif how == "context":

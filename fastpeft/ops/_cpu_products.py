@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x Wᵀ + bias [M, N]: x [M, K], weight [N, K]."""
+    """x Wᵀ + bias (..., N): x (..., K), weight [N, K]."""
     if is_onednns(x, weight):
         bias = bias if bias is None else bias.contiguous()  # whose stride oneDNN takes for 1
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -56,10 +56,10 @@ def add_through(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> tor
 
 
 def is_onednns(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a product of x [M, ·] with weight [N, K] or its transpose is: neither is copied for it."""
-    if x.dtype is not torch.float32 or not x.is_cpu or not prefers_onednn():
+    """Whether a product of x (..., ·) with weight [N, K] or its transpose is: neither is copied for it."""
+    if x.dtype is not torch.float32 or not prefers_onednn() or not x.is_cpu:
         return False
-    (rows, _), (outputs, inputs) = x.shape, weight.shape
+    rows, (outputs, inputs) = x.shape[:-1].numel(), weight.shape
     if rows % ROWS or rows * outputs * inputs < ELEMENTS or weight.stride() not in ((inputs, 1), (1, outputs)):
         return False
     return weight.dtype is torch.float32 and x.is_contiguous() and torch.backends.mkldnn.enabled

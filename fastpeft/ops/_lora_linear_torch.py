@@ -18,6 +18,13 @@ MASKED_ELEMENTS = 1 << 20  # where dropout is drawn as well: twelve calls a bloc
 DRAWS = 1 << 16
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(M, K) of (..., K)."""
+    if x.ndim == 2:
+        return x
+    return x[None] if x.ndim == 1 else x.flatten(0, -2)
+
+
 def draw_seed(x: torch.Tensor) -> torch.Tensor:
     """One int64 from the CPU generator, which checkpointing restores for a recomputation."""
     return torch.empty(1, dtype=torch.int64, device="cpu").random_()
@@ -28,6 +35,11 @@ def row_blocks(rows: int, columns: int, masked: bool = False) -> list[slice]:
     most = max(1, (MASKED_ELEMENTS if masked else BLOCK_ELEMENTS) // max(1, columns))
     step = -(-rows // max(1, -(-rows // most))) or 1
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def taken(tensor: torch.Tensor, block: slice) -> torch.Tensor:
+    """These rows; the tensor itself where that is all of them, as most often: a view takes as long as a small product."""
+    return tensor if block.stop - block.start == len(tensor) else tensor[block]
 
 
 @functools.lru_cache(maxsize=8)
@@ -61,7 +73,7 @@ class Dropout:
         count = math.ceil(size * self.p + 10 * math.sqrt(size * self.p) + 16)
         words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
         draws = words.random_(-(2**63), None, generator=self.generator).view(torch.uint16)
-        gaps = gap_table(self.p, device).take(draws.to(torch.int64))
+        gaps = gap_table(self.p, device).index_select(0, draws.to(torch.int32))
         gaps[:1].sub_(1)
         places = _places(gaps)
         dropped = int(torch.searchsorted(places, size))
@@ -72,7 +84,7 @@ class Dropout:
 
 def _places(gaps: torch.Tensor) -> torch.Tensor:
     """The first gap is a place, and 0 repeats one."""
-    return gaps.to(torch.int64, copy=True).cumsum_(0)
+    return gaps.cumsum(0, dtype=torch.int64)
 
 
 class Given:
@@ -117,8 +129,10 @@ def kept(seed: torch.Tensor | Dropout | None) -> torch.Tensor | None:
 
 
 def drop(block: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Zero these places of a block (contiguous, the caller's own), in place: `index_fill_` takes twice as long."""
-    block.view(-1).scatter_(0, places, block.new_zeros(1).expand(len(places)))
+    """Zero these places of a block (contiguous, the caller's own), in place. In a loop of nothing else `scatter_` takes
+    two thirds of the time; between a step's large products, where each operation begins with a cold cache, it needs a
+    zero to be made first."""
+    block.view(-1).index_fill_(0, places, 0.0)
     return block
 
 
@@ -144,11 +158,12 @@ def shrink(x: torch.Tensor, a: torch.Tensor, scale: float, dropout: Dropout | Gi
         return scaled_linear(x, a, scale)
     out = torch.empty(len(x), len(a), dtype=a.dtype, device=x.device)
     for block in row_blocks(*x.shape, masked=dropout is not None):
+        part = taken(x, block)
         if dropout is None:
-            product(x[block].to(a.dtype), a.t(), scale, out[block])
+            product(part.to(a.dtype), a.t(), scale, taken(out, block))
         else:
-            z = dropped(x[block], a.dtype, dropout.next(*x[block].shape))
-            scaled_linear(z, a, scale * dropout.scale, out[block])
+            z = dropped(part, a.dtype, dropout.next(*part.shape))
+            scaled_linear(z, a, scale * dropout.scale, taken(out, block))
     return out
 
 
@@ -165,17 +180,12 @@ def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> to
     return drop(block.to(dtype, copy=True, memory_format=torch.contiguous_format), places)
 
 
-def _factors(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """(q, scale), or of the same product what does not leave out its NaN, as BLAS does with a product times 0."""
-    return (q, scale) if scale else (q * 0, 1.0)
-
-
 def product(p: torch.Tensor, q: torch.Tensor, scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """scale·p q [M, N], rounded once: p [M, R], q [R, N]."""
-    if scale == 1:
-        return torch.mm(p, q, out=out)
-    q, scale = _factors(q, scale)
-    return torch.addmm(p.new_zeros(1), p, q, beta=0, alpha=scale, out=out)
+    if scale == 1 or not scale:
+        return torch.mm(p, q if scale else q * 0, out=out)  # BLAS leaves out a product times 0, and its NaN
+    out = p.new_empty(len(p), q.shape[1]) if out is None else out
+    return out.addmm_(p, q, beta=0, alpha=scale)
 
 
 def add_dropped_product(
@@ -190,8 +200,9 @@ def add_dropped_product(
 
 def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """out += scale·p q, in place, rounded once: out [M, N], p [M, R], q [R, N]."""
-    q, scale = _factors(q, scale)
-    if out.dtype == q.dtype:
+    if not scale:
+        q, scale = q * 0, 1.0
+    if out.dtype is q.dtype:
         return out.addmm_(p, q, alpha=scale)
     wide = torch.promote_types(out.dtype, q.dtype)
     q = q.to(wide)
@@ -202,9 +213,9 @@ def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: floa
 
 def transposed_product(t: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """scale·tᵀ x [R, K] in t's dtype, rounded once: t [M, R], x [M, K]."""
-    if x.dtype == t.dtype:
+    if x.dtype is t.dtype:
         return product(x.t(), t, scale).t() if lies_down(t, x.shape[1]) else product(t.t(), x, scale)
-    t, scale = _factors(t, scale)
+    t, scale = (t, scale) if scale else (t * 0, 1.0)
     total = Sum(t, x.shape[1])
     for block in row_blocks(*x.shape):
         total.add(t[block], x[block], scale)
@@ -214,7 +225,7 @@ def transposed_product(t: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> 
 def lies_down(t: torch.Tensor, columns: int) -> bool:
     """Whether tᵀ x is asked of the vendor as (xᵀ t)ᵀ: in fp32 a third faster for a rank of 16 and wide rows, and for
     ranks below that several times slower."""
-    return columns > 1024 and t.shape[1] >= 16 and t.dtype is torch.float32
+    return columns >= 512 and t.shape[1] >= 16 and t.dtype is torch.float32
 
 
 class Sum:
@@ -244,10 +255,15 @@ def copied(base: torch.Tensor) -> torch.Tensor:
 
 
 def forward(x, weight, bias, residual, a, b, scale, seed, p):
-    """(y [M, N], S [M, R]): shapes as in `lora_linear`, flattened; `weight` None means y = residual + s·S Bᵀ."""
-    y = copied(residual) if weight is None else cpu.linear(x, weight, bias)
-    s = shrink(x, a, 1.0, dropout_of(seed, p, x.device))
-    return add_product(y, s, b.t(), scale), s
+    """(y (..., N), S [M, R]): shapes as in `lora_linear`; `weight` None means y = residual + s·S Bᵀ."""
+    x_MK = as_rows(x)
+    if weight is None:
+        y = copied(residual)
+    else:
+        y = cpu.linear(x if x.is_contiguous() else x_MK.view(x.shape), weight, bias)
+    s = shrink(x_MK, a, 1.0, seed if seed is None else dropout_of(seed, p, x.device))
+    add_product(as_rows(y), s, b.t(), scale)
+    return y, s
 
 
 def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool):
@@ -271,7 +287,8 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, dx_dtype: torch.dtype, need_a: bo
     da = transposed_product(t, x) if need_a else None
     if not need_x:
         return da, None
-    return da, add_product(base_grad(dy, weight, a.shape[1]).to(dx_dtype), t, a)
+    dx = base_grad(dy, weight, a.shape[1])
+    return da, add_product(dx if dx.dtype is dx_dtype else dx.to(dx_dtype), t, a)
 
 
 def _masked_grads(dy, x, t, weight, a, dropout, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
@@ -279,9 +296,10 @@ def _masked_grads(dy, x, t, weight, a, dropout, dx_dtype: torch.dtype, need_a: b
     da = Sum(t, a.shape[1]) if need_a else None
     dx = base_grad(dy, weight, a.shape[1]).to(dx_dtype) if need_x else None
     for block in row_blocks(len(t), a.shape[1], masked=True):
-        places = dropout.next(len(t[block]), a.shape[1])
+        part = taken(t, block)
+        places = dropout.next(len(part), a.shape[1])
         if need_a:
-            da.add(t[block], dropped(x[block], t.dtype, places), dropout.scale)
+            da.add(part, dropped(taken(x, block), t.dtype, places), dropout.scale)
         if need_x:
-            add_dropped_product(dx[block], t[block], a, dropout.scale, places)
+            add_dropped_product(taken(dx, block), part, a, dropout.scale, places)
     return da.result() if need_a else None, dx

@@ -21,6 +21,7 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_linear_torch as torch_path
 from fastpeft.ops._first_order import first_order
+from fastpeft.ops._lora_linear_torch import as_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -89,60 +90,65 @@ def _path(triton: bool):
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """Flat tensors in; all reshaping, casting to a common adapter dtype and choosing is before `apply`.
+    """Casting to a common adapter dtype and choosing is before `apply`; x and residual are flattened inside, where
+    autograd does not record it.
 
     weight None: y = residual + the low-rank term, for a base layer whose product somebody else computes.
     """
 
     @staticmethod
-    def forward(ctx, x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, call: Call):
-        seed = _path(call.plan is not None).draw_seed(x_MK) if call.dropout else None
+    def forward(ctx, x, weight_NK, bias_N, residual, a_RK, b_NR, call: Call):
         need_x, need_w, _, _, need_a, need_b, _ = ctx.needs_input_grad
-        if call.plan is None and (need_x or need_a):
-            seed = torch_path.keeping(seed, call.dropout, x_MK.device)
-        y_MN, s_MR, call = run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call)
+        seed = None
+        if call.dropout:
+            seed = _path(call.plan is not None).draw_seed(x)
+            if call.plan is None and (need_x or need_a):
+                seed = torch_path.keeping(seed, call.dropout, x.device)
+        y, s_MR, call = run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call)
         ctx.save_for_backward(
-            x_MK if need_a or need_w else None,
+            x if need_a or need_w else None,
             weight_NK if need_x else None,
             a_RK if need_x or need_a else None,
             b_NR if need_x or need_a else None,
             s_MR if need_b else None,
-            torch_path.kept(seed),
+            seed if seed is None else torch_path.kept(seed),
         )
         ctx.call = call
-        ctx.input_dtype, ctx.bias_dtype = x_MK.dtype, None if bias_N is None else bias_N.dtype
-        return y_MN
+        ctx.input_dtype, ctx.bias_dtype = x.dtype, None if bias_N is None else bias_N.dtype
+        return y
 
     @staticmethod
     @first_order
-    def backward(ctx, dy_MN):
+    def backward(ctx, dy):
         need_x, need_w, need_bias, need_residual, need_a, need_b, _ = ctx.needs_input_grad
         needs = (need_x, need_w, need_bias, need_a, need_b)
-        if torch.is_autocast_enabled(dy_MN.device.type):
-            with torch.autocast(dy_MN.device.type, enabled=False):
-                dx, dw, dbias, da, db = run_backward(dy_MN, *ctx.saved_tensors, ctx.call, needs)
+        x, *saved = ctx.saved_tensors
+        given = as_rows(dy), None if x is None else as_rows(x), *saved, ctx.call, needs
+        device_type = type_of(dy)
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                dx, dw, dbias, da, db = run_backward(*given)
         else:
-            dx, dw, dbias, da, db = run_backward(dy_MN, *ctx.saved_tensors, ctx.call, needs)
-        dx = None if dx is None else dx.to(ctx.input_dtype)
-        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-        return dx, dw, dbias, dy_MN if need_residual else None, da, db, None
+            dx, dw, dbias, da, db = run_backward(*given)
+        dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
+        return dx, dw, cast(dbias, ctx.bias_dtype), dy if need_residual else None, da, db, None
 
 
-def run_forward(x_MK, weight_NK, bias_N, residual_MN, a_RK, b_NR, seed, call: Call):
-    """(y [M, N], S [M, R], the call as it was served) on the backend that `call.plan` stands for."""
-    dtype = call.dtype
-    tensors = (
-        *(cast(x_MK, dtype), cast(weight_NK, dtype), cast(bias_N, dtype)),
-        *(residual_MN, a_RK, b_NR, call.scaling),
-    )
+def run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call):
+    """(y (..., N), which is no view, S [M, R], the call as it was served) on the backend that `call.plan` stands for."""
+    x, weight, bias = cast(x, call.dtype), cast(weight_NK, call.dtype), cast(bias_N, call.dtype)
     if call.plan is None:
-        return *torch_path.forward(*tensors, seed, call.dropout), call
+        return *torch_path.forward(x, weight, bias, residual, a_RK, b_NR, call.scaling, seed, call.dropout), call
+    x_MK, residual_MN = as_rows(x), None if residual is None else as_rows(residual)
+    tensors = (x_MK, weight, bias, residual_MN, a_RK, b_NR, call.scaling)
     (y, s), by_kernels = kernels_or_torch(
         lambda: _kind("forward", call, x_MK, a_RK, b_NR),
         call.demanded,
         lambda: _path(True).forward(*tensors, seed, call.dropout, call.plan),
         lambda: torch_path.forward(*tensors, _mask(seed, call, x_MK.shape, x_MK.device, False), call.dropout),
     )
+    # A view that a Function returns may not be changed in place; matmul's own way to give a product a shape is none.
+    y = y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
     return y, s, call if by_kernels else call._replace(fell_back=True)
 
 
@@ -193,16 +199,14 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
     return dx, dy.t() @ x if need_w else None, dbias, da, db
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(M, K) of (..., K)."""
-    if x.ndim == 2:
-        return x
-    return x[None] if x.ndim == 1 else x.flatten(0, -2)
-
-
 def of_rows(y_MN: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(..., N) of (M, N), the rows of x (..., K)."""
     return y_MN if x.ndim == 2 else y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+
+
+def type_of(tensor: torch.Tensor) -> str:
+    """Its device's, which torch puts together anew whenever it is asked."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
 
 
 def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -218,14 +222,14 @@ def widest(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.dtype:
     return dtype
 
 
-def decide(x_MK: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, dropout: float, patched) -> Call:
+def decide(x: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, dropout: float, patched) -> Call:
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
     no rows are zeros: without elements, or a rank, it is the torch path."""
-    elements = x_MK.numel() * b_NR.numel()
-    if not elements or choose_backend(x_MK, dtype, patched=patched).backend != "triton":
-        return Call(scaling, dropout, dtype, widest(dtype, x_MK), None)
-    plan = lora_linear_plan(x_MK, dtype, a_RK, b_NR, dropout)
-    return Call(scaling, dropout, dtype, widest(dtype, x_MK), plan, is_demanded(patched))
+    elements = x.numel() * b_NR.numel()
+    if not elements or choose_backend(x, dtype, patched=patched).backend != "triton":
+        return Call(scaling, dropout, dtype, widest(dtype, x), None)
+    plan = lora_linear_plan(as_rows(x), dtype, a_RK, b_NR, dropout)
+    return Call(scaling, dropout, dtype, widest(dtype, x), plan, is_demanded(patched))
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):
@@ -233,26 +237,26 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
     Exactly one of `weight` (N, K) and `residual` (..., N) is given; `dropout` is the probability in force.
     """
-    device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device_type) if autocast and weight is not None else x.dtype
+    device_type, dtype = type_of(x), x.dtype
+    autocast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
+    if autocast and weight is not None:
+        dtype = torch.get_autocast_dtype(device_type)
     if weight is not None and not autocast and weight.dtype != dtype:
         raise OpError(f"lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
-    wide = widest(dtype, lora_A, lora_B)
-    x_MK, residual_MN = as_rows(x), None if residual is None else as_rows(residual)
-    tensors = (x_MK, weight, bias, residual_MN, cast(lora_A, wide), cast(lora_B, wide))
+    a_RK, b_NR = lora_A, lora_B
+    if a_RK.dtype is not dtype or b_NR.dtype is not dtype:
+        wide = widest(dtype, a_RK, b_NR)
+        a_RK, b_NR = cast(a_RK, wide), cast(b_NR, wide)
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_linear_compiled import compiled_lora_linear
 
-        y_MN = compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend)
-        return of_rows(y_MN, x)
-    call = decide(x_MK, dtype, *tensors[4:], float(scaling), dropout, patched_backend)
+        tensors = (as_rows(x), weight, bias, None if residual is None else as_rows(residual), a_RK, b_NR)
+        return of_rows(compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend), x)
+    call = decide(x, dtype, a_RK, b_NR, float(scaling), dropout, patched_backend)
     if autocast:
         with torch.autocast(device_type, enabled=False):
-            y_MN = LoraLinearFunction.apply(*tensors, call)
-    else:
-        y_MN = LoraLinearFunction.apply(*tensors, call)
-    return of_rows(y_MN, x)
+            return LoraLinearFunction.apply(x, weight, bias, residual, a_RK, b_NR, call)
+    return LoraLinearFunction.apply(x, weight, bias, residual, a_RK, b_NR, call)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):

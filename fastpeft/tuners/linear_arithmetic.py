@@ -48,14 +48,13 @@ class LinearArithmetic:
         """`result` (None: the base's, not yet computed) plus one adapter's share."""
         settings = self.settings(name)
         a, b = self.factors(name)
-        check_gathered(a, "a factor of LoRA")
-        check_gathered(b, "a factor of LoRA")
+        check_gathered("a factor of LoRA", a, b)
         p = self.dropout_of(name)
         backend = self.backend()
         if settings.use_dora:
             return dora.add(self, name, x, result, p, backend)
         if result is None:
-            bias = self._bias_with(name, settings)
+            bias = self._bias_with(name, settings) if settings.bias else self.base_bias()
             return apply_lora(x, self.matrix(), bias, None, a, b, settings.scaling, p, backend)
         result = apply_lora(x, None, None, result, a, b, settings.scaling, p, backend)
         return result if not settings.bias else result + (settings.scaling * self._bias_of(name)).to(result.dtype)

@@ -52,14 +52,14 @@ class LoraLayer(AdapterLayer):
 
     # What a kind provides: the base weight as the matrix (N, K) that acts on a column, and the adapter's two matrices.
     def matrix(self) -> torch.Tensor:
-        return self.weight
+        return own(self, "weight")
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [r, K], B [N, r]); the latter times the scaling, where that is a tensor."""
         modules = self._modules
         b = modules["lora_B"]._modules[name]
-        weight = weight_of(b)
-        return weight_of(modules["lora_A"]._modules[name]), scaled_by(b, weight) if b._buffers else weight
+        weight = own(b, "weight")
+        return own(modules["lora_A"]._modules[name], "weight"), scaled_by(b, weight) if b._buffers else weight
 
     def scaled(self, name: str, tensor: torch.Tensor | float) -> torch.Tensor | float:
         """`tensor` times the scaling that may change between compiled calls, if there is one (`fastpeft.hotswap`)."""
@@ -300,11 +300,11 @@ class LoraLayer(AdapterLayer):
         return holders + [each[n] for each in held if isinstance(each, nn.ModuleDict) for n in names if n in each]
 
 
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """Its weight, a parameter as it is or what a parametrisation computes; torch's own look-up takes several times as
-    long, and a layer's call needs three."""
-    weight = module._parameters.get("weight")
-    return module.weight if weight is None else weight
+def own(module: nn.Module, name: str) -> torch.Tensor | None:
+    """Its weight or bias, a parameter as it is or what a parametrisation computes; torch's own look-up takes several
+    times as long, and a layer's call needs four."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def scaled_by(lora_B: nn.Module, tensor: torch.Tensor | float) -> torch.Tensor | float:
@@ -389,7 +389,10 @@ class LoraLinear(LinearArithmetic, LoraLayer):
         return self._fastpeft.adapters[name]
 
     def base_bias(self) -> torch.Tensor | None:
-        return self.bias
+        return own(self, "bias")
+
+    def is_offloaded(self, name: str) -> bool:
+        return own(self._modules["lora_A"]._modules[name], "weight").is_meta
 
     def backend(self) -> str | None:
         return self._fastpeft.model.backend

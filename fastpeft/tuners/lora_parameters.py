@@ -163,14 +163,13 @@ class LoraParameters(AdapterLayer):
     def factors(self, name: str, key: str) -> tuple[Tensor, Tensor, float]:
         """(A [E·r, K], B [N, r·E], scaling) of one adapter of a parameter."""
         a, b = self.lora_A[name][key].weight, self.lora_B[name][key].weight
-        check_gathered(a, "a factor of LoRA")
-        check_gathered(b, "a factor of LoRA")
+        check_gathered("a factor of LoRA", a, b)
         return a, b, self._fastpeft.adapters[name].each[key].scaling
 
     def adapted(self, names: list[str], key: str, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter with these adapters added, in its own shape, and its dtype or another."""
         weight = self._parameters[key]
-        check_gathered(weight, key)
+        check_gathered(key, weight)
         value = weight if dtype is None else weight.to(dtype, copy=True)
         with torch.autocast(weight.device.type, enabled=False):
             for name in names:

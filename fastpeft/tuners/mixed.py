@@ -37,8 +37,7 @@ def mixed_linear(layer, names: Sequence[str], rows: Sequence[str], input: Tensor
     adapters = []
     for name in names:
         a, b = layer.factors(name)
-        check_gathered(a, "a factor of LoRA")
-        check_gathered(b, "a factor of LoRA")
+        check_gathered("a factor of LoRA", a, b)
         settings = layer.settings(name)
         adapters.append(Adapter(a, b, settings.scaling, layer.dropout_of(name)))
     places = [names.index(row) if row in names else -1 for row in rows]

@@ -71,13 +71,13 @@ class PrefixEncoder(nn.Module):
         rows = self.embedding.weight
         if "_hf_hook" in self.embedding.__dict__:  # accelerate, which may keep it elsewhere, brings it for a call
             rows = self.embedding(torch.arange(self.length))
-        check_gathered(rows, "a prefix")
+        check_gathered("a prefix", rows)
         if not self.projects:
             return rows[:, start:stop]
         inner, activation, outer = self.transform
         if "_hf_hook" in outer.__dict__:
             return outer(activation(inner(rows)))[:, start:stop]
-        check_gathered(outer.weight, "the network of a prefix")
+        check_gathered("the network of a prefix", outer.weight)
         return F.linear(activation(inner(rows)), outer.weight[start:stop], outer.bias[start:stop])
 
     def table(self) -> Tensor:

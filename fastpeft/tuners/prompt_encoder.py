@@ -16,7 +16,7 @@ def _learned(table: nn.Embedding) -> Tensor:
         return table(torch.arange(table.num_embeddings))
     if sharded_by_itself(table):
         return table(torch.arange(table.num_embeddings, device=table.weight.device))
-    check_gathered(table.weight, "a prompt")
+    check_gathered("a prompt", table.weight)
     return table.weight
 
 

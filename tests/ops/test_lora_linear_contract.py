@@ -1,6 +1,7 @@
 """What `lora_linear` promises besides numbers: autograd's rules, its errors, which backend serves a call, and that the
 kernels stay inside their outputs and owe nothing to the order of their programs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from fastpeft import dispatch
 from fastpeft.dispatch import Plan, backend, choose_backend, override_plan, set_backend
 from fastpeft.errors import BackendError, FastpeftError, OpError
 from fastpeft.ops import lora_linear
+from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.oracle import GRADIENTS, lora_linear_outcomes
 from tests.interpreter import GuardedTorch, backwards
 from tests.ops.lora_linear_cases import INPUTS, OUTPUTS, RANK, STRATEGIES, draws, on
@@ -54,6 +56,26 @@ def test_a_graph_can_be_used_twice_and_inputs_are_left_alone(name, dropout):
     assert [leaf._version for leaf in leaves] == [0] * len(leaves) and dy._version == 0
     assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
     assert torch.equal(dy, problem.dy)
+
+
+@pytest.mark.parametrize("shape", [(69,), (7, 69), (2, 3, 69), (0, 3, 69)], ids=str)
+@pytest.mark.parametrize("based", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("name", BOTH)
+def test_what_it_returns_may_be_changed_in_place(name, based, shape):
+    """Of whatever shape: a Function's views may not be."""
+    problem = draws(1)[0]
+    x = problem.x[: math.prod(shape[:-1])].reshape(shape).requires_grad_()
+    residual = torch.randn(*shape[:-1], OUTPUTS) if based else None
+    factors = problem.lora_A, problem.lora_B, 0.5, 0.0
+    with on(name):
+        y = apply_lora(x, None if based else problem.weight, None, residual, *factors)
+        expected = y.detach() * 3
+        dy = torch.randn(y.shape)
+        (right,) = torch.autograd.grad(y, x, dy * 3, retain_graph=True)
+        y *= 3
+        (dx,) = torch.autograd.grad(y, x, dy)
+    assert y.shape == (*shape[:-1], OUTPUTS) and torch.equal(y, expected)
+    assert dx.shape == x.shape and torch.equal(dx, right)
 
 
 def test_a_second_derivative_is_refused():
@@ -149,18 +171,19 @@ def test_the_checks_do_not_break_a_graph():
 def no_default(monkeypatch):
     monkeypatch.setattr(dispatch, "_default", None)
     monkeypatch.delenv("FASTPEFT_BACKEND", raising=False)
+    dispatch.backend_of_environment.cache_clear()
 
 
 @interpreted
 @pytest.mark.usefixtures("no_default")
-def test_precedence_of_the_requests(monkeypatch):
+def test_precedence_of_the_requests(environment_backend):
     x = torch.zeros(3, 4)
 
     def chosen(patched=None):
         return choose_backend(x, x.dtype, 2, patched).backend
 
     assert chosen() == "torch"  # auto, on the CPU
-    monkeypatch.setenv("FASTPEFT_BACKEND", "triton")
+    environment_backend("triton")
     assert chosen() == "triton"
     set_backend("torch")
     assert chosen() == "torch"
@@ -173,12 +196,25 @@ def test_precedence_of_the_requests(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_default")
-def test_unknown_backends_are_refused_where_they_are_named(monkeypatch):
+def test_the_environment_is_read_once(environment_backend, monkeypatch):
+    """By the first call that asks; a name that is unknown is refused by every call."""
+    environment_backend("torch")
+    assert dispatch.requested_backend() == "torch"
+    monkeypatch.setenv("FASTPEFT_BACKEND", "auto")
+    assert dispatch.requested_backend() == "torch"
+    environment_backend("gpu")
+    for _ in range(2):
+        with pytest.raises(BackendError, match="FASTPEFT_BACKEND: unknown backend 'gpu'"):
+            dispatch.requested_backend()
+
+
+@pytest.mark.usefixtures("no_default")
+def test_unknown_backends_are_refused_where_they_are_named(environment_backend):
     with pytest.raises(BackendError, match="set_backend: unknown backend 'cuda'; choose one of 'auto', 'triton'"):
         set_backend("cuda")
     with pytest.raises(BackendError, match="backend: unknown backend 'Triton'"), backend("Triton"):
         pass
-    monkeypatch.setenv("FASTPEFT_BACKEND", "gpu")
+    environment_backend("gpu")
     with pytest.raises(BackendError, match="FASTPEFT_BACKEND: unknown backend 'gpu'"):
         call()
 
