@@ -25,6 +25,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x[None] if x.ndim == 1 else x.flatten(0, -2)
 
 
+def with_rows(x: torch.Tensor, x_MK: torch.Tensor) -> torch.Tensor:
+    """x, or where `as_rows` of it had to be copied the copy in x's shape, which nobody copies once more."""
+    return x if x.is_contiguous() else x_MK.view(x.shape)
+
+
 def draw_seed(x: torch.Tensor) -> torch.Tensor:
     """One int64 from the CPU generator, which checkpointing restores for a recomputation."""
     return torch.empty(1, dtype=torch.int64, device="cpu").random_()
@@ -38,7 +43,7 @@ def row_blocks(rows: int, columns: int, masked: bool = False) -> list[slice]:
 
 
 def taken(tensor: torch.Tensor, block: slice) -> torch.Tensor:
-    """These rows; the tensor itself where that is all of them, as most often: a view takes as long as a small product."""
+    """These rows; where that is all of them, as most often, the tensor itself, which costs no view."""
     return tensor if block.stop - block.start == len(tensor) else tensor[block]
 
 
@@ -257,10 +262,7 @@ def copied(base: torch.Tensor) -> torch.Tensor:
 def forward(x, weight, bias, residual, a, b, scale, seed, p):
     """(y (..., N), S [M, R]): shapes as in `lora_linear`; `weight` None means y = residual + s·S Bᵀ."""
     x_MK = as_rows(x)
-    if weight is None:
-        y = copied(residual)
-    else:
-        y = cpu.linear(x if x.is_contiguous() else x_MK.view(x.shape), weight, bias)
+    y = copied(residual) if weight is None else cpu.linear(with_rows(x, x_MK), weight, bias)
     s = shrink(x_MK, a, 1.0, seed if seed is None else dropout_of(seed, p, x.device))
     add_product(as_rows(y), s, b.t(), scale)
     return y, s

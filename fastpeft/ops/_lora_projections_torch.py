@@ -8,6 +8,7 @@ from fastpeft.ops._lora_linear_torch import (
     Sum,
     add_dropped_product,
     add_product,
+    as_rows,
     base_grad,
     copied,
     dropout_of,
@@ -17,6 +18,7 @@ from fastpeft.ops._lora_linear_torch import (
     row_blocks,
     scaled_linear,
     transposed_product,
+    with_rows,
 )
 
 MANY = 64  # rows, for which a copy of all matrices beside each other costs less than it saves
@@ -40,11 +42,12 @@ def _droppers(seeds, dropouts, device) -> list:
 
 
 def forward(x, bases, biases, a, b, seeds, call):
-    """((y [M, N], ...), (S [M, R], ...)): `bases` are weights, or with `call.based` the base products."""
-    ys = tuple(map(copied, bases) if call.based else map(cpu.linear, [x] * len(bases), bases, biases))
-    ss = _shrink(x, a, _droppers(seeds, call.dropouts, x.device))
+    """((y (..., N), ...), (S [M, R], ...)): `bases` are weights, or with `call.based` the base products (..., N)."""
+    x_MK = as_rows(x)
+    ys = tuple(map(copied, bases) if call.based else map(cpu.linear, [with_rows(x, x_MK)] * len(bases), bases, biases))
+    ss = _shrink(x_MK, a, _droppers(seeds, call.dropouts, x.device))
     for y, s, matrix, scaling in zip(ys, ss, b, call.scalings, strict=True):
-        add_product(y, s, matrix.t(), scaling)
+        add_product(as_rows(y), s, matrix.t(), scaling)
     return ys, ss
 
 
@@ -52,7 +55,7 @@ def _shrink(x, a, droppers) -> tuple[Tensor, ...]:
     """(drop(x) aᵀ [M, R], ...)"""
     masked = any(each is not None for each in droppers)
     ranks = [len(each) for each in a]
-    if not masked and x.dtype == a[0].dtype:
+    if not masked and x.dtype is a[0].dtype:
         return cpu.linear(x, torch.cat(a)).split(ranks, 1) if len(x) >= MANY else tuple(x @ each.t() for each in a)
     out = torch.empty(len(x), sum(ranks), dtype=a[0].dtype, device=x.device).split(ranks, 1)
     for block in row_blocks(*x.shape, masked):

@@ -135,10 +135,11 @@ class LoraLinearFunction(torch.autograd.Function):
 
 
 def run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call):
-    """(y (..., N), which is no view, S [M, R], the call as it was served) on the backend that `call.plan` stands for."""
+    """(y (..., N), no view, S [M, R], the call as it was served) on the backend that `call.plan` stands for."""
     x, weight, bias = cast(x, call.dtype), cast(weight_NK, call.dtype), cast(bias_N, call.dtype)
     if call.plan is None:
-        return *torch_path.forward(x, weight, bias, residual, a_RK, b_NR, call.scaling, seed, call.dropout), call
+        y, s = torch_path.forward(x, weight, bias, residual, a_RK, b_NR, call.scaling, seed, call.dropout)
+        return own_of_rows(y, x), s, call
     x_MK, residual_MN = as_rows(x), None if residual is None else as_rows(residual)
     tensors = (x_MK, weight, bias, residual_MN, a_RK, b_NR, call.scaling)
     (y, s), by_kernels = kernels_or_torch(
@@ -147,9 +148,7 @@ def run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call):
         lambda: _path(True).forward(*tensors, seed, call.dropout, call.plan),
         lambda: torch_path.forward(*tensors, _mask(seed, call, x_MK.shape, x_MK.device, False), call.dropout),
     )
-    # A view that a Function returns may not be changed in place; matmul's own way to give a product a shape is none.
-    y = y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-    return y, s, call if by_kernels else call._replace(fell_back=True)
+    return own_of_rows(y, x), s, call if by_kernels else call._replace(fell_back=True)
 
 
 def _kind(phase: str, call: Call, rows, a_RK, b_NR) -> tuple:
@@ -202,6 +201,14 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
 def of_rows(y_MN: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(..., N) of (M, N), the rows of x (..., K)."""
     return y_MN if x.ndim == 2 else y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+
+
+def own_of_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(..., N) of y, (M, N) or so already, for a Function to return, where nobody else has y: no view, as one that is
+    returned may not be changed in place. What gives matmul's products their shape makes none."""
+    if y.ndim == x.ndim and not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def type_of(tensor: torch.Tensor) -> str:

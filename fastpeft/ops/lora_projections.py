@@ -24,7 +24,17 @@ from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._lora_linear_torch import keeping, kept
-from fastpeft.ops.lora_linear import Projection, as_rows, based_reference, lora_linear_reference
+from fastpeft.ops.lora_linear import (
+    Projection,
+    as_rows,
+    based_reference,
+    cast,
+    lora_linear_reference,
+    of_rows,
+    own_of_rows,
+    type_of,
+    widest,
+)
 from fastpeft.ops.lora_linear import _check as check_lora
 
 # Letters of the shape suffixes: M rows (all leading dimensions of x), K inputs, N outputs, R rank.
@@ -79,20 +89,21 @@ def _path(triton: bool):
 
 
 class LoraProjectionsFunction(torch.autograd.Function):
-    """Flat tensors in; all reshaping, casting and choosing is before `apply`. tensors: every weight (or base product),
-    every bias, every A, every B. An output that nothing uses costs its backward nothing."""
+    """Casting and choosing is before `apply`; x and base products are flattened inside, where autograd does not record
+    it. tensors: every weight (or base product), every bias, every A, every B. An output that nothing uses costs its
+    backward nothing."""
 
     @staticmethod
-    def forward(ctx, x_MK, call: Call, *tensors):
+    def forward(ctx, x, call: Call, *tensors):
         bases, biases, a, b = _quarters(tensors)
-        seeds = _path(call.plans is not None).draw_seeds(x_MK, call.dropouts) if any(call.dropouts) else None
+        seeds = _path(call.plans is not None).draw_seeds(x, call.dropouts) if any(call.dropouts) else None
         if call.plans is None and seeds is not None:
-            seeds = list(map(keeping, seeds, call.dropouts, [x_MK.device] * len(a)))
-        ys, ss, call = run_forward(x_MK, bases, biases, a, b, seeds, call)
+            seeds = list(map(keeping, seeds, call.dropouts, [x.device] * len(a)))
+        ys, ss, call = run_forward(x, bases, biases, a, b, seeds, call)
         needs = _needs(ctx.needs_input_grad)
         for_x_or_a, with_weights = needs.x or any(needs.a), not call.based
         ctx.save_for_backward(
-            x_MK if any(needs.a) or (any(needs.weight) and with_weights) else None,
+            x if any(needs.a) or (any(needs.weight) and with_weights) else None,
             *map(kept, seeds or [None] * len(a)),
             *(base if needs.x and with_weights else None for base in bases),
             *(each if for_x_or_a else None for each in a),
@@ -101,7 +112,7 @@ class LoraProjectionsFunction(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.call, ctx.needs = call, needs
-        ctx.input_dtype = x_MK.dtype
+        ctx.input_dtype = x.dtype
         ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in biases)
         return ys
 
@@ -110,15 +121,16 @@ class LoraProjectionsFunction(torch.autograd.Function):
     def backward(ctx, *dys):
         x, *saved = ctx.saved_tensors
         seeds, saved = saved[: len(dys)], saved[len(dys) :]
-        with torch.autocast(_device_type(dys), enabled=False):
-            dx, *grads = run_backward(dys, x, *_quarters(saved), seeds, ctx.call, ctx.needs)
-        grads[1] = [None if g is None else g.to(kind) for g, kind in zip(grads[1], ctx.bias_dtypes, strict=True)]
-        return None if dx is None else dx.to(ctx.input_dtype), None, *(grad for each in grads for grad in each)
-
-
-def _device_type(dys) -> str:
-    """The device type of the gradients that there are."""
-    return next((dy.device.type for dy in dys if dy is not None), "cpu")
+        like = next((dy for dy in dys if dy is not None), None)
+        if like is None:
+            return None, None, *(None for _ in range(4 * len(dys)))
+        flat = [dy if dy is None else as_rows(dy) for dy in dys], x if x is None else as_rows(x)
+        with torch.autocast(type_of(like), enabled=False):
+            dx, dbases, dbiases, *of_factors = run_backward(*flat, *_quarters(saved), seeds, ctx.call, ctx.needs)
+        if ctx.call.based:
+            dbases = [grad if grad is None else of_rows(grad, like) for grad in dbases]
+        dx = dx if dx is None else of_rows(cast(dx, ctx.input_dtype), like)
+        return dx, None, *dbases, *map(cast, dbiases, ctx.bias_dtypes), *(grad for each in of_factors for grad in each)
 
 
 def _quarters(tensors) -> tuple:
@@ -130,21 +142,24 @@ def _needs(needs_input_grad) -> Needs:
     return Needs(needs_input_grad[0], *map(tuple, _quarters(needs_input_grad[2:])))
 
 
-def run_forward(x_MK, bases, biases, a, b, seeds, call: Call):
-    """((y [M, N], ...), (S [M, R], ...), the call as it was served) on the backend that `call.plans` stand for."""
-    x = x_MK.to(call.dtype)
+def run_forward(x, bases, biases, a, b, seeds, call: Call):
+    """((y (..., N), ...), which are no views, (S [M, R], ...), the call as it was served) on the backend that
+    `call.plans` stand for."""
+    x, biases = cast(x, call.dtype), [cast(bias, call.dtype) for bias in biases]
     if not call.based:
-        bases = [weight.to(call.dtype) for weight in bases]
-    tensors = (x, bases, [None if t is None else t.to(call.dtype) for t in biases], a, b)
+        bases = [cast(weight, call.dtype) for weight in bases]
     if call.plans is None:
-        return *torch_path.forward(*tensors, seeds, call), call
+        ys, ss = torch_path.forward(x, bases, biases, a, b, seeds, call)
+        return tuple(own_of_rows(y, x) for y in ys), ss, call
+    x_MK = as_rows(x)
+    tensors = (x_MK, list(map(as_rows, bases)) if call.based else bases, biases, a, b)
     (ys, ss), by_kernels = kernels_or_torch(
         lambda: _kind("forward", call, x_MK, a, b),
         call.demanded,
         lambda: _path(True).forward(*tensors, seeds, call),
         lambda: torch_path.forward(*tensors, _masks(seeds, call, x_MK.shape, x_MK.device, False), call),
     )
-    return ys, ss, call if by_kernels else call._replace(fell_back=True)
+    return tuple(own_of_rows(y, x) for y in ys), ss, call if by_kernels else call._replace(fell_back=True)
 
 
 def _kind(phase: str, call: Call, rows, a, b) -> tuple:
@@ -170,9 +185,9 @@ def run_backward(dys, x_MK, weights, a, b, ss, seeds, call: Call, needs: Needs):
     if not have:
         return None, *([None] * count for _ in range(4))
     dy, weight, a, b, s = ([each[p] for p in have] for each in (dys, weights, a, b, ss))
-    dy = [each.to(call.dtype) for each in dy]
-    weight = [each if each is None else each.to(call.dtype) for each in weight]
-    x = None if x_MK is None else x_MK.to(call.dtype)
+    dy = [cast(each, call.dtype) for each in dy]
+    weight = [cast(each, call.dtype) for each in weight]
+    x = cast(x_MK, call.dtype)
     some = Needs(needs.x, *(tuple(each[p] for p in have) for each in needs[1:]))
     dx, dbias, da, db = _rank_grads(dy, x, weight, a, b, s, seeds, call.only(have), some, have)
     dw = [_grad_of_base(dys[p], each, x, call) if needs.weight[p] else None for p, each in zip(have, dy, strict=True)]
@@ -218,12 +233,12 @@ def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs, have: l
     return dx, dbias, da, db
 
 
-def decide(x_MK: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str | None, based: bool) -> Call:
+def decide(x: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str | None, based: bool) -> Call:
     """The call's numbers, and its backend by `dispatch`, as in `lora_linear`."""
-    elements = x_MK.numel() * min(map(Tensor.numel, b))
-    triton = elements > 0 and choose_backend(x_MK, dtype, patched=patched).backend == "triton"
-    plans = tuple(map(lambda *each: lora_linear_plan(x_MK, dtype, *each), a, b, dropouts)) if triton else None
-    dx_dtype = torch.promote_types(x_MK.dtype, dtype)
+    elements = x.numel() * min(map(Tensor.numel, b))
+    triton = elements > 0 and choose_backend(x, dtype, patched=patched).backend == "triton"
+    plans = tuple(map(lambda *each: lora_linear_plan(as_rows(x), dtype, *each), a, b, dropouts)) if triton else None
+    dx_dtype = widest(dtype, x)
     demanded = triton and is_demanded(patched)
     return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, demanded, based=based)
 
@@ -235,34 +250,27 @@ def apply_lora_projections(
 
     based: `weight` is none, but the base product (..., N), which somebody else has computed; without a bias.
     """
-    device_type = x.device.type
+    device_type = type_of(x)
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     bases, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
     dtype = torch.get_autocast_dtype(device_type) if autocast and not based else x.dtype
-    if based:
-        bases = tuple(map(as_rows, bases))
     for weight in () if based else bases:
         if not autocast and weight.dtype != dtype:
             raise OpError(f"lora_projections: x is {dtype} but a weight is {weight.dtype}; cast one, or use autocast")
-    wide = dtype
-    for matrix in (*a, *b):
-        wide = torch.promote_types(wide, matrix.dtype)
-    a, b = ([matrix.to(wide) for matrix in each] for each in (a, b))
-    scalings, x_MK = list(map(float, scalings)), as_rows(x)
+    wide = widest(dtype, *a, *b)
+    a, b = ([cast(matrix, wide) for matrix in each] for each in (a, b))
+    scalings = list(map(float, scalings))
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_projections_compiled import compiled_lora_projections
 
-        ys = compiled_lora_projections(
-            x_MK, bases, biases, a, b, scalings, list(dropouts), dtype, patched_backend, based
-        )  # fmt: skip
-    else:
-        call = decide(x_MK, dtype, a, b, scalings, dropouts, patched_backend, based)
-        if autocast:
-            with torch.autocast(device_type, enabled=False):
-                ys = LoraProjectionsFunction.apply(x_MK, call, *bases, *biases, *a, *b)
-        else:
-            ys = LoraProjectionsFunction.apply(x_MK, call, *bases, *biases, *a, *b)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+        flat = as_rows(x), tuple(map(as_rows, bases)) if based else bases
+        ys = compiled_lora_projections(*flat, biases, a, b, scalings, list(dropouts), dtype, patched_backend, based)
+        return [of_rows(y, x) for y in ys]
+    call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
+    if autocast:
+        with torch.autocast(device_type, enabled=False):
+            return list(LoraProjectionsFunction.apply(x, call, *bases, *biases, *a, *b))
+    return list(LoraProjectionsFunction.apply(x, call, *bases, *biases, *a, *b))
 
 
 def lora_projections(

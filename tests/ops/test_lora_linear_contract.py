@@ -59,16 +59,17 @@ def test_a_graph_can_be_used_twice_and_inputs_are_left_alone(name, dropout):
 
 
 @pytest.mark.parametrize("shape", [(69,), (7, 69), (2, 3, 69), (0, 3, 69)], ids=str)
-@pytest.mark.parametrize("based", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("base", ["", "bias", "residual"])
 @pytest.mark.parametrize("name", BOTH)
-def test_what_it_returns_may_be_changed_in_place(name, based, shape):
+def test_what_it_returns_may_be_changed_in_place(name, base, shape):
     """Of whatever shape: a Function's views may not be."""
     problem = draws(1)[0]
     x = problem.x[: math.prod(shape[:-1])].reshape(shape).requires_grad_()
-    residual = torch.randn(*shape[:-1], OUTPUTS) if based else None
+    residual = torch.randn(*shape[:-1], OUTPUTS) if base == "residual" else None
+    weight, bias = problem.weight if residual is None else None, problem.bias if base == "bias" else None
     factors = problem.lora_A, problem.lora_B, 0.5, 0.0
     with on(name):
-        y = apply_lora(x, None if based else problem.weight, None, residual, *factors)
+        y = apply_lora(x, weight, bias, residual, *factors)
         expected = y.detach() * 3
         dy = torch.randn(y.shape)
         (right,) = torch.autograd.grad(y, x, dy * 3, retain_graph=True)

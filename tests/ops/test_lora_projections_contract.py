@@ -41,10 +41,11 @@ def test_a_graph_can_be_used_twice_and_inputs_are_left_alone(name):
     assert all(torch.equal(*pair) for pair in zip(problem.dy, dys, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(9, 33), (3, 3, 33)], ids=str)
 @pytest.mark.parametrize("name", BOTH)
-def test_results_and_gradients_may_be_changed_in_place(name):
+def test_results_and_gradients_may_be_changed_in_place(name, shape):
     """Nobody's storage is another's: those of x, of the results and of the gradients."""
-    problem = draw(**SMALL)
+    problem = draw(**SMALL | {"shape": shape})
     leaves = problem.leaves()
     with backend(name):
         ys = call(problem, leaves)
