@@ -1,10 +1,14 @@
-"""What an op's own Python costs, in microseconds of the processor: `lora_linear` and a patched layer around it with
-kernels that compute nothing, beside a bare torch.autograd.Function of the same tensors, which is the least there is.
+"""What an op's own Python costs, in microseconds: `lora_linear` and a patched layer around it with kernels that compute
+nothing, beside a bare torch.autograd.Function of the same tensors, which is the least there is.
 
     python -m benchmarks.overhead
+
+In a loop of nothing else, and cold: between large products, as in a step on a CPU, where the interpreter's code and
+objects have left the caches each time and cost ten times as much.
 """
 
 import importlib
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +20,7 @@ from torch import nn
 import fastpeft
 
 CALLS, REPEATS = 2000, 7
+COLD_CALLS = 40
 ROWS, WIDTH, RANK = 6, 8, 4
 
 
@@ -71,6 +76,18 @@ def microseconds(action: Callable[[], object], calls: int = CALLS, repeats: int 
     return best / calls * 1e6
 
 
+def cold_microseconds(action: Callable[[], object], calls: int = COLD_CALLS) -> float:
+    """Of one call behind two products that fill a cache: the median, by the clock."""
+    x, narrow, wide = torch.randn(1024, 512), torch.randn(512, 512), torch.randn(512, 4096)
+    samples = []
+    for _ in range(calls):
+        _ = x @ narrow, x @ wide
+        start = time.perf_counter()
+        action()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples) * 1e6
+
+
 def python_calls(action: Callable[[], object]) -> int:
     """Functions of Python's that one call enters: the same wherever it is counted."""
     count = 0
@@ -88,8 +105,11 @@ def python_calls(action: Callable[[], object]) -> int:
     return count
 
 
-def measured(calls: int = CALLS, repeats: int = REPEATS) -> list[tuple[str, float, float, int]]:
-    """(name, forward, backward in microseconds, Python functions entered by a forward) of each case."""
+def measured(
+    calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALLS
+) -> list[tuple[str, float, float, float, float, int]]:
+    """(name, forward, backward, cold forward, cold backward in microseconds, Python functions entered by a forward) of
+    each case."""
     rows, dy = [], torch.randn(ROWS, WIDTH)
     with empty_kernels(torch.randn(ROWS, WIDTH), torch.randn(ROWS, RANK)):
         for name, (forward, wanted) in cases().items():
@@ -99,14 +119,16 @@ def measured(calls: int = CALLS, repeats: int = REPEATS) -> list[tuple[str, floa
                 return torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
             times = [microseconds(action, calls, repeats) for action in (forward, backward)]
+            times += [cold_microseconds(action, cold_calls) for action in (forward, backward)]
             rows.append((name, *times, python_calls(forward)))
     return rows
 
 
-def main() -> int:
-    print(f"{'':16}  forward us  backward us  Python functions")
-    for name, forward, backward, entered in measured():
-        print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {entered:16}")
+def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALLS) -> int:
+    print(f"{'':16}  forward us  backward us  cold forward us  cold backward us  Python functions")
+    for name, forward, backward, cold_forward, cold_backward, entered in measured(calls, repeats, cold_calls):
+        cold = f"{cold_forward:15.1f}  {cold_backward:16.1f}"
+        print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {cold}  {entered:16}")
     return 0
 
 

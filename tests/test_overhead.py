@@ -5,14 +5,16 @@ from benchmarks import overhead
 
 
 def test_an_op_enters_few_functions_beside_those_of_autograd():
-    rows = {name: entered for name, _, _, entered in overhead.measured(calls=1, repeats=1)}
-    assert rows["lora_linear"] - rows["a bare Function"] <= 24
-    assert rows["a patched layer"] - rows["lora_linear"] <= 34
+    rows = {name: entered for name, *_, entered in overhead.measured(calls=1, repeats=1, cold_calls=1)}
+    assert rows["lora_linear"] - rows["a bare Function"] <= 15
+    assert rows["a patched layer"] - rows["lora_linear"] <= 30
 
 
 def test_the_times_are_of_calls(capsys):
-    assert overhead.main() == 0
+    assert overhead.main(calls=300, repeats=3, cold_calls=7) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:16].strip() for line in lines[1:]] == ["a bare Function", "lora_linear", "a patched layer"]
-    bare, op, layer = (float(line[16:].split()[0]) for line in lines[1:])
-    assert 0 < bare < op < layer
+    numbers = [list(map(float, line[16:].split())) for line in lines[1:]]
+    bare, op, layer = (each[0] for each in numbers)
+    assert 0 < bare < layer and 0 < op < layer
+    assert all(cold > warm > 0 for each in numbers for warm, cold in (each[:3:2], each[1:4:2]))
