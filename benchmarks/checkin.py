@@ -37,7 +37,8 @@ FIRST_CASES = 3  # of training steps, before the rest
 PASSES = ("fwd+bwd", "fwd", "bwd")
 # Where tests for GPUs are: to collect all others takes longer than some of these.
 TESTS = ("tests/cuda", *(f"tests/benchmarks/test_{name}.py" for name in (
-    "accuracy", "harness", "replay", "bench_prefix_attention", "bench_gated_prompt_attention", "bench_prompt_embedding"
+    "accuracy", "harness", "replay", "bench_prefix_attention", "bench_gated_prompt_attention", "bench_prompt_embedding",
+    "bench_lora_projections", "bench_dora_linear", "bench_expert_lora_linear", "bench_mixed_lora_linear",
 )))  # fmt: skip
 
 

@@ -89,6 +89,14 @@ def steps_of(monkeypatch, tmp_path, steps, seconds=100.0):
     return report.load(course.path)["steps"]
 
 
+def test_every_test_for_gpus_is_among_those_that_it_runs():
+    mark, files = ".".join(["mark", "cuda"]), (report.ROOT / "tests").rglob("test_*.py")
+    marked = [path for path in files if mark in path.read_text()]
+    given = [report.ROOT / each for each in checkin.TESTS]
+    assert all(each.exists() for each in given) and len(marked) > 20
+    assert not [path for path in marked if not any(path.is_relative_to(each) for each in given)]
+
+
 def test_a_step_that_fails_is_recorded_and_the_next_one_runs(monkeypatch, tmp_path):
     def full(course, budget):
         raise OSError(28, "No space left on device")
