@@ -141,17 +141,13 @@ def check_dtypes(model: nn.Module) -> None:
             )
 
 
-def is_flat(tensor: Tensor) -> bool:
-    """Whether it is a parameter of a FullyShardedDataParallel whose own forward is not going on: there are tensors in
-    its parameters' places in it. Whole ones (`summon_full_params`) may be read where no gradient is wanted."""
-    return getattr(tensor, "_fsdp_flattened", False) and (tensor.ndim == 1 or torch.is_grad_enabled())
-
-
 def is_apart(tensor: Tensor) -> bool:
-    """Whether a parameter that is read in a layer's forward was sharded apart from the layer."""
-    if type(tensor) in PLAIN:
-        return getattr(tensor, "_fsdp_flattened", False) and is_flat(tensor)
-    return is_sharded(tensor)
+    """Whether a parameter that is read in a layer's forward was sharded apart from the layer: by `fully_shard`, or in a
+    FullyShardedDataParallel whose own forward is not going on, which has tensors in its parameters' places in it. Whole
+    ones (`summon_full_params`) may be read where no gradient is wanted."""
+    if type(tensor) not in PLAIN:
+        return is_sharded(tensor)
+    return getattr(tensor, "_fsdp_flattened", False) and (tensor.ndim == 1 or torch.is_grad_enabled())
 
 
 def check_gathered(what: str, *tensors: Tensor) -> None:
