@@ -38,7 +38,8 @@ def patterns_problem(patterns: Collection[str]) -> str | None:
     """Why there are too many patterns in a field, in words that follow a colon; None if there are not."""
     if len(patterns) > MAX_PATTERNS:
         return f"{len(patterns)} patterns are more than {MAX_PATTERNS}, the most that a field may have"
-    expressions = [each for each in patterns if isinstance(each, str) and not _NAME.fullmatch(each)]
+    of_bounded_length = (each for each in patterns if isinstance(each, str) and len(each) <= MAX_LENGTH)
+    expressions = [each for each in of_bounded_length if _plain(each) is None]
     if len(expressions) > MAX_EXPRESSIONS:
         return f"{len(expressions)} regular expressions are more than {MAX_EXPRESSIONS}; names have no such limit"
     problems = map(pattern_problem, expressions)
@@ -50,7 +51,7 @@ def pattern_problem(pattern: str) -> str | None:
     """Why `pattern` cannot be used, in words that follow a colon; None if it can."""
     if len(pattern) > MAX_LENGTH:
         return f"the pattern has {len(pattern)} characters, more than {MAX_LENGTH}; a list of names has no such limit"
-    return None if _NAME.fullmatch(pattern) else _expression_problem(pattern)
+    return None if _plain(pattern) else _expression_problem(pattern)
 
 
 @lru_cache(maxsize=1024)
@@ -61,7 +62,7 @@ def _expression_problem(pattern: str) -> str | None:
             return _too_many(parts)
         if _NO_COUNT.search(_TEXT.sub("", pattern)):
             return "braces that count nothing are text; write \\{ for one"
-        _compile(pattern)
+        _compile(_at_end(pattern))
     except (re.error, OverflowError, ValueError) as error:
         return f"not a regular expression ({error})"
     except (RecursionError, MemoryError):
@@ -113,13 +114,19 @@ def matches_tail(pattern: str, name: str) -> bool:
     """Whether the pattern covers the end of the path from a dot on, as a `rank_pattern` key must."""
     plain = _plain(pattern)
     if plain is None:
-        return _match(rf"(?:.*\.)?(?:{pattern})$", pattern, name) is not None
+        return _match(_at_end(pattern), pattern, name) is not None
     text, dots, whole = plain
+    if not dots:
+        return name == text or (not whole and name.endswith(f".{text}"))
     start = len(name) - len(text)
     if start < 0 or start and (whole or name[start - 1] != "."):
         return False
     end = name[start:]
-    return end == text or bool(dots) and all(mine == end[at] or at in dots for at, mine in enumerate(text))
+    return all(mine == end[at] or at in dots for at, mine in enumerate(text))
+
+
+def _at_end(pattern: str) -> str:
+    return rf"(?:.*\.)?(?:{pattern})$"
 
 
 @lru_cache(maxsize=2 * MAX_PATTERNS)  # saved rank patterns hold one key per module
@@ -127,9 +134,12 @@ def _plain(pattern: str) -> tuple[str, frozenset[int], bool] | None:
     """A pattern that is a name: its text, where in it a dot stands for any character, whether it is a whole path."""
     if not _NAME.fullmatch(pattern):
         return None
-    parts = re.findall(r"\\\.|.", pattern.removeprefix("^").removesuffix("$"))
+    text, whole = pattern.removeprefix("^").removesuffix("$"), pattern.startswith("^")
+    if "." not in text:
+        return text, frozenset(), whole
+    parts = re.findall(r"\\\.|.", text)
     text = "".join(part[-1] for part in parts)
-    return text, frozenset(at for at, part in enumerate(parts) if part == "."), pattern.startswith("^")
+    return text, frozenset(at for at, part in enumerate(parts) if part == "."), whole
 
 
 def layer_index(pattern: str, name: str) -> int | None:
