@@ -7,6 +7,7 @@ In a loop of nothing else, and cold: between large products, as in a step on a C
 objects have left the caches each time and cost ten times as much.
 """
 
+import functools
 import importlib
 import statistics
 import sys
@@ -65,15 +66,17 @@ def cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
     }
 
 
-def microseconds(action: Callable[[], object], calls: int = CALLS, repeats: int = REPEATS) -> float:
-    """Of one call: the least of the repeats, which nothing has disturbed."""
-    best = float("inf")
+def microseconds(actions: list[Callable[[], object]], calls: int = CALLS, repeats: int = REPEATS) -> list[float]:
+    """Of one call of each: the least of the repeats, which nothing has disturbed. They take turns, so that what slows
+    the machine for a while slows them all."""
+    best = [float("inf")] * len(actions)
     for _ in range(repeats):
-        start = time.process_time()
-        for _ in range(calls):
-            action()
-        best = min(best, time.process_time() - start)
-    return best / calls * 1e6
+        for number, action in enumerate(actions):
+            start = time.process_time()
+            for _ in range(calls):
+                action()
+            best[number] = min(best[number], time.process_time() - start)
+    return [seconds / calls * 1e6 for seconds in best]
 
 
 def cold_microseconds(action: Callable[[], object], calls: int = COLD_CALLS) -> float:
@@ -110,18 +113,17 @@ def measured(
 ) -> list[tuple[str, float, float, float, float, int]]:
     """(name, forward, backward, cold forward, cold backward in microseconds, Python functions entered by a forward) of
     each case."""
-    rows, dy = [], torch.randn(ROWS, WIDTH)
+    dy = torch.randn(ROWS, WIDTH)
     with empty_kernels(torch.randn(ROWS, WIDTH), torch.randn(ROWS, RANK)):
-        for name, (forward, wanted) in cases().items():
-            y = forward()
-
-            def backward(y=y, wanted=wanted):
-                return torch.autograd.grad(y, wanted, dy, retain_graph=True)
-
-            times = [microseconds(action, calls, repeats) for action in (forward, backward)]
-            times += [cold_microseconds(action, cold_calls) for action in (forward, backward)]
-            rows.append((name, *times, python_calls(forward)))
-    return rows
+        names, given = zip(*cases().items(), strict=True)
+        forwards = [forward for forward, _ in given]
+        backwards = [
+            functools.partial(torch.autograd.grad, forward(), wanted, dy, retain_graph=True)
+            for forward, wanted in given
+        ]
+        columns = [microseconds(each, calls, repeats) for each in (forwards, backwards)]
+        columns += [[cold_microseconds(action, cold_calls) for action in each] for each in (forwards, backwards)]
+        return list(zip(names, *columns, map(python_calls, forwards), strict=True))
 
 
 def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALLS) -> int:

@@ -124,7 +124,7 @@ class LoraLinearFunction(torch.autograd.Function):
         needs = (need_x, need_w, need_bias, need_a, need_b)
         x, *saved = ctx.saved_tensors
         given = as_rows(dy), None if x is None else as_rows(x), *saved, ctx.call, needs
-        device_type = type_of(dy)
+        device_type = device_type_of(dy)
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 dx, dw, dbias, da, db = run_backward(*given)
@@ -211,8 +211,8 @@ def own_of_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
-def type_of(tensor: torch.Tensor) -> str:
-    """Its device's, which torch puts together anew whenever it is asked."""
+def device_type_of(tensor: torch.Tensor) -> str:
+    """The type of its device, which torch puts together anew whenever it is asked."""
     return "cpu" if tensor.is_cpu else tensor.device.type
 
 
@@ -244,7 +244,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
     Exactly one of `weight` (N, K) and `residual` (..., N) is given; `dropout` is the probability in force.
     """
-    device_type, dtype = type_of(x), x.dtype
+    device_type, dtype = device_type_of(x), x.dtype
     autocast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
     if autocast and weight is not None:
         dtype = torch.get_autocast_dtype(device_type)

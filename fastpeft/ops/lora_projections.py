@@ -29,10 +29,10 @@ from fastpeft.ops.lora_linear import (
     as_rows,
     based_reference,
     cast,
+    device_type_of,
     lora_linear_reference,
     of_rows,
     own_of_rows,
-    type_of,
     widest,
 )
 from fastpeft.ops.lora_linear import _check as check_lora
@@ -125,7 +125,7 @@ class LoraProjectionsFunction(torch.autograd.Function):
         if like is None:
             return None, None, *(None for _ in range(4 * len(dys)))
         flat = [dy if dy is None else as_rows(dy) for dy in dys], x if x is None else as_rows(x)
-        with torch.autocast(type_of(like), enabled=False):
+        with torch.autocast(device_type_of(like), enabled=False):
             dx, dbases, dbiases, *of_factors = run_backward(*flat, *_quarters(saved), seeds, ctx.call, ctx.needs)
         if ctx.call.based:
             dbases = [grad if grad is None else of_rows(grad, like) for grad in dbases]
@@ -179,11 +179,10 @@ def _masks(seeds, call: Call, shape: tuple[int, int], device, needed: bool):
 
 
 def run_backward(dys, x_MK, weights, a, b, ss, seeds, call: Call, needs: Needs):
-    """(dX, [dW, ...], [dbias, ...], [dA, ...], [dB, ...]), None where `needs` does not ask for it, or where dY is."""
+    """(dX, [dW, ...], [dbias, ...], [dA, ...], [dB, ...]), None where `needs` does not ask for it, or where dY is None,
+    which not all may be."""
     count = len(dys)
     have = [p for p in range(count) if dys[p] is not None]
-    if not have:
-        return None, *([None] * count for _ in range(4))
     dy, weight, a, b, s = ([each[p] for p in have] for each in (dys, weights, a, b, ss))
     dy = [cast(each, call.dtype) for each in dy]
     weight = [cast(each, call.dtype) for each in weight]
@@ -250,7 +249,7 @@ def apply_lora_projections(
 
     based: `weight` is none, but the base product (..., N), which somebody else has computed; without a bias.
     """
-    device_type = type_of(x)
+    device_type = device_type_of(x)
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     bases, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
     dtype = torch.get_autocast_dtype(device_type) if autocast and not based else x.dtype
