@@ -4,7 +4,7 @@ not seen these kernels in it."""
 
 import torch
 
-from fastpeft.kernels._tiles import ANY, HALF, SPLIT, TF32X3, Row, Tiles, _serves, family_of, tiles_for
+from fastpeft.kernels._tiles import ANY, HALF, SINGLE, SPLIT, TF32X3, Row, Tiles, _serves, family_of, tiles_for
 
 OTHER_CUDA = (
     Row("shrink", HALF, 32, Tiles(64, depth=64, warps=4), above=16),
@@ -16,6 +16,8 @@ OWN = {
         Row("grad_columns", HALF, 64, Tiles(32, 64), above=32),
         Row("grad_columns", SPLIT, 64, Tiles(32, 64), above=32),
         Row("grad_columns", SPLIT, 128, Tiles(64, 64), above=16),
+        Row("grad_columns", TF32X3, 64, Tiles(32, 64), above=16),
+        Row("expand", SINGLE, 32, Tiles(64, 64), dropout=True),
     ),
     "hip": (),
     "interpreter": (),
