@@ -132,6 +132,39 @@ def operands(one, other):
     return None if kind is None else (one.handle.data, other.handle.data, kind, one.handle.dtype.scalar)
 
 
+CONVERSIONS = {
+    *(("fp16", "fp32"), ("fp32", "fp16"), ("fp32", "fp64"), ("fp64", "fp32"), ("int32", "int64"), ("int64", "int32")),
+    *(("int32", "uint32"), ("int64", "uint32"), ("uint32", "int64"), ("int32", "fp32"), ("uint32", "fp32")),
+}  # fmt: skip
+
+
+def converted(value, scalar):
+    """A value in another type of numbers, which numpy's `astype` gives, or None where the interpreter does more."""
+    pair = value.type.scalar.name, scalar.name
+    if pair in CONVERSIONS:
+        data = value.handle.data.astype(NUMPY[pair[1]])
+    elif pair == ("bf16", "fp32"):
+        words = value.handle.data.view(np.uint16)
+        if np.any(((words & 0x7F80) == 0) & ((words & 0x7F) != 0)):  # subnormal: the interpreter has its own way
+            return None
+        data = (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    elif pair == ("fp32", "bf16"):
+        words = value.handle.data.view(np.uint32)
+        if np.any(((words & 0x7F800000) == 0) & ((words & 0x7FFFFF) != 0)):
+            return None
+        data = (words >> np.uint32(16)).astype(np.uint16)
+    else:
+        return None
+    return _tensor(data, scalar, value.type.with_element_ty(scalar) if value.type.is_block() else scalar)
+
+
+def splat(value, block):
+    """A scalar as a block of this one's shape."""
+    data = value.handle.data
+    kind = block.with_element_ty(value.type)
+    return _tensor(np.full(block.shape.values, data, dtype=data.dtype), value.handle.dtype.scalar, kind)
+
+
 def _number(value, name):
     """In numpy's type of this name, or None where Triton would take or refuse it in another way."""
     if name not in RANGES:

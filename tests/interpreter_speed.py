@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import types
 
 import numpy as np
 
@@ -32,6 +33,7 @@ def install() -> None:
     if triton.__version__ == KNOWN:
         _patch_the_language_once_a_launch()
         _remember_what_to_patch()
+        _remember_what_was_rewritten()
         _leave_out_silent_checks()
         _remember_types()
         _answer_at_once()
@@ -115,6 +117,29 @@ def _remember_what_to_patch() -> None:
             scope.set_attr(owner, name, function)
 
     _replace(interpreter, "_patch_builtin", patch_builtin)
+
+
+def _remember_what_was_rewritten() -> None:
+    """A function of the same code as one before, as in a copy of a module, is rewritten as that one was."""
+    from triton.runtime import interpreter
+
+    original, known = interpreter.FunctionRewriter.rewrite_ast, {}
+
+    def rewrite_ast(self):
+        fn = self.fn
+        key = fn.__code__, repr(fn.__annotations__), repr(fn.__defaults__), repr(fn.__kwdefaults__), repr(self.kwargs)
+        if (code := known.get(key)) is None:
+            rewritten = original(self)
+            if rewritten is not fn:
+                known[key] = rewritten.__code__
+            return rewritten
+        for name, value in vars(interpreter).items():
+            fn.__globals__.setdefault(name, value)
+        again = types.FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__)
+        again.__kwdefaults__, again.__annotations__ = fn.__kwdefaults__, fn.__annotations__
+        return again
+
+    _replace(interpreter.FunctionRewriter, "rewrite_ast", rewrite_ast)
 
 
 def _draw_at_once() -> None:
@@ -209,6 +234,8 @@ def _answer_at_once() -> None:
     from triton.language import core
     from triton.language.semantic import TritonSemantic
 
+    from tests.interpreter_arithmetic import converted
+
     unwrap, cast, check = core._unwrap_if_constexpr, TritonSemantic.cast, TritonSemantic.binary_op_type_checking_impl
     promote, promoted = TritonSemantic.computation_type_impl, {}
     plain = {int, float, bool, str, type(None), core.tensor, core.dtype, core.pointer_type, core.block_type}
@@ -224,7 +251,10 @@ def _answer_at_once() -> None:
         return check(self, lhs, rhs, *options, **more)
 
     def cast_unless_same(self, input, dst_ty, *rounding):
-        return input if input.type.scalar is dst_ty.scalar else cast(self, input, dst_ty, *rounding)
+        if input.type.scalar is dst_ty.scalar:
+            return input
+        result = None if rounding else converted(input, dst_ty.scalar)
+        return cast(self, input, dst_ty, *rounding) if result is None else result
 
     def computation_type_impl(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod):
         key = a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod
@@ -239,9 +269,11 @@ def _answer_at_once() -> None:
 
 
 def _broadcast_as_before() -> None:
-    """Blocks of two shapes that met before; equal ones need nothing."""
+    """Blocks of two shapes that met before, and a scalar to a block; equal ones need nothing."""
     from triton.language import core
     from triton.language.semantic import TritonSemantic
+
+    from tests.interpreter_arithmetic import splat
 
     original, met = TritonSemantic.broadcast_impl_value, {}
 
@@ -254,8 +286,10 @@ def _broadcast_as_before() -> None:
 
     def broadcast_impl_value(self, lhs, rhs):
         left, right = lhs.type, rhs.type
-        if not (left.is_block() and right.is_block()):
-            return (lhs, rhs) if left is right else original(self, lhs, rhs)
+        if not left.is_block():
+            return (splat(lhs, right), rhs) if right.is_block() else original(self, lhs, rhs)
+        if not right.is_block():
+            return lhs, splat(rhs, left)
         if left.shape is right.shape:
             return lhs, rhs
         pair = id(left.shape), id(right.shape)

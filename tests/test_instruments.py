@@ -1,7 +1,9 @@
 """The instruments of the kernel tests, each shown to notice what it is there to notice."""
 
 import contextlib
+import importlib.util
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -145,8 +147,41 @@ def _of_operators():
     return {"out": out}
 
 
+NUMBERS = [0.0, -0.0, 1.0, -2.5, 65504.0, 1e-38, -3e-39, 3e38, float("inf"), float("nan"), 0.1, 7.0, 1e-6, -1e5, 3, 9]
+
+
+@triton.jit
+def _conversions(x_ptr, short_ptr, long_ptr, out_ptr, one, FINITE: tl.constexpr):
+    """From every type of numbers to every other, and a scalar beside a block."""
+    places = tl.arange(0, 16)
+    x, short, long = tl.load(x_ptr + places), tl.load(short_ptr + places), tl.load(long_ptr + places)
+    tl.store(out_ptr + places, x.to(tl.float16).to(tl.float32))
+    tl.store(out_ptr + 16 + places, short.to(tl.float32))
+    tl.store(out_ptr + 32 + places, x.to(tl.bfloat16).to(tl.float32))
+    tl.store(out_ptr + 48 + places, (x.to(tl.float64) + short.to(tl.float64)).to(tl.float32))
+    narrow, unsigned = long.to(tl.int32), long.to(tl.uint32)
+    tl.store(out_ptr + 64 + places, narrow.to(tl.float32) + unsigned.to(tl.float32))
+    tl.store(out_ptr + 80 + places, (unsigned.to(tl.int64) + narrow.to(tl.uint32)).to(tl.float32))
+    tl.store(out_ptr + 96 + places, (narrow > one).to(tl.float32) + tl.where(narrow > one, one, narrow).to(tl.float32))
+    if FINITE:
+        tl.store(out_ptr + 112 + places, x.to(tl.int32).to(tl.int64).to(tl.float16).to(tl.float32))
+
+
+def _of_conversions():
+    outcomes = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, numbers in (("all", NUMBERS), ("normal", [max(min(n, 2.0), 1.0) for n in NUMBERS])):
+            x, out = torch.tensor(numbers), torch.zeros(8 * 16)
+            long = torch.arange(-8, 8) * (2**30 + 12345)
+            with np.errstate(all="ignore"):
+                _conversions[(1,)](x, x.to(dtype), long, out, 300, FINITE=name == "normal")
+            outcomes[f"{name} {dtype}"] = out.view(torch.int32)
+    return outcomes
+
+
 OUTCOMES = {
     "operators": _of_operators,
+    "conversions": _of_conversions,
     "half": lambda: _of_attention("segments", "alibi", "bias", "prefix-bias", "dropout", dtype=torch.float16),
     "single": lambda: _of_attention("window", "gaps", "softcap", "sinks", "own-prefixes", dtype=torch.float32),
     "one-query": lambda: _of_attention("cached", "left-padding", dtype=torch.float16, queries=1, keys=40, start=39),
@@ -168,6 +203,36 @@ def test_the_faster_interpreter_computes_and_touches_the_same(outcome):
     )
     first, second = counts
     assert first == second and first
+
+
+def _of_source(directory, source):
+    """What a kernel of this source leaves: a module of its own each time."""
+    path = directory / f"of_{abs(hash(source))}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = torch.zeros(1)
+    module._kernel[(1,)](out, 2)
+    return out.item()
+
+
+COPY = """import triton
+import triton.language as tl
+
+BASE = 1
+
+@triton.jit
+def _kernel(out_ptr, number, MORE: tl.constexpr = BASE + 4):
+    tl.store(out_ptr, number * 10.0 + MORE)
+"""
+
+
+def test_a_changed_copy_of_a_kernel_is_not_taken_for_the_first(tmp_path):
+    assert _of_source(tmp_path, COPY) == _of_source(tmp_path, COPY + "\n") == 25
+    assert _of_source(tmp_path, COPY.replace("BASE = 1", "BASE = 2")) == 26
+    assert _of_source(tmp_path, COPY.replace("10.0", "20.0")) == 45
+    assert _of_source(tmp_path, COPY.replace("number * 10.0", "number + 10.0")) == 17
 
 
 @triton.jit
