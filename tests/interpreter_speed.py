@@ -253,7 +253,7 @@ def _answer_at_once() -> None:
     def cast_unless_same(self, input, dst_ty, *rounding):
         if input.type.scalar is dst_ty.scalar:
             return input
-        result = None if rounding else converted(input, dst_ty.scalar)
+        result = converted(input, dst_ty.scalar) if rounding in ((), (None,)) else None
         return cast(self, input, dst_ty, *rounding) if result is None else result
 
     def computation_type_impl(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod):
