@@ -156,3 +156,51 @@ DECODE = [
 KERNELS = {
     "forward": FORWARD, "grad_query": GRAD_QUERY, "grad_keys": GRAD_KEYS, "grad_bias": GRAD_BIAS, "decode": DECODE,
 }  # fmt: skip
+
+# By which problem of the test each mistake is found soonest, by what goes wrong or the function; the others by the
+# first one of their kernel.
+SOONEST = {
+    "forward": {
+        5: (),
+        1: (
+            "prefix of the first sample", "no sink", "one sink for all", "ALiBi's first slope", "add_sink",
+            "ALiBi of virtual keys", "cap after the bias",
+        ),
+        3: ("segments not looked at",),
+        4: ("window begins late",),
+        6: ("kv head of the prefix", "vendor's L in another unit"),
+        7: ("gate of the first head",),
+        8: (
+            "kv head of V", "batch of K", "tiles of whole keys left out", "a tile too many untested", "row of the bias",
+            "start forgotten",
+        ),
+        12: ("mask of other columns", "kept weights not scaled", "mask inverted", "padding of the first sample"),
+    },
+    "grad_query": {
+        4: (),
+        0: ("kv head of K", "tiles of whole keys left out"),
+        1: ("no derivative of the cap", "derivative of the cap"),
+        2: ("head of the prefix's bias", "mask of other columns", "kept gradients not scaled"),
+        6: ("sign of δ", "vendor's dq forgotten", "kv head of the prefix's V", "batch of dout"),
+        7: ("gate of the first head", "prefix_statistics"),
+        8: ("batch of the prefix's bias",),
+    },
+    "grad_keys": {
+        4: (),
+        0: ("batch of V", "tests end early"),
+        1: ("ALiBi's first slope",),
+        2: ("mask of other columns", "mask not transposed"),
+        5: ("prefix's window",),
+        6: (
+            "kv head of K", "tiles of whole keys left out", "one sample of the batch",
+            "transposed weights of another head",
+        ),
+        7: ("gate of the first head",),
+    },
+    "grad_bias": {8: (), 2: ("one sample", "batch of V", "head of the bias", "mask of other columns")},
+    "decode": {
+        9: (),
+        10: ("bias of the first sample", "bias of the first head", "prefix of the first sample"),
+        11: ("window of the first sample", "segment of the first sample", "rows of the first block"),
+    },
+}  # fmt: skip

@@ -24,7 +24,7 @@ from fastpeft.ops.gated_prompt_attention import gated_prompt_attention_reference
 from fastpeft.ops.prefix_attention import Call, prefix_attention_reference
 from tests.counting import count
 from tests.ops.prefix_attention_cases import NAMES, PLANS, problem, triton_keep
-from tests.ops.prefix_attention_mutants import KERNELS
+from tests.ops.prefix_attention_mutants import KERNELS, SOONEST
 from tests.planting import mutated
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
@@ -68,69 +68,102 @@ def problems():
     return made
 
 
-def _truth(strategy, case, gate):
-    if strategy == "decode":  # its gradients are the other kernels'
-        return [
-            prefix_attention_reference(Tensors(*(t if t is None else t.double() for t in case.tensors)), case.scores)
-        ]
-    keep, p = triton_keep(case, 0)
+def _names(strategy, case) -> list[str]:
+    """Of the gradients that are looked at."""
+    present = [name for name, t in zip(NAMES, case.tensors, strict=True) if t is not None]
+    return {"gated": ["gate", *present], "biases alone": present[-2:], "decode": []}.get(strategy, present)
+
+
+def _truth(strategy, case, gate) -> dict[str, torch.Tensor]:
     leaves = [t.double().requires_grad_() for t in (gate, *case.tensors) if t is not None]
     rest = iter(leaves[1:])
     tensors = Tensors(*(None if t is None else next(rest) for t in case.tensors))
+    if strategy == "decode":  # its gradients are the other kernels'
+        return {"out": prefix_attention_reference(tensors, case.scores).detach()}
+    keep, p = triton_keep(case, 0)
     if strategy == "gated":
-        out = gated_prompt_attention_reference(tensors, leaves[0], case.scores)
+        out = gated_prompt_attention_reference(tensors, leaves[0], case.scores, keep, p)
     else:
         out = prefix_attention_reference(tensors, case.scores, keep, p)
     wanted = {"gated": leaves, "biases alone": leaves[-2:]}.get(strategy, leaves[1:])
-    return [out.detach(), *torch.autograd.grad(out, wanted, case.dout_BHSD.double())]
+    gradients = torch.autograd.grad(out, wanted, case.dout_BHSD.double())
+    return {"out": out.detach(), **dict(zip(_names(strategy, case), gradients, strict=True))}
 
 
-def _results(strategy, case, gate):
-    """out and the gradients; these are computed when out has been looked at."""
+def _call(strategy, case):
+    """And the dropout's seed."""
     if strategy == "decode":
-        yield path.forward(case.tensors, Call(case.scores, 0.0, ATTENTION_DECODE), None)[0]
-        return
-    call = Call(case.scores, case.dropout, PLANS["merge" if strategy == "merge" else "fused"])
-    few = strategy == "biases alone"
-    needs = Tensors(*(t is not None and (not few or "bias" in name) for name, t in case.tensors._asdict().items()))
+        return Call(case.scores, 0.0, ATTENTION_DECODE), None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        seed = path.draw_seed(gate) if case.dropout else None
+        seed = path.draw_seed(case.dout_BHSD) if case.dropout else None
+    return Call(case.scores, case.dropout, PLANS["merge" if strategy == "merge" else "fused"]), seed
+
+
+def _forward(strategy, case, gate):
+    """out, and what backward is given of it."""
     if strategy == "gated":
-        out, own, lse = gated.forward(case.tensors, gate, call, seed)
-        yield out
-        gradients = gated.backward(case.dout_BHSD, case.tensors, gate, own, lse, call, seed, needs, True)
+        out, *kept = gated.forward(case.tensors, gate, *_call(strategy, case))
+        return out, kept
+    out, lse = path.forward(case.tensors, *_call(strategy, case))
+    return out, (out, lse)
+
+
+def _backward(strategy, case, gate, kept, wanted):
+    """(name, gradient) of those that are wanted, by the name of the tensor."""
+    needs = Tensors(*(name in wanted for name in NAMES))
+    if strategy == "gated":
+        given = (case.dout_BHSD, case.tensors, gate, *kept, *_call(strategy, case))
+        gradients = gated.backward(*given, needs, "gate" in wanted)
     else:
-        out, lse = path.forward(case.tensors, call, seed)
-        yield out
-        gradients = path.backward(case.dout_BHSD, case.tensors, out, lse, call, seed, needs)
-    yield from (each for each in gradients if each is not None)
+        gradients = (None, *path.backward(case.dout_BHSD, case.tensors, *kept, *_call(strategy, case), needs))
+    found = dict(zip(("gate", *NAMES), gradients, strict=True))
+    return [(name, found[name]) for name in wanted]
 
 
-# Where to look first: a word of the mistake, and the number of a problem that has to do with it.
-LIKELY = {
-    "cap after the bias": 1, "sign of δ": 6, "head of the prefix's bias": 2,
-    "causal row": 5, "gate": 7, "statistics": 7, "vendor": 6, "prefix's bias": 8, "bias": 2, "sink": 1, "cap": 1,
-    "alibi": 1, "slope": 1,
-    "mask": 1, "kept": 1, "drop": 1, "padding": 2, "segment": 3, "first sample": 1, "window": 4, "begin": 4, "end": 5,
+@functools.cache
+def kept_of(number: int):
+    """What the kernels as they should be give backward; first asked for before a mistake is planted."""
+    return _forward(*problems()[number][:3])[1]
+
+
+# What each kernel gives besides out.
+GIVES = {
+    "forward": (), "grad_query": ("query",), "grad_keys": ("key", "value", "prefix_key", "prefix_value"),
+    "grad_bias": ("bias", "prefix_bias"), "decode": (),
 }  # fmt: skip
 
 
-def likely(mutant) -> int:
-    for kernel, first in (("decode", 9), ("grad_bias", 12)):
-        if mutant in KERNELS[kernel]:
-            return first
-    said = " ".join(mutant).lower()
-    return next((number for word, number in LIKELY.items() if word in said), 0)
+def fault_of(number: int, kernel: str | None = None) -> str | None:
+    """What is wrong with a problem's results, or with what one kernel gives that is given what it should be."""
+    strategy, case, gate, truth = problems()[number]
+    wanted = [name for name in _names(strategy, case) if kernel is None or name in GIVES[kernel]]
 
+    def results():  # gradients are computed when out has been looked at
+        if kernel is None or not wanted:
+            out, kept = _forward(strategy, case, gate)
+            yield "out", out
+        else:
+            kept = kept_of(number)
+        if wanted:
+            yield from _backward(strategy, case, gate, kept, wanted)
 
-def first_fault(first: int = 0) -> str | None:
-    """What is wrong with the kernels as they are, at the first problem that shows it, beginning with one of them."""
-    for strategy, case, gate, truth in problems()[first:] + problems()[:first]:
-        for number, (got, true) in enumerate(zip(_results(strategy, case, gate), truth, strict=True)):
-            if not (got - true).abs().max() <= TOLERANCE * true.abs().max():
-                return f"{strategy}, result {number} of out and the gradients of {NAMES}"
+    for name, got in results():
+        if not (got - truth[name]).abs().max() <= TOLERANCE * truth[name].abs().max():
+            return f"{strategy}, {name}"
     return None
+
+
+def soonest(mutant) -> tuple[int, str]:
+    """The problem and the kernel by which the mistake is probably found."""
+    kernel = next(name for name, mutants in KERNELS.items() if mutant in mutants)
+    first, *others = SOONEST[kernel]
+    return next((n for n in others if {mutant[0], mutant[1]} & {*SOONEST[kernel][n]}), first), kernel
+
+
+def first_fault() -> str | None:
+    """What is wrong with the kernels as they are, at the first problem that shows it."""
+    return next((fault for number in range(len(problems())) if (fault := fault_of(number))), None)
 
 
 def test_the_kernels_as_they_are_pass(monkeypatch):
@@ -141,6 +174,9 @@ def test_the_kernels_as_they_are_pass(monkeypatch):
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
 def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     problems()  # whose masks are made by the kernels as they should be
+    number, kernel = soonest(mutant)
+    if GIVES[kernel]:
+        kept_of(number)
     function, _, old, new = mutant
     planted, modules = 0, {}
     for file in FILES:  # each imports those before it
@@ -160,7 +196,7 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     monkeypatch.setattr(gated, "kernels", modules["prefix_attention"])
     monkeypatch.setattr(path, "decode", modules["_prefix_attention_decode"])
     monkeypatch.setattr(path.decode, "processor_count", lambda tensor: 64)
-    assert first_fault(likely(mutant)) is not None
+    assert (fault_of(number, kernel) or first_fault()) is not None
     count("planted faults caught")
 
 
