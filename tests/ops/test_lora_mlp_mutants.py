@@ -1,7 +1,9 @@
 """The test of the tests: mistakes planted in the kernels of `lora_mlp`, each of which must be found by comparing what
 the two kernels give with the formulas in float64, under masks that this test draws itself."""
 
+import functools
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +36,7 @@ def gappy(t: torch.Tensor) -> torch.Tensor:
     return storage[::2, ::3]
 
 
+@functools.cache
 def inputs() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Data in fp16, matrices in fp32."""
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +49,7 @@ def inputs() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return data, small
 
 
+@functools.cache
 def truth(activation: str) -> dict[str, torch.Tensor]:
     """In float64, with the roundings that the kernels promise: h, dg and du are of the data's type."""
     data, small = inputs()
@@ -64,11 +68,17 @@ def truth(activation: str) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def found(kernels: ModuleType, activation: str) -> dict[str, torch.Tensor]:
+def forward(kernels: ModuleType, activation: str) -> dict[str, torch.Tensor]:
+    data, small = inputs()
+    with mock.patch.object(kernels, "processor_count", lambda tensor: PROCESSORS[0]):
+        dropout = Dropout(torch.tensor([SEED]), P)
+        h, s = kernels.gated_forward(data["gate"], data["up"], activation, small["a"], dropout)
+    return {"h": h, "s": s}
+
+
+def backward(kernels: ModuleType, activation: str) -> dict[str, torch.Tensor]:
     data, small = inputs()
     dropout = Dropout(torch.tensor([SEED]), P)
-    with mock.patch.object(kernels, "processor_count", lambda tensor: PROCESSORS[0]):
-        h, s = kernels.gated_forward(data["gate"], data["up"], activation, small["a"], dropout)
     sides = tuple(
         kernels.Side(small[f"{side}_s"], small[f"{side}_b"], scale)
         for side, scale in zip(("gate", "up"), SCALES, strict=True)
@@ -78,23 +88,24 @@ def found(kernels: ModuleType, activation: str) -> dict[str, torch.Tensor]:
         grads = kernels.gated_backward(*given, down=(small["t"], small["a"]), sides=sides, dropout=dropout)
     t, db = (dict(zip(("gate", "up"), each, strict=True)) for each in (grads.t, grads.db))
     return {
-        "h": h, "s": s, "dg": grads.dgate, "du": grads.dup, "da": grads.da, "gate_t": t["gate"], "gate_db": db["gate"],
+        "dg": grads.dgate, "du": grads.dup, "da": grads.da, "gate_t": t["gate"], "gate_db": db["gate"],
         "up_t": t["up"], "up_db": db["up"],
     }  # fmt: skip
 
 
-def first_fault(kernels: ModuleType, activations=ACTIVATIONS) -> str | None:
+def first_fault(kernels: ModuleType, activations=ACTIVATIONS, directions=(forward, backward)) -> str | None:
     """What is wrong, in words; a lane that would leave its tensor is stopped before it does."""
-    for activation in activations:
+    for activation, direction in itertools.product(activations, directions):
         try:
             with count_traffic():
-                got = found(kernels, activation)
+                got = direction(kernels, activation)
         except (InterpreterError, RuntimeError) as fault:
             return f"{fault} {fault.__cause__}"
-        for name, expected in truth(activation).items():
+        expected = truth(activation)
+        for name, t in got.items():
             fine = 2e-3 if name in ("h", "dg", "du") else 6e-5  # of those that are rounded a few go the other way
-            error = (got[name].double() - expected).abs().max()
-            if not error <= fine * expected.abs().max():
+            error = (t.double() - expected[name]).abs().max()
+            if not error <= fine * expected[name].abs().max():
                 return f"{name} of {activation}: {error}"
     return None
 
@@ -114,7 +125,8 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, file.stem, module)
     spec.loader.exec_module(module)
     activation, colon, _ = mutant[1].partition(":")
-    assert first_fault(module, (activation if colon else "silu",)) is not None
+    directions = (backward, forward) if mutant in KERNELS["backward"] else (forward, backward)
+    assert first_fault(module, (activation if colon else "silu",), directions) is not None
     count("planted faults caught")
 
 
