@@ -247,17 +247,22 @@ def outcome(function, problem: AttentionProblem, wanted: Sequence[str], dtype: t
     return {"out": out.detach(), **{f"d{name}": t for name, t in zip(wanted, gradients, strict=True)}}
 
 
+def _op_outcome(problem: AttentionProblem, wanted: Sequence[str], seed: int) -> tuple[dict, Tensor | None, float]:
+    """Of the op; and the mask that it draws, and its probability of dropping."""
+    with torch.random.fork_rng([problem.query.device] if problem.query.is_cuda else []):
+        torch.manual_seed(seed)
+        keep, p = op_dropout(problem)
+        torch.manual_seed(seed)
+        return outcome(_op, problem, wanted), keep, p
+
+
 def attention_outcomes(
     problem: AttentionProblem, wanted: Sequence[str], seed: int = 0, eager=None
 ) -> tuple[dict, dict, dict]:
     """Of the op, of its reference in the same dtypes (or of `eager`) and in float64, with the mask that the op draws:
     {"out": result, "dquery": gradient, ...}. Runs on the backend in force, and leaves torch's generators as they were.
     """
-    with torch.random.fork_rng([problem.query.device] if problem.query.is_cuda else []):
-        torch.manual_seed(seed)
-        keep, p = op_dropout(problem)
-        torch.manual_seed(seed)
-        got = outcome(_op, problem, wanted)
+    got, keep, p = _op_outcome(problem, wanted, seed)
 
     def reference(problem, leaves):
         return _reference(problem, leaves, keep, p)
@@ -265,11 +270,40 @@ def attention_outcomes(
     return got, outcome(eager or reference, problem, wanted), outcome(reference, problem, wanted, torch.float64)
 
 
+def _references(
+    problems: Sequence[AttentionProblem], wanted: Sequence[str], keeps: Sequence[Tensor | None], p: float, dtype=None
+) -> dict:
+    """Of the reference, of all draws at once: {"out": results, ...} with a dimension for the draws in front."""
+    first = problems[0]
+    given = {name: torch.stack([getattr(problem, name) for problem in problems]) for name in first.present()}
+    given = {name: t.to(dtype or t.dtype).requires_grad_(name in wanted) for name, t in given.items()}
+    masks = {name for name, option in first.options.items() if isinstance(option, Tensor)}
+    masks = {name: torch.stack([problem.options[name] for problem in problems]) for name in masks}
+    keep = None if keeps[0] is None else torch.stack(list(keeps))
+
+    def reference(given, masks, keep):
+        leaves = {name: given.get(name) for name in GRADIENTS}
+        return _reference(dataclasses.replace(first, **leaves, options=first.options | masks), leaves, keep, p)
+
+    out = torch.vmap(reference, in_dims=(0, 0, None if keep is None else 0))(given, masks, keep)
+    if not wanted:
+        return {"out": out}
+    dout = torch.stack([problem.dout for problem in problems]).to(out.dtype)
+    gradients = torch.autograd.grad(out, [given[name] for name in wanted], dout)
+    return {"out": out.detach(), **{f"d{name}": t for name, t in zip(wanted, gradients, strict=True)}}
+
+
 def attention_differences(
     problems: Sequence[AttentionProblem], wanted: Sequence[str] | None = None, eager=None
 ) -> list[Difference]:
     """How far the result and its gradients, all or those `wanted`, are from the truth, pooled over problems of one
-    shape, beside the materialised reference, or `eager` (`sdpa`)."""
+    shape and the same modifiers, beside the materialised reference, or `eager` (`sdpa`)."""
     wanted = problems[0].present() if wanted is None else wanted
-    draws = [attention_outcomes(problem, wanted, seed, eager) for seed, problem in enumerate(problems)]
-    return [compare(name, *([draw[i][name] for draw in draws] for i in range(3))) for name in draws[0][0]]
+    got, keeps, (p, *_) = zip(*(_op_outcome(each, wanted, seed) for seed, each in enumerate(problems)), strict=True)
+    truth = _references(problems, wanted, keeps, p, torch.float64)
+    if eager is None:
+        beside = _references(problems, wanted, keeps, p)
+    else:
+        drawn = [outcome(eager, problem, wanted) for problem in problems]
+        beside = {name: [draw[name] for draw in drawn] for name in drawn[0]}
+    return [compare(name, [draw[name] for draw in got], list(beside[name]), list(truth[name])) for name in got[0]]
