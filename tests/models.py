@@ -183,16 +183,29 @@ _AUTO_OF = {  # of a model type, where its inputs are no text
 }
 
 
-@functools.cache
-def _built(family: str, task: str) -> torch.nn.Module:
+def _recipe(family: str, task: str):
+    """The configuration, and the class of transformers' that makes a model of it, if it has one for the task."""
     import transformers
 
     model_type, settings = (FAMILIES | MORE_FAMILIES | OTHER_FAMILIES)[family]
     config = transformers.AutoConfig.for_model(model_type, **settings)
     config.num_labels = 3 if task in ("SEQ_CLS", "TOKEN_CLS") else 2
+    return config, getattr(transformers, _AUTO_OF.get((model_type, task), _AUTO[task]))
+
+
+def has_class(family: str, task: str) -> bool:
+    """Whether transformers has a class for the task of this family, by the table that `from_config` looks it up in."""
+    config, auto = _recipe(family, task)
+    return type(config) in auto._model_mapping
+
+
+@functools.cache
+def _built(family: str, task: str) -> torch.nn.Module:
+    config, auto = _recipe(family, task)
+    model_type = config.model_type
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    model = getattr(transformers, _AUTO_OF.get((model_type, task), _AUTO[task])).from_config(config)
+    model = auto.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
