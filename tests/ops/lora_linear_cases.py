@@ -4,8 +4,10 @@ import contextlib
 
 import torch
 
+from fastpeft import oracle
 from fastpeft.dispatch import Plan, backend, override_plan
-from fastpeft.oracle import Bounds, LoraProblem, lora_linear_differences, random_lora_problem
+from fastpeft.ops.lora_linear import lora_linear_reference
+from fastpeft.oracle import Bounds, LoraProblem, lora_linear_differences, op_dropout, random_lora_problem
 
 # Odd, and with the interpreter's tiles of 16 x 32 x 32 every loop takes at least two whole tiles and a tail.
 ROWS, INPUTS, OUTPUTS, RANK = 37, 69, 71, 5
@@ -45,6 +47,18 @@ def draws(
         for seed in range(count)
     ]
     return problems if base else [problem.without_base() for problem in problems]
+
+
+def truth_of(problem: LoraProblem, wanted: tuple[str, ...], seed: int = 0) -> dict[str, torch.Tensor]:
+    """The third of `lora_linear_outcomes`, without the op's and eager's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        keep, p = op_dropout(problem)
+
+    def reference(*leaves):
+        return lora_linear_reference(*leaves, problem.scaling, keep, p)
+
+    return oracle._outcome(reference, problem, wanted, torch.float64)
 
 
 def assert_right(problems, wanted=("x", "bias", "lora_A", "lora_B"), bounds: Bounds = Bounds()) -> None:  # noqa: B008

@@ -24,6 +24,7 @@ from tests.ops.lora_linear_cases import (
     assert_right,
     draws,
     on,
+    truth_of,
 )
 
 # A BLAS adds up as its processor likes, and eager's may be a tenth more exact than the interpreter's on one and not on
@@ -264,7 +265,7 @@ def test_autocast_is_as_right_as_eager_under_autocast(adapter, dropout):
         problem = dataclasses.replace(
             problem, lora_A=problem.lora_A.to(adapter), lora_B=problem.lora_B.to(adapter), bias=problem.bias
         )
-        _, _, truth = lora_linear_outcomes(problem, wanted)
+        truth = truth_of(problem, wanted)
         with torch.autocast("cpu", torch.bfloat16):
             got, eager, _ = lora_linear_outcomes(problem, wanted)
         assert got["y"].dtype == torch.bfloat16
@@ -284,7 +285,7 @@ def test_autocast_on_the_kernels(strategy, adapter, dropout=0.3):
     for problem in draws(4, dropout=dropout):
         problem = dataclasses.replace(problem, lora_A=problem.lora_A.to(adapter), lora_B=problem.lora_B.to(adapter))
         with on("triton", strategy):
-            _, _, truth = lora_linear_outcomes(problem, wanted)
+            truth = truth_of(problem, wanted)
             with torch.autocast("cpu", torch.float16):
                 got, eager, _ = lora_linear_outcomes(problem, wanted)
         assert (got["y"].dtype, got["dx"].dtype, got["dlora_A"].dtype) == (torch.float16, torch.float32, adapter)
