@@ -70,6 +70,24 @@ def _kind(t: torch.Tensor) -> torch.Tensor:
     return torch.where(t.isnan(), 2.0, torch.where(t.isinf(), t.sign(), 0.0))
 
 
+def _pooled(draws: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[draws, rows, width] in float64."""
+    width = draws[0].shape[-1] if draws[0].ndim else 1
+    return torch.stack([*draws]).detach().double().reshape(len(draws), -1, width)
+
+
+def projection(got: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+    """The gain of `got`: its projection on `truth`, as far as both are finite."""
+    g, t = map(_pooled, (got, truth))
+    finite = g.isfinite() & t.isfinite()
+    return _gain(g.where(finite, 0.0), t.where(finite, 0.0))
+
+
+def _gain(g: torch.Tensor, t: torch.Tensor) -> float:
+    power = t.square().sum()
+    return float((g * t).sum() / power) if power > 0 else 1.0
+
+
 def compare(
     name: str, got: Sequence[torch.Tensor], eager: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]
 ) -> Difference:
@@ -84,9 +102,7 @@ def compare(
     shapes = {t.shape for t in (*got, *eager, *truth)}
     if len(shapes) != 1 or got[0].dtype != eager[0].dtype:
         raise ValueError(f"{name}: shapes {shapes}, {got[0].dtype} against eager's {eager[0].dtype}")
-    width = truth[0].shape[-1] if truth[0].ndim else 1
-    # [draws, rows, width]
-    g, e, t = (torch.stack([d.detach().double().reshape(-1, width) for d in draws]) for draws in (got, eager, truth))
+    g, e, t = map(_pooled, (got, eager, truth))
     agree = torch.equal(_kind(g), _kind(e))
     finite = g.isfinite() & e.isfinite() & t.isfinite()
     g, e, t = (v.where(finite, 0.0) for v in (g, e, t))
@@ -100,7 +116,7 @@ def compare(
         rms=_ratio(_rms(error), torch.maximum(_rms(unit), _rms(rounding))),
         peak=_ratio(peaks[0], torch.maximum(*peaks[1:])),
         row=_ratio(_rms(error, 0, 2), row_unit),
-        gain=float((g * t).sum() / power) if power > 0 else 1.0,
+        gain=_gain(g, t),
         agree=agree,
     )
 
