@@ -1,5 +1,6 @@
 """pytest's capture of logs without what it does six times a test: to look through all of some thousand loggers for
-those that do not hand on what they are told. They are looked for again when there are more loggers."""
+those that do not hand on what they are told. They are looked for again when there are more loggers. And without torch's
+traces of what it compiles: it writes them, some of a graph's every tensor, as soon as anyone listens."""
 
 import functools
 import logging
@@ -27,4 +28,5 @@ def _enter(self):
 def _apart(count: int) -> list[logging.Logger]:
     """The loggers that do not propagate, of so many."""
     loggers = logging.getLogger().manager.loggerDict.values()
-    return [each for each in loggers if isinstance(each, logging.Logger) and not each.propagate]
+    apart = [each for each in loggers if isinstance(each, logging.Logger) and not each.propagate]
+    return [each for each in apart if each.name != "torch.__trace"]
