@@ -22,6 +22,10 @@ pytestmark = pytest.mark.interpreter
 @pytest.fixture(autouse=True)
 def nothing_has_failed():
     yield
+    forget()
+
+
+def forget():
     fallback._failed.clear()
     fallback._drawn.clear()
 
@@ -136,12 +140,12 @@ def break_(monkeypatch, place, how=None):
     monkeypatch.setattr(importlib.import_module(f"fastpeft.ops.{module}"), name, fail)
 
 
-def outcome(name: str, dropout: float = 0.0, compiled: bool = False) -> list[torch.Tensor]:
+def outcome(name: str, dropout: float = 0.0) -> list[torch.Tensor]:
+    return computed(*OPS[name][0](dropout))
+
+
+def computed(leaves: list[torch.Tensor], call) -> list[torch.Tensor]:
     """The result and the gradients of a call."""
-    leaves, call = OPS[name][0](dropout)
-    if compiled:
-        torch._dynamo.reset()
-        call = torch.compile(call, backend="aot_eager", fullgraph=True)
     torch.manual_seed(3)
     out = call()
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
@@ -171,14 +175,21 @@ def test_what_fails_is_computed_by_torch_with_one_warning(name, phase, dropout, 
     count("failing kernels answered")
 
 
-@pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("name", OPS)
-def test_compiled_calls_fall_back_too(name, phase, monkeypatch):
-    dropout = 0.0 if name == "prompt_embedding" else 0.3
-    expected = outcome(name, dropout, compiled=True)
-    break_(monkeypatch, OPS[name][1 if phase == "forward" else 2])
-    with pytest.warns(RuntimeWarning, match=rf"{name}, {phase}, on cpu"):
-        assert_close(outcome(name, dropout, compiled=True), expected)
+def test_compiled_calls_fall_back_too(name, monkeypatch):
+    """In the call that is compiled and in later ones, which stay as they were compiled."""
+    leaves, call = OPS[name][0](0.0 if name == "prompt_embedding" else 0.3)
+    torch._dynamo.reset()
+    compiled, found = torch.compile(call, backend="aot_eager", fullgraph=True), []
+    for phase, place in zip(("forward", "backward"), OPS[name][1:], strict=True):
+        with monkeypatch.context() as broken, pytest.warns(RuntimeWarning, match=rf"{name}, {phase}, on cpu"):
+            break_(broken, place)
+            found.append(computed(leaves, compiled))
+        forget()
+    expected = computed(leaves, compiled)
+    assert fastpeft.kernel_failures() == {}
+    for each in found:
+        assert_close(each, expected)
     torch._dynamo.reset()
 
 
