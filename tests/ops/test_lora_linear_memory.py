@@ -21,7 +21,7 @@ from tests.ops.lora_linear_traffic import runs
 BOTH = [pytest.param("torch"), pytest.param("triton", marks=pytest.mark.interpreter)]
 RANK = 4
 # M, K, N: many rows beside a small weight, and a large weight under few rows.
-TALL, WIDE = (16384, 512, 128), (64, 2048, 2048)
+TALL, WIDE = (16384, 512, 32), (16, 2048, 2048)
 SMALL_TALL, SMALL_WIDE = (256, 96, 32), (33, 160, 160)  # the interpreter's
 
 
@@ -96,7 +96,8 @@ def test_torch_path_allocates_its_results_and_a_block(shape, dropout):
 
 @pytest.fixture
 def tidy_interpreter(monkeypatch):
-    """The interpreter leaves a launch's arguments in a reference cycle; a GPU launch keeps nothing."""
+    """The interpreter leaves a launch's arguments in a reference cycle; a GPU launch keeps nothing. A collection looks
+    through what this file's tests made and no more: see `conftest._short_collections`."""
     from triton.runtime.interpreter import GridExecutor
 
     execute = GridExecutor.__call__
@@ -105,11 +106,7 @@ def tidy_interpreter(monkeypatch):
         execute(*arguments, **keywords)
         gc.collect()
 
-    gc.collect()
-    gc.freeze()
     monkeypatch.setattr(GridExecutor, "__call__", execute_and_collect)
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.interpreter
@@ -155,7 +152,7 @@ def of_ours(dropout, m, k, n):
     return sum(saved.values()), allocations.peak
 
 
-@pytest.mark.parametrize(("dropout", "less_saved", "less_peak"), [(0.0, 1.9, 2.5), (0.3, 3.5, 3.4)])
+@pytest.mark.parametrize(("dropout", "less_saved", "less_peak"), [(0.0, 1.9, 3.2), (0.3, 3.5, 4.0)])
 def test_beside_hf_peft(dropout, less_saved, less_peak):
     ours, theirs = of_ours(dropout, *TALL), of_peft(dropout, *TALL)
     print(f"saved {ours[0]:,} B, HF peft {theirs[0]:,} B; peak {ours[1]:,} B, HF peft {theirs[1]:,} B")
