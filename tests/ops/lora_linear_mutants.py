@@ -180,3 +180,34 @@ SHARED = [
 
 KERNELS = {"shrink": SHRINK, "tail": TAIL, "grad_b_and_t": GRAD_B_AND_T, "grad_columns": GRAD_COLUMNS}
 KERNELS |= {"sum_partials": SUM_PARTIALS, "shared": SHARED}
+
+# In which problem of the test and with which gradients each mistake is found soonest, by what goes wrong or the
+# function; the others of a kernel by its first.
+SOONEST = {
+    "shrink": {(0, ()): (), (0, ("x",)): ("tail",), (5, ()): ("start of a run", "S of one run")},
+    "tail": {
+        (0, ()): (),
+        (0, ("x",)): ("mask inverted", "mask of other rows", "mask of other columns"),
+        (2, ()): ("no residual", "first row of the residual"),
+        (3, ()): ("last chunk of ranks",),
+    },
+    "grad_b_and_t": {
+        (0, ("bias", "lora_B")): (),
+        (0, ("lora_A",)): (
+            "T of one block of columns", "sign of T", "row stride of B", "column stride of B", "no scale of T",
+            "scale of T off by 1 %",
+        ),
+    },
+    "grad_columns": {
+        (0, ("lora_A",)): (),
+        (1, ("x", "lora_A")): ("tail's kept values not scaled", "tail not masked", "row stride of A"),
+        (3, ("bias", "lora_B")): ("bias' sum forgotten", "no scale", "dB not transposed"),
+    },
+    "sum_partials": {(0, ("bias", "lora_B")): (), (0, ("lora_A",)): ("every second block", "last block")},
+    "shared": {
+        (0, ()): (),
+        (2, ()): ("high halves in bf16",),
+        (2, ("lora_B",)): ("low half of B in bf16",),
+        (3, ()): ("ranks beyond 16",),
+    },
+}  # fmt: skip
