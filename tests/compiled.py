@@ -4,12 +4,11 @@ import torch
 import transformers
 
 import fastpeft
-from tests.models import _AUTO, FAMILIES, batch
+from tests.models import _AUTO, DEPTHS, FAMILIES, batch
 from tests.peft_pair import quietly, randomise
 from tests.prefix_pair import padded_left, task_of
 
-_LAYERS = {"llama": "num_hidden_layers", "bert": "num_hidden_layers", "gpt2": "n_layer", "t5": "num_layers"}
-COMPILED = tuple(_LAYERS)
+COMPILED = tuple(DEPTHS)
 _TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query"], "gpt2": ["c_attn"], "t5": ["q", "wo"]}
 
 _VIRTUAL = {"num_virtual_tokens": 3}
@@ -38,7 +37,7 @@ WAYS = {"native": _native}  # name -> a function of a plain model, a configurati
 def adapted(method: str, family: str = "llama", way: str = "native", **more) -> torch.nn.Module:
     """A model of one layer, in training, whose adapter is not neutral. `more`: other settings of the method."""
     kind, settings = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(kind, **{**settings, _LAYERS[family]: 1}, num_labels=3)
+    config = transformers.AutoConfig.for_model(kind, **{**settings, DEPTHS[family]: 1}, num_labels=3)
     task, (name, own, _) = task_of(family), METHODS[method]
     torch.manual_seed(0)
     model = getattr(transformers, _AUTO[task]).from_config(config)

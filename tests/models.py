@@ -72,6 +72,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 
+DEPTHS = {"llama": "num_hidden_layers", "bert": "num_hidden_layers", "gpt2": "n_layer", "t5": "num_layers"}
+
 # More families, for prefix tuning alone: every way in which transformers' attention is plugged together.
 MORE_FAMILIES: dict[str, tuple[str, dict]] = {
     **{name: (name, _DECODER) for name in ("cohere", "glm", "granite", "nemotron", "olmo", "olmo2")},
@@ -183,12 +185,13 @@ _AUTO_OF = {  # of a model type, where its inputs are no text
 }
 
 
-def _recipe(family: str, task: str):
+def _recipe(family: str, task: str, layers: int | None = None):
     """The configuration, and the class of transformers' that makes a model of it, if it has one for the task."""
     import transformers
 
     model_type, settings = (FAMILIES | MORE_FAMILIES | OTHER_FAMILIES)[family]
-    config = transformers.AutoConfig.for_model(model_type, **settings)
+    depth = {DEPTHS[family]: layers} if layers else {}
+    config = transformers.AutoConfig.for_model(model_type, **{**settings, **depth})
     config.num_labels = 3 if task in ("SEQ_CLS", "TOKEN_CLS") else 2
     return config, getattr(transformers, _AUTO_OF.get((model_type, task), _AUTO[task]))
 
@@ -200,8 +203,8 @@ def has_class(family: str, task: str) -> bool:
 
 
 @functools.cache
-def _built(family: str, task: str) -> torch.nn.Module:
-    config, auto = _recipe(family, task)
+def _built(family: str, task: str, layers: int | None = None) -> torch.nn.Module:
+    config, auto = _recipe(family, task, layers)
     model_type = config.model_type
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -219,13 +222,15 @@ def _built(family: str, task: str) -> torch.nn.Module:
 
 
 @functools.cache
-def _original(family: str, task: str) -> Original:
-    return Original(_built(family, task))
+def _original(family: str, task: str, layers: int | None = None) -> Original:
+    return Original(_built(family, task, layers))
 
 
-def tiny(family: str = "llama", task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A model of its own, in eval mode, with the same weights at every call."""
-    model = _original(family, task).copy()
+def tiny(
+    family: str = "llama", task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float32, *, layers: int | None = None
+) -> torch.nn.Module:
+    """A model of its own, in eval mode, with the same weights at every call. `layers`: in place of two."""
+    model = _original(family, task, layers).copy()
     return model if dtype is torch.float32 else model.to(dtype)
 
 

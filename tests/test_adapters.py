@@ -200,8 +200,8 @@ def test_blocks_override_and_nest_and_end(expected):
 
 
 @torch.no_grad()
-def test_compiled_calls_inside_a_block_use_its_adapters(expected):
-    model = two()
+def test_compiled_calls_inside_a_block_use_its_adapters():
+    expected, model = outputs(layers=1), two(layers=1)
     compiled = torch.compile(model, backend="eager")
     for names in expected:
         with fastpeft.use_adapter(model, list(names)) if names else fastpeft.disable_adapter(model):

@@ -72,8 +72,8 @@ def test_every_choice_is_one_graph_and_is_compiled_once(counter):
 
 def test_a_reference_pass_without_adapters_between_steps(counter):
     """As preference training does it: the reference's logits are those of the base model, in every step."""
-    expected = outputs()[()]
-    model, eager = two().train(), two().train()
+    expected = outputs(layers=1)[()]
+    model, eager = two(layers=1).train(), two(layers=1).train()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for each, run in ((model, compiled), (eager, eager)):
         optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], 0.1)
@@ -85,7 +85,7 @@ def test_a_reference_pass_without_adapters_between_steps(counter):
             loss.backward()
             optimizer.step()
     assert counter.frame_count == 2
-    before, theirs = dict(two().named_parameters()), dict(eager.named_parameters())
+    before, theirs = dict(two(layers=1).named_parameters()), dict(eager.named_parameters())
     for name, parameter in model.named_parameters():
         close(parameter, theirs[name], 1e-5)
         assert parameter.requires_grad != torch.equal(parameter, before[name]), name

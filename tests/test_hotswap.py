@@ -95,9 +95,9 @@ def test_what_is_saved_is_the_new_adapter(kind, tmp_path):
 
 @torch.no_grad()
 def test_nothing_is_compiled_again(tmp_path):
-    others = [saved(tmp_path / kind, **settings) for kind, settings in KINDS.items()]
+    others = [saved(tmp_path / kind, base=tiny(layers=1), **settings) for kind, settings in KINDS.items()]
     counter = torch._dynamo.testing.CompileCounter()
-    model = adapted()
+    model = adapted(base=tiny(layers=1))
     fastpeft.prepare_model_for_compiled_hotswap(model, target_rank=6)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     result(compiled, batch())
@@ -109,9 +109,10 @@ def test_nothing_is_compiled_again(tmp_path):
 
 @torch.no_grad()
 def test_without_being_made_ready_equal_scalings_are_enough(tmp_path):
-    others = [saved(tmp_path / kind, **KINDS[kind]) for kind in ("same", "smaller", "scaled")]
+    kinds = ("same", "smaller", "scaled")
+    others = [saved(tmp_path / kind, base=tiny(layers=1), **KINDS[kind]) for kind in kinds]
     counter = torch._dynamo.testing.CompileCounter()
-    model = adapted()
+    model = adapted(base=tiny(layers=1))
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     result(compiled, batch())
     for (directory, expected), frames in zip(others, (1, 1, 2), strict=True):

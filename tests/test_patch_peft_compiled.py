@@ -14,12 +14,18 @@ peft = pytest.importorskip("peft", reason="HF peft is a test requirement")
 
 ADALORA = {"total_step": 9, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 MODELS = {
-    "lora": made,
-    "dora": lambda: made(lora(use_dora=True)),
-    "adalora": lambda: made(peft.AdaLoraConfig(**ADALORA)),
+    "lora": lambda: shallow(),
+    "dora": lambda: shallow(lora(use_dora=True)),
+    "adalora": lambda: shallow(peft.AdaLoraConfig(**ADALORA)),
     # torch.compile has no LSTM
-    **{name: (lambda name=name: with_prompts(name)) for name in CONFIGS if name != "lstm"},
+    **{name: (lambda name=name: with_prompts(name, layers=1)) for name in CONFIGS if name not in ("adapter", "lstm")},
+    "adapter": lambda: with_prompts("adapter"),  # in two layers
 }
+
+
+def shallow(config=None):
+    """Of one layer: tracing takes a time for each."""
+    return made(config, base=tiny(layers=1))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +58,7 @@ def test_one_graph_with_the_eager_numbers(name):
 
 
 def test_the_third_length_and_all_others_find_a_graph():
-    model = fastpeft.patch(made()).eval()
+    model = fastpeft.patch(shallow()).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for length in (9, 8, 7, 6, 5):
         step(compiled, length)
@@ -60,7 +66,7 @@ def test_the_third_length_and_all_others_find_a_graph():
 
 
 def test_a_disabled_adapter_is_another_graph_and_not_a_break():
-    model = fastpeft.patch(made())
+    model = fastpeft.patch(shallow())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         adapted = compiled(**batch()).logits

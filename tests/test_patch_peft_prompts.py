@@ -31,9 +31,9 @@ CONFIGS = {
 BY_TABLE = [name for name in CONFIGS if name != "adapter"]
 
 
-def made(which, family="llama"):
+def made(which, family="llama", layers=None):
     torch.manual_seed(11)
-    model = peft.get_peft_model(tiny(family), CONFIGS[which]())
+    model = peft.get_peft_model(tiny(family, layers=layers), CONFIGS[which]())
     return stir(model)
 
 

@@ -13,10 +13,10 @@ def config(**settings) -> fastpeft.LoraConfig:
     return fastpeft.LoraConfig(**{"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings})
 
 
-def two(**settings):
+def two(layers: int | None = None, **settings):
     """A model with the adapters a (active) and b, which do different things."""
     torch.manual_seed(11)
-    model = fastpeft.patch(tiny(), config(**settings), adapter_name="a")
+    model = fastpeft.patch(tiny(layers=layers), config(**settings), adapter_name="a")
     model.add_adapter("b", config(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"]))
     for name in ("b", "a"):
         model.set_adapter(name)
@@ -24,10 +24,10 @@ def two(**settings):
     return model
 
 
-def outputs() -> dict[tuple[str, ...], torch.Tensor]:
+def outputs(layers: int | None = None) -> dict[tuple[str, ...], torch.Tensor]:
     """The logits of `two()` under each choice of adapters."""
-    model = two()
-    found = {(): result(tiny(), batch()).detach()}
+    model = two(layers)
+    found = {(): result(tiny(layers=layers), batch()).detach()}
     for names in (("a",), ("b",), ("a", "b")):
         model.set_adapter(list(names))
         found[names] = result(model, batch()).detach()
