@@ -56,12 +56,13 @@ def own_masks(monkeypatch):
     monkeypatch.setattr(cases, "mixed_dropout_mask", mask)
 
 
-def first_fault() -> str | None:
-    """What is wrong, in words; a lane that would leave its tensor is stopped before it does."""
+def first_fault(wanted=None) -> str | None:
+    """What is wrong with the results and the gradients, all or those `wanted`, in words; a lane that would leave its
+    tensor is stopped before it does."""
     with backend("triton"), count_traffic():
         for problem in problems():
             try:
-                if faults := faults_of([problem], TWICE):
+                if faults := faults_of([problem], TWICE, wanted):
                     return faults[0]
             except (InterpreterError, RuntimeError) as fault:
                 return f"{fault} {fault.__cause__}"
@@ -93,7 +94,8 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
         monkeypatch.setattr(mixed_lora_linear, "_segments", module)
     else:
         monkeypatch.setattr(path, "kernels", load(kernels, tmp_path / "fastpeft_mutant_mixed.py", monkeypatch))
-    assert first_fault() is not None
+    forward = any(mutant in KERNELS[kernel] for kernel in ("shrink", "expand", "shared"))
+    assert ((forward and first_fault([])) or first_fault()) is not None  # most of these are seen without backward
     count("planted faults caught")
 
 
