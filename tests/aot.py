@@ -13,6 +13,7 @@ Triton's interpreter must be off, which is decided when triton is imported: run 
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -136,10 +137,10 @@ class Facts:
 
 def recorded_launches(run: Callable[[], object], gpu: GPUTarget) -> list[Launch]:
     """What `run` would launch on this GPU, in order."""
-    launches = []
+    launches, binder = [], functools.cache(lambda kernel: kernel.create_binder())
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        *_, backend, bind = kernel.create_binder()
+        *_, backend, bind = binder(kernel)
         bound, specialization, options = bind(*args, debug=False, **kwargs)
         _, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
         options = {name: value for name, value in kwargs.items() if name not in signature}
