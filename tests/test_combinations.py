@@ -87,7 +87,7 @@ def test_a_life_of_two(family, first, second, tmp_path):
     model = at_work(family, first, second, base)
     both = read(model, inputs)
     model.save_pretrained(tmp_path)
-    for name, method in (("a", first), ("b", second)):
+    for name, method in (("a", first), ("b", second)):  # and so ends with b's logits alone
         alone = read(here(plain(family), tmp_path / name), inputs)
         with fastpeft.use_adapter(model, name):
             close(read(model, inputs), alone, 1e-6)
@@ -110,7 +110,7 @@ def test_a_life_of_two(family, first, second, tmp_path):
     for name in "ab":
         assert (tmp_path / "again" / name / WEIGHTS).read_bytes() == (tmp_path / name / WEIGHTS).read_bytes()
     quietly(loaded.delete_adapter, "a")
-    close(read(loaded.eval(), inputs), read(here(plain(family), tmp_path / "b"), inputs), 1e-6)
+    close(read(loaded.eval(), inputs), alone, 1e-6)
     fastpeft.unpatch(model)
     assert differences(before, snapshot(base)) == []
 
@@ -122,15 +122,14 @@ def test_both_learn(family, first, second):
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set().union(*map(names_of_adapters, trained)) == {"a", "b"}
     optimiser = torch.optim.AdamW(trained.values(), lr=1e-3)
-    losses = [loss_of(model, inputs)]
+    before = loss_of(model, inputs)
     for step in range(1, 4):
         optimiser.zero_grad()
         model(**inputs).loss.backward()
         optimiser.step()
         if "adalora" in (first, second):
             fastpeft.update_and_allocate(model, step)
-        losses.append(loss_of(model, inputs))
-    assert losses[-1] < losses[0]
+    assert loss_of(model, inputs) < before
     without = {key for key, each in trained.items() if each.grad is None or not each.grad.any()}
     idle = {key for key in trained if ".modules_to_save.a." in key}
     assert {key for key in without if not key.endswith("bias")} <= idle <= without
