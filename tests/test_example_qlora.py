@@ -1,7 +1,9 @@
 """The QLoRA example, whole and short."""
 
+import functools
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,20 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples/qlora.py"
 
 
 @pytest.fixture(scope="module")
-def example():
+def example(tmp_path_factory):
+    """The script, whose base model is trained once and copied."""
     spec = importlib.util.spec_from_file_location("qlora", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    train_base = module.pretrained
+
+    @functools.cache
+    def trained(steps: int, seed: int) -> Path:
+        folder = tmp_path_factory.mktemp("base")
+        train_base(folder, steps, seed)
+        return folder
+
+    module.pretrained = lambda folder, *how: shutil.copytree(trained(*how), folder, dirs_exist_ok=True)
     return module
 
 
