@@ -2,9 +2,8 @@
 
 import json
 import logging
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -382,30 +381,27 @@ def test_a_file_that_is_something_else_is_not_written_over(text, tmp_path):
     assert path.read_text() == text and os.listdir(tmp_path) == ["t.json"]
 
 
-WRITER = """
-import sys
-from fastpeft import table_file, tables
-bucket = tables.lora_bucket(__import__("torch").float32, __import__("torch").float32, 8, 8, 8, 16, 0.0)
-def entry(size):
-    choice = {"forward": "fused", "backward": "fused"}
-    return table_file.Entry(bucket._replace(M=size), choice, {}, True, "2026-01-01", {})
-for size in range(int(sys.argv[2]), 40, 2):
-    stamp = dict(device="d", family="f", triton="t", kernels="k", torch="t", date="2026-01-01", commit="")
-    table_file.write(sys.argv[1], table_file.Table(**stamp, entries=(entry(size),)))
-"""
+def _write(path, first, both):
+    both.wait()
+    for rows in range(first, 40, 2):
+        table_file.write(path, table(entry(BUCKET._replace(M=rows))))
 
 
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
-    path = tmp_path / "t.json"
-    run = [[sys.executable, "-c", WRITER, str(path), str(first)] for first in (0, 1)]
-    writers = [subprocess.Popen(each, cwd=ROOT) for each in run]
+    """They are forked, so that they begin together and not when each has imported torch."""
+    path, context = str(tmp_path / "t.json"), multiprocessing.get_context("fork")
+    both = context.Barrier(2)
+    writers = [context.Process(target=_write, args=(path, first, both)) for first in (0, 1)]
+    for writer in writers:
+        writer.start()
     seen = 0
-    while any(writer.poll() is None for writer in writers):
-        if (found := table_file.read(str(path))) is not None:  # whole at every moment
+    while any(writer.is_alive() for writer in writers):
+        if (found := table_file.read(path)) is not None:  # whole at every moment
             assert len(found.entries) >= seen
             seen = len(found.entries)
-    assert [writer.returncode for writer in writers] == [0, 0]
-    assert sorted(each.bucket.M for each in table_file.read(str(path)).entries) == list(range(40))
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert sorted(each.bucket.M for each in table_file.read(path).entries) == list(range(40))
     assert os.listdir(tmp_path) == ["t.json"]
 
 
