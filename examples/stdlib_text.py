@@ -15,7 +15,7 @@ import keyword
 import re
 import sysconfig
 import tokenize
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -100,11 +100,21 @@ def sources() -> list[Source]:
     return sorted(found, key=lambda source: hashlib.sha256(source.name.encode()).digest())
 
 
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Its nodes as `ast.walk` has them, without what is inside expressions, most of them."""
+    waiting = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        inner = ast.iter_child_nodes(node)
+        waiting.extend(each for each in inner if not isinstance(each, ast.expr | ast.arguments))
+
+
 @functools.cache
 def paragraphs(source: Source) -> list[str]:
     """The first paragraph of every docstring of a file, without repetitions."""
     found = []
-    for node in ast.walk(source.tree):
+    for node in statements(source.tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             words = (ast.get_docstring(node) or "").split("\n\n")[0].split()
             if len(words) >= FEWEST_WORDS and words[0] != ">>>":
@@ -160,8 +170,8 @@ def topics_task(files: list[Source], tested: set[str]) -> Task:
     return Task("topics", question, "SEQ_CLS", auto_class, tuple(TOPICS), train, test, 16)
 
 
-def roles(tree: ast.Module) -> dict[tuple[int, int], str]:
-    """(line, column) of every name in a file whose role the syntax tree tells -> that role."""
+def roles(tree: ast.AST) -> dict[tuple[int, int], str]:
+    """(line, column) of every name in it whose role the syntax tree tells -> that role."""
     found, called = {}, set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -188,9 +198,9 @@ def role_of(token: tokenize.TokenInfo, known: str | None) -> int:
     return ROLES.index(known) if known else UNLABELLED
 
 
-def labelled_words(lines: list[str], node: ast.FunctionDef, known: dict) -> tuple[list[str], list[int]]:
+def labelled_words(lines: list[str], node: ast.FunctionDef) -> tuple[list[str], list[int]]:
     """A function's tokens and their classes, without its docstring and comments; a long string is cut."""
-    first = node.body[0]
+    first, known = node.body[0], roles(node)
     skipped = range(first.lineno, first.end_lineno + 1) if ast.get_docstring(node) else ()
     own = iter(lines[node.lineno - 1 : node.end_lineno])
     words, labels = [], []
@@ -206,11 +216,11 @@ def functions(source: Source) -> list[Example]:
     """The short functions of a file."""
     if not source.code.isascii():  # the tree counts columns in bytes
         return []
-    known, lines, found = roles(source.tree), io.StringIO(source.code).readlines(), []
-    for node in ast.walk(source.tree):
+    lines, found = io.StringIO(source.code).readlines(), []
+    for node in statements(source.tree):
         short = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < MOST_LINES
         if short and len(found) < FUNCTIONS_PER_FILE:
-            words, labels = labelled_words(lines, node, known)
+            words, labels = labelled_words(lines, node)
             if FEWEST_TOKENS <= len(words) <= MOST_TOKENS:
                 found.append(Example(source.name, words, labels))
     return found
