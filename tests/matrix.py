@@ -391,30 +391,30 @@ CHECKS: dict[str, Callable[[Library, Cell, Path], None]] = {
 }
 
 
-Step = tuple[torch.Tensor, dict[str, torch.Tensor]]  # the logits, and the gradients by the names they have in ours
-
-
-def _step(library: Library, cell: Cell) -> Step:
-    model, inputs = made(library, cell), cell.inputs()
-    logits = read(model, inputs)
-    model(**inputs).loss.backward()
-    return logits, {name: each.grad for name, each in by_base_name(model).items() if each.requires_grad}
+def with_gradients(library: Library, cell: Cell) -> torch.nn.Module:
+    """As `made`, with the gradients of one step."""
+    model = made(library, cell)
+    model(**cell.inputs()).loss.backward()
+    return model
 
 
 @functools.lru_cache(maxsize=1)
-def _peft_s_step(cell: Cell) -> Step:
-    return _step(peft_s(), cell)
+def _stepped_by_peft(cell: Cell) -> torch.nn.Module:
+    return with_gradients(peft_s(), cell)
 
 
 def peft_runs(cell: Cell) -> bool:
     """Whether HF peft computes a step of this cell."""
-    return not attempt(_peft_s_step, cell)
+    return not attempt(_stepped_by_peft, cell)
 
 
 def equals_peft(cell: Cell) -> None:
     """Logits and gradients of one step are HF peft's, with fastpeft as peft does it where that is wrong."""
-    steps = _step(ours(hf_quirks=True), cell), _peft_s_step(cell)
-    (found, expected), gradients = zip(*steps, strict=True)
+    pair, inputs = (with_gradients(ours(hf_quirks=True), cell), _stepped_by_peft(cell)), cell.inputs()
+    found, expected = (read(model, inputs) for model in pair)
+    gradients = [
+        {name: each.grad for name, each in by_base_name(model).items() if each.requires_grad} for model in pair
+    ]
     close(found, expected)
     shared = gradients[0].keys() & gradients[1].keys()
     assert shared, "no parameter in common"
