@@ -15,6 +15,7 @@ from fastpeft.ops._prefix_attention_scores import Tensors, make_scores, prefix_v
 from fastpeft.ops.prefix_attention import _path
 from fastpeft.oracle import Difference, compare
 
+AT_ONCE = 8  # draws whose references are computed in one go: more of them leave the caches
 GRADIENTS = ("query", "key", "value", "prefix_key", "prefix_value", "bias", "prefix_bias", "sinks", "gate")
 
 MODIFIERS = {
@@ -293,17 +294,30 @@ def _references(
     return {"out": out.detach(), **{f"d{name}": t for name, t in zip(wanted, gradients, strict=True)}}
 
 
+def _stacked(outcomes: Sequence[dict]) -> dict:
+    return {name: torch.stack([each[name] for each in outcomes]) for name in outcomes[0]}
+
+
+def attention_draws(problems: Sequence[AttentionProblem], wanted: Sequence[str], eager=None) -> tuple[dict, dict, dict]:
+    """`attention_outcomes` of problems of one shape and the same modifiers, with their places as seeds: in every tensor
+    a dimension for the draws in front."""
+    got, keeps, (p, *_) = zip(*(_op_outcome(each, wanted, seed) for seed, each in enumerate(problems)), strict=True)
+
+    def references(dtype=None) -> dict:
+        starts = range(0, len(problems), AT_ONCE)
+        pieces = [(problems[i : i + AT_ONCE], wanted, keeps[i : i + AT_ONCE], p, dtype) for i in starts]
+        found = [_references(*piece) for piece in pieces]
+        return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+
+    beside = references() if eager is None else _stacked([outcome(eager, problem, wanted) for problem in problems])
+    return _stacked(got), beside, references(torch.float64)
+
+
 def attention_differences(
     problems: Sequence[AttentionProblem], wanted: Sequence[str] | None = None, eager=None
 ) -> list[Difference]:
     """How far the result and its gradients, all or those `wanted`, are from the truth, pooled over problems of one
     shape and the same modifiers, beside the materialised reference, or `eager` (`sdpa`)."""
     wanted = problems[0].present() if wanted is None else wanted
-    got, keeps, (p, *_) = zip(*(_op_outcome(each, wanted, seed) for seed, each in enumerate(problems)), strict=True)
-    truth = _references(problems, wanted, keeps, p, torch.float64)
-    if eager is None:
-        beside = _references(problems, wanted, keeps, p)
-    else:
-        drawn = [outcome(eager, problem, wanted) for problem in problems]
-        beside = {name: [draw[name] for draw in drawn] for name in drawn[0]}
-    return [compare(name, [draw[name] for draw in got], list(beside[name]), list(truth[name])) for name in got[0]]
+    draws = attention_draws(problems, wanted, eager)
+    return [compare(name, *(each[name] for each in draws)) for name in draws[0]]

@@ -12,7 +12,7 @@ from torch import nn
 import fastpeft
 from fastpeft import check_attention_model as ways
 from fastpeft import check_model
-from fastpeft.attention_oracle import attention_outcomes, random_attention_problem, sdpa
+from fastpeft.attention_oracle import attention_draws, random_attention_problem, sdpa
 from fastpeft.check_rows import (
     ALONE,
     FEW,
@@ -129,16 +129,16 @@ def op_rows(method: str, sizes: dict, base: nn.Module, choice: Choice, extent: E
         count = extent.op_draws if case.queries is None else extent.short_draws
         problems = [_problem(case, method, sizes, dtype, device, extent.keys, seed) for seed in range(count)]
         measure_of = sdpa if flash and dtype == torch.float32 else None
-        draws = [attention_outcomes(each, each.present(), seed, measure_of) for seed, each in enumerate(problems)]
-        for tensor in draws[0][0]:
+        draws = attention_draws(problems, problems[0].present(), measure_of)
+        for tensor in draws[0]:
             usual = _flash_bounds(case, tensor, sizes, dtype) if flash else USUAL
-            three = ([head for draw in draws for head in _heads(draw[i][tensor])] for i in range(3))
+            three = (_heads(each[tensor]) for each in draws)
             rows.append(row_of(method, case.name, tensor, *three, bounds_of(tensor, choice, dtype, usual)))
     return rows
 
 
-def _heads(t: torch.Tensor) -> list[torch.Tensor]:
-    return list(t.flatten(0, -3)) if t.ndim > 2 else [t]
+def _heads(draws: torch.Tensor) -> torch.Tensor:
+    return draws.flatten(0, -3) if draws.ndim > 3 else draws
 
 
 def _problem(case: Case, method: str, sizes: dict, dtype, device, keys: int, seed: int):

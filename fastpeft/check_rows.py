@@ -1,14 +1,11 @@
 """What `fastpeft check` reports: one row for each tensor that was computed in several ways, and how it is judged."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from fastpeft.dispatch import Choice
-from fastpeft.oracle import Bounds, Difference, compare, projection
+from fastpeft.oracle import Bounds, Difference, Draws, compare, projection, stacked
 
 WHOLE = "whole model"
 
@@ -99,22 +96,22 @@ class Measured(NamedTuple):
     costs: tuple[Cost, ...] = ()
 
 
-def relative_error(got: Iterable[torch.Tensor], truth: Iterable[torch.Tensor]) -> float:
+def relative_error(got: Draws, truth: Draws) -> float:
     """Of draws of one shape, all together."""
-    g, t = (torch.stack([*draws]).double() for draws in (got, truth))
+    g, t = (stacked(draws).double() for draws in (got, truth))
     error, power = float((g - t).square().sum()), float(t.square().sum())
     return (error / power) ** 0.5 if power else error**0.5
 
 
-def row_of(method: str, part: str, tensor: str, got, eager, truth, bounds: Noted) -> Row:
+def row_of(method: str, part: str, tensor: str, got: Draws, eager: Draws, truth: Draws, bounds: Noted) -> Row:
     """Each of the three is draws of one tensor."""
-    got, eager, truth = list(got), list(eager), list(truth)
+    got, eager, truth = map(stacked, (got, eager, truth))
     difference = compare(tensor, got, eager, truth)
     # What half precision takes from eager's projection is no fault of ours; a factor of ours comes on top of it.
     allowed = bounds.gain + abs(projection(eager, truth) - 1)
     errors = relative_error(got, truth), relative_error(eager, truth)
     if bounds == FEW:
-        allowed += 3 * errors[1] / sum(t.numel() for t in truth) ** 0.5
+        allowed += 3 * errors[1] / truth.numel() ** 0.5
     faults = difference.faults(dataclasses.replace(bounds, gain=allowed))
     return Row(method, part, tensor, *errors, difference, bounds, faults)
 

@@ -16,6 +16,7 @@ import torch
 from fastpeft.dispatch import choose_backend
 from fastpeft.ops.lora_linear import dropout_mask, lora_linear, lora_linear_reference
 
+Draws = Sequence[torch.Tensor] | torch.Tensor
 GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B")
 
 
@@ -70,13 +71,22 @@ def _kind(t: torch.Tensor) -> torch.Tensor:
     return torch.where(t.isnan(), 2.0, torch.where(t.isinf(), t.sign(), 0.0))
 
 
-def _pooled(draws: Sequence[torch.Tensor]) -> torch.Tensor:
+def stacked(draws: Draws) -> torch.Tensor:
+    """[draws, ...]"""
+    return draws if isinstance(draws, torch.Tensor) else torch.stack([*draws])
+
+
+def _pooled(draws: Draws) -> torch.Tensor:
     """[draws, rows, width] in float64."""
-    width = draws[0].shape[-1] if draws[0].ndim else 1
-    return torch.stack([*draws]).detach().double().reshape(len(draws), -1, width)
+    whole = stacked(draws).detach().double()
+    return whole.reshape(len(whole), -1, whole.shape[-1] if whole.ndim > 1 else 1)
 
 
-def projection(got: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
+def _shapes(draws: Draws) -> set[torch.Size]:
+    return {draws.shape[1:]} if isinstance(draws, torch.Tensor) else {t.shape for t in draws}
+
+
+def projection(got: Draws, truth: Draws) -> float:
     """The gain of `got`: its projection on `truth`, as far as both are finite."""
     g, t = map(_pooled, (got, truth))
     finite = g.isfinite() & t.isfinite()
@@ -88,23 +98,22 @@ def _gain(g: torch.Tensor, t: torch.Tensor) -> float:
     return float((g * t).sum() / power) if power > 0 else 1.0
 
 
-def compare(
-    name: str, got: Sequence[torch.Tensor], eager: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]
-) -> Difference:
+def compare(name: str, got: Draws, eager: Draws, truth: Draws) -> Difference:
     """The `Difference` of `got` from `truth` (float64) in units of `eager`'s.
 
-    Each is a sequence of draws, tensors of one shape whose last dimension is a row; got and eager have one dtype.
+    Each is a sequence of draws, tensors of one shape whose last dimension is a row, or a tensor of them with a
+    dimension in front; got and eager have one dtype.
     Errors are pooled over the draws, row by row, since the error of one small problem is a handful of roundings.
 
     Where eager happens to be (nearly) exact, the unit is the error of the truth rounded to the dtype: no result can be
     asked to be closer than that. A row's unit is no less than eager's relative error over all rows.
     """
-    shapes = {t.shape for t in (*got, *eager, *truth)}
+    shapes = _shapes(got) | _shapes(eager) | _shapes(truth)
     if len(shapes) != 1 or got[0].dtype != eager[0].dtype:
         raise ValueError(f"{name}: shapes {shapes}, {got[0].dtype} against eager's {eager[0].dtype}")
     g, e, t = map(_pooled, (got, eager, truth))
-    agree = torch.equal(_kind(g), _kind(e))
     finite = g.isfinite() & e.isfinite() & t.isfinite()
+    agree = bool(finite.all()) or torch.equal(_kind(g), _kind(e))
     g, e, t = (v.where(finite, 0.0) for v in (g, e, t))
     rounding, error, unit = t.to(got[0].dtype).double() - t, g - t, e - t
     power = t.square().sum()
