@@ -7,6 +7,11 @@ the same call gives the same bits.
 oneDNN compiles code for each number of rows, which takes it as long as a small product, and keeps it: half a megabyte
 each of up to a thousand. So it is asked for round numbers of rows alone, which batches of one length have, and batches
 of any length seldom.
+
+Half precision without instructions for it (x86 without AVX-512) is multiplied by a loop of torch's own: dY W takes
+eighty times as long as in fp32 on a Zen 3, x Wᵀ seven times. There the products of backward and of the adapters are
+made in fp32, by square blocks of both operands, and rounded once. The base's own product stays what it is without an
+adapter, bit for bit.
 """
 
 import functools
@@ -17,6 +22,8 @@ import torch
 
 ELEMENTS = 1 << 23  # M·N·K, below which a call of oneDNN costs more than it saves
 ROWS = 256  # of which the rows must be a multiple
+EDGE = 512  # of a block that is widened, 1 MiB in fp32
+FEW = 4  # rows, below which the loop is as fast
 
 
 @functools.cache
@@ -47,12 +54,47 @@ def through(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dY W [M, K]: dy [M, N], weight [N, K]."""
     if is_onednns(dy, weight):
         return torch.ops.mkldnn._linear_pointwise(dy, weight.t(), None, "none", [], "")
-    return dy @ weight
+    return widened(dy, weight) if widens(dy) else dy @ weight
 
 
 def add_through(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dx += dY W, in place, which oneDNN is not asked for: dx [M, K], dy [M, N], weight [N, K]."""
-    return dx.addmm_(dy, weight) if dx.dtype is dy.dtype else dx.add_(dy @ weight)
+    if dx.dtype is not dy.dtype:
+        return dx.add_(through(dy, weight))
+    return add_widened(dx, dy, weight) if widens(dy) else dx.addmm_(dy, weight)
+
+
+@functools.cache
+def lacks_half() -> bool:
+    """Whether this machine has no instructions for products in half precision, and torch's loop for them is slow."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def widens(p: torch.Tensor) -> bool:
+    """Whether the product of p (M, ·) with a matrix of its dtype is made in fp32."""
+    return p.dtype in (torch.bfloat16, torch.float16) and p.is_cpu and len(p) >= FEW and lacks_half()
+
+
+def widened(p: torch.Tensor, q: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
+    """scale·p q [M, N], by way of fp32: p [M, R], q [R, N]."""
+    out = p.new_empty(len(p), q.shape[1]) if out is None else out
+    return _by_blocks(out, p, q, scale, torch.zeros_like)
+
+
+def add_widened(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """out += scale·p q, in place, by way of fp32: out [M, N], p [M, R], q [R, N]."""
+    return _by_blocks(out, p, q, scale, torch.Tensor.to)
+
+
+def _by_blocks(out, p, q, scale, begun) -> torch.Tensor:
+    """Each block of out from what `begun` makes of it in fp32, and the products of blocks of p and q."""
+    for rows, into in zip(p.split(EDGE), out.split(EDGE), strict=True):
+        for columns, place in zip(q.split(EDGE, 1), into.split(EDGE, 1), strict=True):
+            total = begun(place, dtype=torch.float32)
+            for left, right in zip(rows.split(EDGE, 1), columns.split(EDGE), strict=True):
+                total.addmm_(left.float(), right.float(), alpha=scale)
+            place.copy_(total)
+    return out
 
 
 def is_onednns(x: torch.Tensor, weight: torch.Tensor) -> bool:

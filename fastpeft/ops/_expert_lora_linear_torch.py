@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.errors import OpError
-from fastpeft.ops._lora_linear_torch import add_product, shrink, transposed_product
+from fastpeft.ops._lora_linear_torch import add_product, product, shrink, transposed_product
 
 ALIGNMENT = 16  # bytes, of the strides that torch's grouped product takes
 
@@ -63,7 +63,7 @@ def base_gradients(dy: Tensor, x: Tensor | None, weight: Tensor, ends: Tensor, r
     dbias = dy.new_zeros(len(weight), dy.shape[1]) if need_bias else None
     for expert, each in rows:
         if need_x and not grouped:
-            torch.mm(dy[each], weight[expert], out=dx[each])
+            product(dy[each], weight[expert], 1.0, dx[each])
         if need_w:
             torch.mm(dy[each].t(), x[each], out=dw[expert])
         if need_bias:

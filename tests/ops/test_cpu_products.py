@@ -1,4 +1,5 @@
-"""The products of the torch path that are oneDNN's on some processors: which, and that ops are as right with them."""
+"""The products of the torch path that are oneDNN's on some processors, or made in fp32 on others: which, and that ops
+are as right with them."""
 
 import pytest
 import torch
@@ -171,3 +172,92 @@ def test_what_is_not_finite_arrives_where_torch_puts_it(onednn, value):
     assert onednn
     assert torch.equal(y.isfinite(), expected.isfinite())
     assert torch.equal(y.isnan(), expected.isnan())
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@pytest.fixture(params=[True, False], ids=["widened", "native"])
+def lacking(request, monkeypatch):
+    """A machine without instructions for products in half precision, and one with them."""
+    monkeypatch.setattr(cpu, "lacks_half", lambda: request.param)
+    return request.param
+
+
+@HALF
+@pytest.mark.parametrize("shape", [(33, 20, 17), (4, 1, 1), (5, 0, 3), (5, 3, 0), (64, 7, 130)])
+def test_widened_products_are_rounded_once(monkeypatch, dtype, shape):
+    rows, inner, columns = shape
+    generator = torch.Generator().manual_seed(rows)
+    out, p, q = (
+        torch.randn(*size, generator=generator).to(dtype) for size in ((rows, columns), (rows, inner), (inner, columns))
+    )
+    truth, tolerance = 0.3 * (p.double() @ q.double()), {"rtol": 0.51 * torch.finfo(dtype).eps, "atol": 1e-6}
+    for edge in (cpu.EDGE, 8):  # one block, and many
+        monkeypatch.setattr(cpu, "EDGE", edge)
+        torch.testing.assert_close(cpu.widened(p, q, 0.3).double(), truth, **tolerance)
+        into = torch.full_like(out, float("nan"))
+        assert cpu.widened(p, q.t().contiguous().t(), 0.3, into) is into
+        torch.testing.assert_close(into.double(), truth, **tolerance)
+        added = out.clone()
+        assert cpu.add_widened(added, p, q, 0.3) is added
+        torch.testing.assert_close(added.double(), out.double() + truth, **tolerance)
+
+
+@HALF
+def test_widened_products_copy_a_block_of_each_operand(monkeypatch, dtype):
+    monkeypatch.setattr(cpu, "EDGE", 64)
+    dy, weight = torch.randn(300, 256).to(dtype), torch.randn(256, 320).to(dtype)
+    with Allocations() as allocated:
+        dx = cpu.widened(dy, weight)
+        cpu.add_widened(dx, dy, weight)
+    assert allocated.peak <= dx.nbytes + 3 * 4 * 64 * 64
+
+
+@DROPPING
+@pytest.mark.parametrize("dtypes", ["bf16", "fp16", "bf16-fp32"])
+def test_lora_linear_in_half_precision(lacking, dtypes, dropout):
+    with backend("torch"):
+        lora_linear_cases.assert_right(lora_linear_cases.draws(8, dropout=0.3 * dropout, dtypes=dtypes))
+
+
+@DROPPING
+@pytest.mark.parametrize("cases", [lora_projections_cases, lora_mlp_cases], ids=["projections", "mlp"])
+def test_several_at_once_in_half_precision(lacking, cases, dropout):
+    with backend("torch"):
+        cases.assert_right([cases.draw("bf16", dropout=dropout, seed=seed) for seed in range(8)])
+
+
+@HALF
+def test_backward_and_the_adapters_are_widened_and_the_base_is_not(monkeypatch, dtype):
+    found = []
+    monkeypatch.setattr(cpu, "lacks_half", lambda: True)
+    for name in ("widened", "add_widened"):
+        how = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *args, how=how: found.append(len(args)) or how(*args))
+    op, tensors, options, _ = OPS["lora-addmm"]
+    x, weight, bias, a, b = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in tensors())
+    with backend("torch"):
+        y = op(x, weight, bias, a, torch.zeros_like(b), **options)
+        assert torch.equal(y, torch.nn.functional.linear(x, weight, bias)) and len(found) == 2
+        y.sum().backward()
+    assert len(found) > 4
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "rows", "expected"),
+    [
+        ("AVX2", torch.bfloat16, 4, True),
+        ("AVX2", torch.float16, 4, True),
+        ("AVX2", torch.bfloat16, 3, False),  # as in a step of `generate`
+        ("AVX2", torch.float32, 4, False),
+        ("AVX2", torch.float64, 4, False),
+        ("AVX512", torch.bfloat16, 4, False),
+        ("DEFAULT", torch.bfloat16, 4, False),  # no x86, or torch was told so
+    ],
+)
+def test_what_is_widened(monkeypatch, capability, dtype, rows, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu, "lacks_half", cpu.lacks_half.__wrapped__)
+    assert cpu.widens(torch.zeros(rows, 8, dtype=dtype)) is expected
+    assert not cpu.widens(torch.zeros(rows, 8, dtype=dtype, device="meta"))

@@ -27,7 +27,7 @@ MUTANTS = [
         "(bias[expert], x[each], weight[expert]",
         "(bias[expert], x[each], weight[0]",
     ),
-    (TORCH, "base_gradients", "dX of the first weight", "weight[expert], out=dx", "weight[0], out=dx"),
+    (TORCH, "base_gradients", "dX of the first weight", "weight[expert], 1.0, dx", "weight[0], 1.0, dx"),
     (TORCH, "base_gradients", "dW of the first expert", "out=dw[expert]", "out=dw[0]"),
     (TORCH, "base_gradients", "dbias of the first expert", "out=dbias[expert]", "out=dbias[0]"),
     (TORCH, "forward", "no scaling", "b_g * scaling", "b_g"),
