@@ -13,7 +13,7 @@ from fastpeft.ops import gated_prompt_attention as gated
 from fastpeft.ops import gated_prompt_attention_reference, prefix_attention, prefix_attention_reference
 from fastpeft.ops._prefix_attention_scores import Tensors, make_scores, prefix_visible, visible
 from fastpeft.ops.prefix_attention import _path
-from fastpeft.oracle import Difference, compare
+from fastpeft.oracle import Difference, compare, seed_generators
 
 AT_ONCE = 8  # draws whose references are computed in one go: more of them leave the caches
 GRADIENTS = ("query", "key", "value", "prefix_key", "prefix_value", "bias", "prefix_bias", "sinks", "gate")
@@ -251,9 +251,9 @@ def outcome(function, problem: AttentionProblem, wanted: Sequence[str], dtype: t
 def _op_outcome(problem: AttentionProblem, wanted: Sequence[str], seed: int) -> tuple[dict, Tensor | None, float]:
     """Of the op; and the mask that it draws, and its probability of dropping."""
     with torch.random.fork_rng([problem.query.device] if problem.query.is_cuda else []):
-        torch.manual_seed(seed)
+        seed_generators(seed, problem.query.device)
         keep, p = op_dropout(problem)
-        torch.manual_seed(seed)
+        seed_generators(seed, problem.query.device)
         return outcome(_op, problem, wanted), keep, p
 
 
