@@ -58,7 +58,9 @@ def error_classes(root: Path = ROOT) -> frozenset[str]:
     """The names of FastpeftError and all that is derived from it."""
     bases = {}
     for path in sources(root):
-        for node in ast.walk(_parsed(root / path)):
+        if not re.search(r"\bclass\s+\w+\s*\(", _source(root / path)):
+            continue
+        for node in _statements(_parsed(root / path)):
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = {ast.unparse(base) for base in node.bases}
     known = {"FastpeftError"}
@@ -68,15 +70,30 @@ def error_classes(root: Path = ROOT) -> frozenset[str]:
 
 
 @cache
+def _source(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
 def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return ast.parse(_source(path))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements inside, which is where classes are: expressions, most of a tree, are left out."""
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for child in getattr(node, field, ()):
+            yield child
+            yield from _statements(child)
 
 
 @cache
 def sites(path: str, root: Path = ROOT) -> tuple[Site, ...]:
     """Where a file makes errors, the narrowest first."""
-    tree = _parsed(root / path)
     makers = {**{name: (name, "") for name in error_classes(root)}, **HELPERS}
+    if not any(name in _source(root / path) for name in makers):
+        return ()
+    tree = _parsed(root / path)
     found = []
     for names, function, call in _calls(tree, [], None):
         if maker := makers.get(getattr(call.func, "id", getattr(call.func, "attr", None))):
@@ -160,8 +177,8 @@ def _mentions(node: ast.AST, name: str) -> bool:
 def _returned(call: ast.Call, tree: ast.Module) -> list[str]:
     """The texts that a function of this file, which says why, returns."""
     name = ast.unparse(call.func).split(".")[-1]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == name and re.match(r"_?(why|differs)", name):
+    for node in ast.walk(tree) if re.match(r"_?(why|differs)", name) else ():
+        if isinstance(node, ast.FunctionDef) and node.name == name:
             values = [each.value for each in ast.walk(node) if isinstance(each, ast.Return) and each.value]
             return [said for value in values for said in templates(value, node, tree)]
     return []
