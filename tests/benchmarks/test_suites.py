@@ -18,27 +18,31 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def suite(storage, *arguments):
-    """pytest on the suite of the LoRA linear's floor, each timed for an instant."""
+BOTH = """
+import sys, pytest
+saving, comparing = (pytest.main([*sys.argv[1:], last]) for last in ("--benchmark-save=before", "--benchmark-compare"))
+sys.exit(saving or comparing)
+"""
+
+
+def saved_and_compared(storage):
+    """pytest twice on the suite of the LoRA linear's floor, each timed for an instant."""
     brief = ["--benchmark-min-rounds=2", "--benchmark-max-time=0.001", f"--benchmark-storage=file://{storage}"]
-    command = [sys.executable, "-m", "pytest", "benchmarks/suites/test_lora_linear.py", "-k", "cpu and frozen"]
+    command = [sys.executable, "-c", BOTH, "benchmarks/suites/test_lora_linear.py", "-k", "cpu and frozen"]
     # A worker of xdist's says so in its environment, and pytest-benchmark does not time in workers.
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [*command, *brief, *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([*command, *brief], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_what_was_saved_is_compared_with(tmp_path):
-    suite(tmp_path, "--benchmark-save=before")
+    compared = saved_and_compared(tmp_path)
     (saved,) = tmp_path.rglob("*before.json")
     entries = json.loads(saved.read_text())["benchmarks"]
     assert len(entries) == 2 and all(entry["stats"]["median"] > 0 for entry in entries)
     assert {entry["extra_info"]["backend"] for entry in entries} == {"torch: not a kernel benchmark"}
     assert all("on the CPU, in torch" in entry["group"] for entry in entries)
-    compared = suite(tmp_path, "--benchmark-compare")
     assert compared.count("frozen] (NOW)") == compared.count("frozen] (0001_before)") == 2
 
 
