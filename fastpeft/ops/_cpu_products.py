@@ -8,10 +8,10 @@ oneDNN compiles code for each number of rows, which takes it as long as a small 
 each of up to a thousand. So it is asked for round numbers of rows alone, which batches of one length have, and batches
 of any length seldom.
 
-Half precision without instructions for it (x86 without AVX-512) is multiplied by a loop of torch's own: dY W takes
-eighty times as long as in fp32 on a Zen 3, x Wᵀ seven times. There the products of backward and of the adapters are
-made in fp32, by square blocks of both operands, and rounded once. The base's own product stays what it is without an
-adapter, bit for bit.
+Half precision that oneDNN has no instructions for, on x86 (bf16 without AVX-512, fp16 on most), is multiplied by a loop
+of torch's own: dY W takes eighty times as long as in fp32 on a Zen 3, x Wᵀ seven times. There dX and the adapters'
+products are made in fp32, by square blocks of both operands, and rounded once. The base's own product stays what it is
+without an adapter, bit for bit.
 """
 
 import functools
@@ -54,25 +54,32 @@ def through(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dY W [M, K]: dy [M, N], weight [N, K]."""
     if is_onednns(dy, weight):
         return torch.ops.mkldnn._linear_pointwise(dy, weight.t(), None, "none", [], "")
-    return widened(dy, weight) if widens(dy) else dy @ weight
+    return widened(dy, weight) if widens(dy, weight) else dy @ weight
 
 
 def add_through(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """dx += dY W, in place, which oneDNN is not asked for: dx [M, K], dy [M, N], weight [N, K]."""
+    """dx += dY W, in place, which oneDNN is asked for only if dx is of another dtype: dx [M, K], dy [M, N], weight
+    [N, K]."""
     if dx.dtype is not dy.dtype:
         return dx.add_(through(dy, weight))
-    return add_widened(dx, dy, weight) if widens(dy) else dx.addmm_(dy, weight)
+    return add_widened(dx, dy, weight) if widens(dy, weight) else dx.addmm_(dy, weight)
 
 
 @functools.cache
-def lacks_half() -> bool:
-    """Whether this machine has no instructions for products in half precision, and torch's loop for them is slow."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+def lacks_half(dtype: torch.dtype) -> bool:
+    """Whether this machine has no instructions for products in this half precision, and torch's loop for them is slow:
+    x86 whose oneDNN does not support them."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        return False
+    name = f"_is_mkldnn_{'bf16' if dtype is torch.bfloat16 else 'fp16'}_supported"
+    return not getattr(torch.ops.mkldnn, name)() if hasattr(torch.ops.mkldnn, name) else capability == "AVX2"
 
 
-def widens(p: torch.Tensor) -> bool:
-    """Whether the product of p (M, ·) with a matrix of its dtype is made in fp32."""
-    return p.dtype in (torch.bfloat16, torch.float16) and p.is_cpu and len(p) >= FEW and lacks_half()
+def widens(p: torch.Tensor, q: torch.Tensor) -> bool:
+    """Whether the product of p (M, ·) and q is made in fp32."""
+    half = p.dtype is q.dtype and p.dtype in (torch.bfloat16, torch.float16)
+    return half and p.is_cpu and len(p) >= FEW and lacks_half(p.dtype)
 
 
 def widened(p: torch.Tensor, q: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,7 +94,8 @@ def add_widened(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: floa
 
 
 def _by_blocks(out, p, q, scale, begun) -> torch.Tensor:
-    """Each block of out from what `begun` makes of it in fp32, and the products of blocks of p and q."""
+    """Each block of out from what `begun` makes of it in fp32, and the products of blocks of p and q: without a
+    gradient, and out is neither of them."""
     for rows, into in zip(p.split(EDGE), out.split(EDGE), strict=True):
         for columns, place in zip(q.split(EDGE, 1), into.split(EDGE, 1), strict=True):
             total = begun(place, dtype=torch.float32)

@@ -189,8 +189,8 @@ def product(p: torch.Tensor, q: torch.Tensor, scale: float, out: torch.Tensor | 
     """scale·p q [M, N], rounded once: p [M, R], q [R, N]."""
     if scale == 1 or not scale:
         q, scale = q if scale else q * 0, 1.0  # BLAS leaves out a product times 0, and its NaN
-        return cpu.widened(p, q, 1.0, out) if cpu.widens(p) else torch.mm(p, q, out=out)
-    if cpu.widens(p):
+        return cpu.widened(p, q, 1.0, out) if cpu.widens(p, q) else torch.mm(p, q, out=out)
+    if cpu.widens(p, q):
         return cpu.widened(p, q, scale, out)
     out = p.new_empty(len(p), q.shape[1]) if out is None else out
     return out.addmm_(p, q, beta=0, alpha=scale)
@@ -211,7 +211,7 @@ def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: floa
     if not scale:
         q, scale = q * 0, 1.0
     if out.dtype is q.dtype:
-        return cpu.add_widened(out, p, q, scale) if cpu.widens(p) else out.addmm_(p, q, alpha=scale)
+        return cpu.add_widened(out, p, q, scale) if cpu.widens(p, q) else out.addmm_(p, q, alpha=scale)
     wide = torch.promote_types(out.dtype, q.dtype)
     q = q.to(wide)
     for block in row_blocks(*out.shape):
@@ -221,7 +221,7 @@ def add_product(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, scale: floa
 
 def transposed_product(t: torch.Tensor, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """scale·tᵀ x [R, K] in t's dtype, rounded once: t [M, R], x [M, K]."""
-    if x.dtype is t.dtype and not cpu.widens(x):
+    if x.dtype is t.dtype and not cpu.widens(x, t):
         return product(x.t(), t, scale).t() if lies_down(t, x.shape[1]) else product(t.t(), x, scale)
     t, scale = (t, scale) if scale else (t * 0, 1.0)
     total = Sum(t, x.shape[1])

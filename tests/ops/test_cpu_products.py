@@ -6,7 +6,7 @@ import torch
 
 from fastpeft.dispatch import backend
 from fastpeft.ops import _cpu_products as cpu
-from fastpeft.ops._lora_linear_torch import lies_down
+from fastpeft.ops._lora_linear_torch import add_product, lies_down, product
 from fastpeft.oracle import Bounds
 from tests.memory import Allocations
 from tests.op_calls import OPS
@@ -180,7 +180,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["b
 @pytest.fixture(params=[True, False], ids=["widened", "native"])
 def lacking(request, monkeypatch):
     """A machine without instructions for products in half precision, and one with them."""
-    monkeypatch.setattr(cpu, "lacks_half", lambda: request.param)
+    monkeypatch.setattr(cpu, "lacks_half", lambda dtype: request.param)
     return request.param
 
 
@@ -231,7 +231,7 @@ def test_several_at_once_in_half_precision(lacking, cases, dropout):
 @HALF
 def test_backward_and_the_adapters_are_widened_and_the_base_is_not(monkeypatch, dtype):
     found = []
-    monkeypatch.setattr(cpu, "lacks_half", lambda: True)
+    monkeypatch.setattr(cpu, "lacks_half", lambda dtype: True)
     for name in ("widened", "add_widened"):
         how = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *args, how=how: found.append(len(args)) or how(*args))
@@ -244,20 +244,80 @@ def test_backward_and_the_adapters_are_widened_and_the_base_is_not(monkeypatch, 
     assert len(found) > 4
 
 
+@pytest.mark.parametrize("name", [name for name in OPS if name.startswith((*SERVED, "experts"))])
+def test_every_op_gives_in_bfloat16_what_it_gives_without(monkeypatch, name):
+    """To what the criterion elsewhere says of both: here a few roundings of bf16 in numbers of about one."""
+    op, tensors, options, _ = OPS[name]
+    given = [t.bfloat16() if t is not None and t.dtype is torch.float32 else t for t in tensors()]
+    leaves = [t is not None and t.requires_grad for t in tensors()]
+    wanted = [t.detach_().requires_grad_() for t, leaf in zip(given, leaves, strict=True) if leaf]
+
+    def outcome(lacking):
+        monkeypatch.setattr(cpu, "lacks_half", lambda dtype: lacking)
+        torch.manual_seed(0)
+        out = op(*given, **options)
+        return [out, *torch.autograd.grad(out, wanted, torch.ones_like(out))]
+
+    with backend("torch"):
+        for one, other in zip(outcome(True), outcome(False), strict=True):
+            assert float((one - other).norm()) <= 0.02 * float(other.norm())
+
+
+TWO_DTYPES = {
+    "product": lambda p, q: product(p, q, 0.5),
+    "add_product": lambda p, q: add_product(q.clone(), p, q),
+    "through": lambda p, q: cpu.through(p, q),
+    "add_through": lambda p, q: cpu.add_through(p.clone(), p, q),
+}
+
+
+@pytest.mark.parametrize("function", TWO_DTYPES)
+def test_two_dtypes_are_refused_as_elsewhere(monkeypatch, function):
+    monkeypatch.setattr(cpu, "lacks_half", lambda dtype: True)
+    with pytest.raises(RuntimeError, match="dtype"):
+        TWO_DTYPES[function](torch.randn(8, 8).bfloat16(), torch.randn(8, 8))
+
+
+@HALF
+def test_nothing_times_infinity_is_no_number_here_either(monkeypatch, dtype):
+    p, q = torch.randn(8, 4).to(dtype), torch.randn(4, 8).to(dtype)
+    q[1, 2] = float("inf")
+    for lacking in (True, False):
+        monkeypatch.setattr(cpu, "lacks_half", lambda dtype, lacking=lacking: lacking)
+        for found in (product(p, q, 0.0), add_product(torch.zeros(8, 8, dtype=dtype), p, q, 0.0)):
+            assert found[:, 2].isnan().all() and not found[:, [0, 1, 3, 4, 5, 6, 7]].any()
+
+
 @pytest.mark.parametrize(
-    ("capability", "dtype", "rows", "expected"),
+    ("capability", "bf16", "fp16", "expected"),
     [
-        ("AVX2", torch.bfloat16, 4, True),
-        ("AVX2", torch.float16, 4, True),
-        ("AVX2", torch.bfloat16, 3, False),  # as in a step of `generate`
-        ("AVX2", torch.float32, 4, False),
-        ("AVX2", torch.float64, 4, False),
-        ("AVX512", torch.bfloat16, 4, False),
-        ("DEFAULT", torch.bfloat16, 4, False),  # no x86, or torch was told so
+        ("AVX2", False, False, (True, True)),
+        ("AVX2", True, True, (False, False)),  # instructions beyond AVX2 without AVX-512
+        ("AVX512", True, False, (False, True)),
+        ("DEFAULT", False, False, (False, False)),  # no x86, or torch was told so
     ],
 )
-def test_what_is_widened(monkeypatch, capability, dtype, rows, expected):
+def test_what_a_machine_lacks(monkeypatch, capability, bf16, fp16, expected):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(cpu, "lacks_half", cpu.lacks_half.__wrapped__)
-    assert cpu.widens(torch.zeros(rows, 8, dtype=dtype)) is expected
-    assert not cpu.widens(torch.zeros(rows, 8, dtype=dtype, device="meta"))
+    for name, has in (("bf16", bf16), ("fp16", fp16)):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda has=has: has)
+    assert tuple(map(cpu.lacks_half.__wrapped__, (torch.bfloat16, torch.float16))) == expected
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "expected"),
+    [
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float16, torch.float16, True),
+        (torch.bfloat16, torch.float16, False),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float32, torch.float32, False),
+        (torch.float64, torch.float64, False),
+    ],
+)
+def test_what_is_widened(monkeypatch, p, q, expected):
+    monkeypatch.setattr(cpu, "lacks_half", lambda dtype: True)
+    matrix = torch.zeros(8, 8, dtype=q)
+    assert cpu.widens(torch.zeros(4, 8, dtype=p), matrix) is expected
+    assert not cpu.widens(torch.zeros(3, 8, dtype=p), matrix)  # as in a step of `generate`
+    assert not cpu.widens(torch.zeros(4, 8, dtype=p, device="meta"), matrix)
