@@ -200,7 +200,8 @@ def seed_generators(seed: int, device: torch.device) -> None:
     it was called from, a millisecond or two each time."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def op_dropout(problem: LoraProblem) -> tuple[torch.Tensor | None, float]:
