@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests import error_recording, quick_cards, quick_compile, quick_logs, quick_seeds
+from tests import error_recording, quick_cards, quick_compile, quick_files, quick_logs, quick_seeds
 
 # Before triton is imported, which decides it once per process.
 if not torch.cuda.is_available():
@@ -22,6 +22,7 @@ quick_seeds.install()
 quick_cards.install()
 quick_logs.install()
 quick_compile.install()
+quick_files.install()
 gc.set_threshold(20_000, 20, 20)  # at Python's own 700, compiling spends a tenth of its time in collections
 
 

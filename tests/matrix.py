@@ -255,6 +255,7 @@ def checkpoints(library: Library, cell: Cell, folder: Path) -> None:
     expected = _gradients(model, cell)
     greatest = max(float(each.norm()) for each in expected.values())
     for reentrant in (False, True):
+        model = made(library, cell) if reentrant else model
         if library.name == "peft" and reentrant:
             model.enable_input_require_grads()  # as its documentation says
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})

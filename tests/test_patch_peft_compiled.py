@@ -13,13 +13,16 @@ from tests.test_patch_peft_prompts import made as with_prompts
 peft = pytest.importorskip("peft", reason="HF peft is a test requirement")
 
 ADALORA = {"total_step": 9, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+EVERY_LAYER = ("prefix", "projection", "adapter")
 MODELS = {
     "lora": lambda: shallow(),
     "dora": lambda: shallow(lora(use_dora=True)),
     "adalora": lambda: shallow(peft.AdaLoraConfig(**ADALORA)),
     # torch.compile has no LSTM
-    **{name: (lambda name=name: with_prompts(name, layers=1)) for name in CONFIGS if name not in ("adapter", "lstm")},
-    "adapter": lambda: with_prompts("adapter"),  # in two layers
+    **{
+        name: (lambda name=name: with_prompts(name, layers=1)) for name in CONFIGS if name not in (*EVERY_LAYER, "lstm")
+    },
+    **{name: (lambda name=name: with_prompts(name)) for name in EVERY_LAYER},  # two, each with rows of its own
 }
 
 

@@ -117,6 +117,7 @@ def test_a_static_cache_gives_the_tokens_of_a_dynamic_one(family):
     _, ours = pair(family)
     for name, inputs in INPUTS.items():
         assert torch.equal(generate(ours, **inputs(), cache_implementation="static"), greedy(family, name))
+    assert torch.equal(generate(ours, **unpadded()), greedy(family))  # nothing of it has stayed behind
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3", "opt", "t5", "bart"])

@@ -80,6 +80,7 @@ def test_a_static_cache_gives_the_tokens_of_a_dynamic_one(family):
     ours = strong(family)
     for name, inputs in INPUTS.items():
         assert torch.equal(generate(ours, **inputs(), cache_implementation="static"), greedy(family, name))
+    assert torch.equal(generate(ours, **unpadded()), greedy(family))  # nothing of it has stayed behind
 
 
 COUNTING = ("mistral", "gemma2", "gemma3", "cohere2", "starcoder2", "gpt_oss", "gpt_neo", "mpt", "codegen")

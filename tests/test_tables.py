@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -382,7 +383,7 @@ def test_a_file_that_is_something_else_is_not_written_over(text, tmp_path):
 
 
 def _write(path, first, both):
-    both.wait()
+    both.wait(30)
     for rows in range(first, 40, 2):
         table_file.write(path, table(entry(BUCKET._replace(M=rows))))
 
@@ -395,11 +396,13 @@ def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
     writers = [context.Process(target=_write, args=(path, first, both)) for first in (0, 1)]
     for writer in writers:
         writer.start()
-    seen = 0
-    while any(writer.is_alive() for writer in writers):
+    seen, end = 0, time.monotonic() + 60
+    while any(writer.is_alive() for writer in writers) and time.monotonic() < end:
         if (found := table_file.read(path)) is not None:  # whole at every moment
             assert len(found.entries) >= seen
             seen = len(found.entries)
+    for writer in writers:
+        writer.kill()  # if it hangs
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert sorted(each.bucket.M for each in table_file.read(path).entries) == list(range(40))
     assert os.listdir(tmp_path) == ["t.json"]

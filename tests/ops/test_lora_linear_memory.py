@@ -94,6 +94,17 @@ def test_torch_path_allocates_its_results_and_a_block(shape, dropout):
     assert {size for size in allocations.sizes if size >= mask_or_delta} <= {y.nbytes, dx.nbytes}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_torch_path_makes_no_wide_copy_of_the_result_or_its_gradient(dropout):
+    m, k, n = 32768, 16, 512
+    x, weight, a, b = layer(m, k, n)
+    with Allocations() as allocations:
+        y = lora_linear(x, weight, None, a, b, 0.5, dropout=dropout, training=True)
+        torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
+    assert max(allocations.sizes) == y.nbytes and allocations.sizes.count(y.nbytes) == 2  # y and dy
+    assert allocations.peak < 3 * y.nbytes
+
+
 @pytest.fixture
 def tidy_interpreter(monkeypatch):
     """The interpreter leaves a launch's arguments in a reference cycle; a GPU launch keeps nothing. A collection looks

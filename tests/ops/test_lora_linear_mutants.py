@@ -109,6 +109,13 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     count("planted faults caught")
 
 
+@pytest.mark.usefixtures("own_masks")
+@pytest.mark.parametrize("kernel", SOONEST)
+def test_nothing_is_found_where_there_is_no_mistake(kernel):
+    """Afterwards, where mistakes are looked for first: none of them has left anything in what all were given."""
+    assert [(*way, fault) for way in SOONEST[kernel] if (fault := fault_of(*way))] == []
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_there_are_a_dozen_mistakes_for_every_kernel(kernel):
     changes = {mutant[0:1] + mutant[2:] for mutant in KERNELS[kernel]}

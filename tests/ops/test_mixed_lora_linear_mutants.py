@@ -99,6 +99,11 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     count("planted faults caught")
 
 
+@pytest.mark.usefixtures("own_masks")
+def test_nothing_is_found_in_forward_where_there_is_no_mistake():
+    assert first_fault([]) is None
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_there_are_a_dozen_mistakes_for_every_kernel(kernel):
     changes = {mutant[0:1] + mutant[2:] for mutant in KERNELS[kernel]}

@@ -40,7 +40,7 @@ SHAPE = {"queries": 18, "keys": 20, "prefix": 17, "depth": 17}
 
 @functools.cache
 def problems():
-    """(op, strategy, problem, gate, mask, truth): together they use every feature of every kernel."""
+    """(strategy, problem, gate, truth): together they use every feature of every kernel."""
     made, one = [], {"batch": 1, "heads": 2, "kv_heads": 1}
     for strategy, modifiers, changes in (
         ("fused", (), {}),
@@ -198,6 +198,13 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     monkeypatch.setattr(path.decode, "processor_count", lambda tensor: 64)
     assert (fault_of(number, kernel) or first_fault()) is not None
     count("planted faults caught")
+
+
+@pytest.mark.parametrize("kernel", SOONEST)
+def test_nothing_is_found_where_there_is_no_mistake(kernel, monkeypatch):
+    """Afterwards, where mistakes are looked for first: none of them has left anything in what all were given."""
+    monkeypatch.setattr(path.decode, "processor_count", lambda tensor: 64)
+    assert [(number, fault) for number in SOONEST[kernel] if (fault := fault_of(number, kernel))] == []
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
