@@ -187,11 +187,11 @@ def dropped(block: torch.Tensor, dtype: torch.dtype, places: torch.Tensor) -> to
 
 def product(p: torch.Tensor, q: torch.Tensor, scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """scale·p q [M, N], rounded once: p [M, R], q [R, N]."""
-    if scale == 1 or not scale:
-        q, scale = q if scale else q * 0, 1.0  # BLAS leaves out a product times 0, and its NaN
-        return cpu.widened(p, q, 1.0, out) if cpu.widens(p, q) else torch.mm(p, q, out=out)
+    q, scale = (q, scale) if scale else (q * 0, 1.0)  # BLAS leaves out a product times 0, and its NaN
     if cpu.widens(p, q):
         return cpu.widened(p, q, scale, out)
+    if scale == 1:
+        return torch.mm(p, q, out=out)
     out = p.new_empty(len(p), q.shape[1]) if out is None else out
     return out.addmm_(p, q, beta=0, alpha=scale)
 

@@ -56,8 +56,9 @@ def _shrink(x, a, droppers) -> tuple[Tensor, ...]:
     masked = any(each is not None for each in droppers)
     ranks = [len(each) for each in a]
     if not masked and x.dtype is a[0].dtype:
-        together = scaled_linear(x, torch.cat(a), 1.0).split(ranks, 1) if len(x) >= MANY else None
-        return together or tuple(x @ each.t() for each in a)
+        if len(x) < MANY:
+            return tuple(x @ each.t() for each in a)
+        return scaled_linear(x, torch.cat(a), 1.0).split(ranks, 1)
     out = torch.empty(len(x), sum(ranks), dtype=a[0].dtype, device=x.device).split(ranks, 1)
     for block in row_blocks(*x.shape, masked):
         wide = None
