@@ -127,7 +127,7 @@ def test_a_mask_that_is_not_hf_pefts_is_found(method, monkeypatch, tmp_path, sma
     assert run_check("--method", method)[0] == 0
 
 
-def test_by_default_all_methods_are_checked(tmp_path, small, two_cases):
+def test_by_default_all_methods_are_checked(tmp_path, small):
     status, printed, document = document_of(tmp_path)
     assert status == 0, printed
     assert list(document["backends"]) == list(check.METHODS) == ["lora", "prefix", "adapter"]

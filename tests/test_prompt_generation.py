@@ -62,7 +62,7 @@ def test_every_way_is_one(family):
     with torch.no_grad():
         whole = ours(input_ids=expected, use_cache=False).logits
         bound = 2e-6 * float(whole.abs().max())
-        for sizes in ([4] + [1] * 8, [5, 7], [1, 6, 5], [12]):
+        for sizes in ([4] + [1] * 10, [5, 9], [1, 6, 7], [14]):
             parts, cache = [], None
             for chunk in expected.split(sizes, 1):
                 out = ours(input_ids=chunk, past_key_values=cache, use_cache=True)
