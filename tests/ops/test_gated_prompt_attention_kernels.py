@@ -34,11 +34,10 @@ FEW_KEYS = Bounds(rms=1.25, row=3)
 
 @pytest.mark.parametrize("modifiers", GATED, ids=name_of)
 def test_kernels(modifiers):
-    bounds, draws = Bounds(), 3 if "bias" in modifiers else 1  # one number, δ, is most of the error of a row of dbias
+    bounds, draws = Bounds(), 3 if "bias" in modifiers else 1
     if {"segments", "bias"} <= set(modifiers):
         bounds, draws = FEW_KEYS, 8
-    cases = [problem(*modifiers, seed=seed, dtype=HALF, **SMALL) for seed in range(draws)]
-    assert_right(cases, 2, "fused", bounds, later=("bias",))
+    assert_right([problem(*modifiers, seed=seed, dtype=HALF, **SMALL) for seed in range(draws)], 2, "fused", bounds)
 
 
 @pytest.mark.parametrize(("modifiers", "gates"), SEVERAL)
@@ -53,24 +52,20 @@ def test_beside_a_vendors_flash(modifiers, gates):
     assert_right([problem(*modifiers, depth=24, dtype=HALF)], gates, "merge")
 
 
-def assert_right(cases, gates: int, strategy: str, bounds: Bounds = Bounds(), later=("gate", *NAMES)):  # noqa: B008
-    """One number is what there is of a gate's and a sink's gradient for each head. later: the gradients for which the
-    cases after the first are drawn."""
-    wanted = [("gate", *NAMES), *[later] * (len(cases) - 1)]
-    drawn = [outcomes(case, gates, strategy, seed, wanted[seed]) for seed, case in enumerate(cases)]
+def assert_right(cases, gates: int, strategy: str, bounds: Bounds = Bounds()):  # noqa: B008
+    """One number is what there is of a gate's and a sink's gradient for each head."""
+    drawn = [outcomes(case, gates, strategy, seed) for seed, case in enumerate(cases)]
     by_row = cases[0].dout_BHSD.dtype != SINGLE
-
-    def heads(name, i):
-        return [head for draw in drawn if name in draw[i] for head in heads_of(name, draw[i][name], by_row)]
-
-    found = [compare(name, *(heads(name, i) for i in range(3))) for name in drawn[0][0]]
+    found = [
+        compare(name, *([head for draw in drawn for head in heads_of(name, draw[i][name], by_row)] for i in range(3)))
+        for name in drawn[0][0]
+    ]
     faults = [fault for each in found for fault in each.faults(FEW if each.name in ("dgate", "dsinks") else bounds)]
     assert not faults, "\n".join([*faults, *map(str, found)])
 
 
-def outcomes(case, gates, strategy, seed, wanted):
-    """Of the kernels, of the reference in the same dtype and in float64: {"out": result, "dgate": gradient, ...}, with
-    the gradients that are wanted of what is there."""
+def outcomes(case, gates, strategy, seed):
+    """Of the kernels, of the reference in the same dtype and in float64: {"out": result, "dgate": gradient, ...}."""
     call = Call(case.scores, case.dropout, PLANS[strategy])
     generator = torch.Generator().manual_seed(seed)
     gate = torch.randn(gates, generator=generator)
@@ -80,18 +75,17 @@ def outcomes(case, gates, strategy, seed, wanted):
         torch.manual_seed(seed)
         drawn = path.draw_seed(gate) if case.dropout else None
     out, own, lse = path.forward(case.tensors, gate, call, drawn)
-    given = dict(zip(("gate", *NAMES), (gate, *case.tensors), strict=True))
-    names = [name for name, t in given.items() if t is not None and name in wanted]
-    needs = Tensors(*(name in names for name in NAMES))
-    gradients = path.backward(case.dout_BHSD, case.tensors, gate, own, lse, call, drawn, needs, "gate" in names)
+    needs = Tensors(*(t is not None for t in case.tensors))
+    gradients = path.backward(case.dout_BHSD, case.tensors, gate, own, lse, call, drawn, needs, True)
+    names = [name for name in ("gate", *NAMES) if name == "gate" or case.tensors[NAMES.index(name)] is not None]
 
     def reference(dtype):
-        leaves = {name: None if t is None else t.to(dtype or t.dtype).requires_grad_() for name, t in given.items()}
-        gate, *tensors = leaves.values()
-        out = gated_prompt_attention_reference(Tensors(*tensors), gate, case.scores, keep, p)
-        gradients = torch.autograd.grad(out, [leaves[name] for name in names], case.dout_BHSD.to(out.dtype))
-        return [out.detach(), *gradients]
+        leaves = [t.to(dtype or t.dtype).requires_grad_() for t in (gate, *case.tensors) if t is not None]
+        rest = iter(leaves[1:])
+        tensors = Tensors(*(None if t is None else next(rest) for t in case.tensors))
+        out = gated_prompt_attention_reference(tensors, leaves[0], case.scores, keep, p)
+        return [out.detach(), *torch.autograd.grad(out, leaves, case.dout_BHSD.to(out.dtype))]
 
     got = [out, *(each for each in gradients if each is not None)]
-    keys = ["out", *(f"d{name}" for name in names)]
-    return [dict(zip(keys, each, strict=True)) for each in (got, reference(None), reference(torch.float64))]
+    names = ["out", *(f"d{name}" for name in names)]
+    return [dict(zip(names, each, strict=True)) for each in (got, reference(None), reference(torch.float64))]
