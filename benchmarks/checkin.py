@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from .harness import Budget
 from .report import ROOT
 from .request import Request
 from .runner import cells_of, in_turns, key_of, key_of_row, plan_of
-from .supervision import GRACE_S, end, start, supervise, work
+from .supervision import GRACE_S, Worker, end, serve, start, supervise
 
 TEST_WORKERS = 8
 SUMMARY_S = 5.0
@@ -71,6 +72,10 @@ class Course:
         # Steps of large models, ours and HF's in turns, would leave a cache of blocks that fit neither.
         return {"FASTPEFT_CACHE": str(self.out / "tuned"), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
+    @cached_property
+    def worker(self) -> Worker:
+        return Worker(self.path, environment=self.environment)
+
 
 def _environment(course: Course, budget: Budget) -> Ended:
     """The stamp is written before the first step: what is missing shows here."""
@@ -80,6 +85,7 @@ def _environment(course: Course, budget: Budget) -> Ended:
 
 
 def _tests(course: Course, budget: Budget) -> Ended:
+    course.worker.end()  # the device is theirs alone
     workers = 0 if course.smoke else TEST_WORKERS
     found = run_tests([path.resolve() for path in course.tests], course.out, budget.left(), workers)
     document = report.load(course.path)
@@ -91,6 +97,7 @@ def _tests(course: Course, budget: Budget) -> Ended:
 
 def _tune(course: Course, budget: Budget) -> Ended:
     """`fastpeft tune` in a process of its own, which keeps to its seconds; the table is written after every choice."""
+    course.worker.end()
     package = __package__.partition(".")[0].replace("benchmarks", "fastpeft")
     command = [sys.executable, "-m", package, "tune", "--seconds", f"{max(5.0, budget.left() - 5):.0f}"]
     command += ["--smoke", "--op", "lora"] if course.smoke else []
@@ -118,7 +125,7 @@ def _measure(course: Course, budget: Budget, cells: Sequence, cases: Sequence = 
         document["plan"]["without"].setdefault(op, {}).update(names)
     document["plan"]["skip"] |= before.get("skip", {})
     report.save(document, course.path)
-    trouble = supervise(course.path, budget, environment=course.environment)
+    trouble = supervise(course.worker, budget)
     document = report.load(course.path)
     _settle(document)
     report.save(document, course.path)
@@ -237,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse's own way out; callers want a number
         return int(stop.code or 0)
     if arguments.worker:
-        return work(arguments.worker)
+        return serve(arguments.worker)
     device = "cpu" if arguments.smoke else "cuda"
     budget = Budget(60 * arguments.minutes - GRACE_S - SUMMARY_S)
     tests = tuple(arguments.tests or (ROOT / path for path in TESTS))
@@ -250,7 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         document = report.new_document(plan_of((), device, budget_s=0.0))
         document["stamp"] = report.stamp(device, arguments.commit)
         report.save(document, course.path)
-    run_steps(course)
+    try:
+        run_steps(course)
+    finally:
+        course.worker.end()
     document = report.load(course.path)
     (course.out / "table.txt").write_text(report.table(document))
     screen = summary.text(document, course.out)

@@ -1,24 +1,31 @@
 """Processes that may crash or hang: started, watched, ended, and started again without what ended them.
 
 A worker (`python -m benchmarks.checkin --worker FILE`) works the plan in a document off and writes every step into it,
-so that the file says what ran when it died, and its age how long ago that was.
+so that the file says what ran when it died, and its age how long ago that was. One that came through its plan waits for
+the next: its imports, CUDA and the kernels it has loaded would take a new one many seconds. Its standard input is one
+end of a pair of sockets, by which it is told to begin and says that it is done.
 """
 
 import contextlib
 import ctypes
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from . import bench_step, report
 from .benches import BY_OP
 from .harness import Budget
 from .report import FLOOR, ROOT
 from .runner import DeviceLost, Run, cells_of, key_of, key_of_row
+from .step_check import release
 
 STARTS = 4  # the first, and three more after crashes
 STALL_S = 75.0  # longer than torch.compile's first compilation, the slowest single step
@@ -58,11 +65,51 @@ def end(process: subprocess.Popen, patience: float = 0.0) -> None:
     process.wait()
 
 
-def watch(process: subprocess.Popen, heartbeat: Path, budget: Budget, stall_s: float = STALL_S) -> str:
-    """Wait for the worker, which touches `heartbeat` at every step. Returns "" or why it ended too early."""
+class Worker:
+    """The process for the plan in `path`, and for those that are put there after it. `command`: in place of ours."""
+
+    def __init__(self, path: Path, command: Sequence[str] | None = None, environment: Mapping[str, str] | None = None):
+        self.path, self.environment = path, environment
+        self.command = command or [sys.executable, "-m", f"{__package__}.checkin", "--worker", str(path)]
+        self._process: subprocess.Popen | None = None
+        self._line: socket.socket | None = None
+
+    def begin(self) -> subprocess.Popen:
+        """The one that waits is told to; else a new one is started."""
+        if self._process is None or self._process.poll() is not None:
+            self.end()
+            self._line, its = socket.socketpair()
+            with its:
+                self._process = start(self.command, self.environment, stdin=its)
+        with contextlib.suppress(OSError):  # it may end this very moment, which its exit status will say
+            self._line.send(b"\n")
+        return self._process
+
+    def is_done(self, seconds: float) -> bool:
+        """Waits up to `seconds` for the process to say so."""
+        if not select.select([self._line], [], [], seconds)[0]:
+            return False
+        with contextlib.suppress(OSError):
+            if self._line.recv(1):
+                return True
+        time.sleep(seconds)  # its end is closed: the process is about to be gone
+        return False
+
+    def end(self) -> None:
+        """Nothing runs any more, and the device is free."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                end(self._process)
+            self._line.close()
+        self._process = self._line = None
+
+
+def watch(worker: Worker, process: subprocess.Popen, budget: Budget, stall_s: float = STALL_S) -> str:
+    """Wait for the process, which writes the worker's file at every step. Returns "" or why it ended too early."""
     while process.poll() is None:
-        time.sleep(0.1)
-        quiet = time.time() - heartbeat.stat().st_mtime
+        if worker.is_done(0.1):
+            return ""
+        quiet = time.time() - worker.path.stat().st_mtime
         if quiet > stall_s:
             end(process)
             return f"stood still for {stall_s:.0f} s"
@@ -76,17 +123,15 @@ def watch(process: subprocess.Popen, heartbeat: Path, budget: Budget, stall_s: f
     return f"exit status {process.returncode}" if process.returncode else ""
 
 
-def supervise(
-    path: Path, budget: Budget, command: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
-) -> str:
-    """Run workers on the plan in `path` until it is worked off. Returns "", or why the last that failed ended early."""
-    command = command or [sys.executable, "-m", f"{__package__}.checkin", "--worker", str(path)]
-    trouble = ""
+def supervise(worker: Worker, budget: Budget) -> str:
+    """Work the plan in the worker's file off, anew after each death. Returns "", or why the last process that failed
+    ended early."""
+    path, trouble = worker.path, ""
     for _ in range(STARTS):
         document = report.load(path)
         document["plan"]["until"] = time.time() + budget.left()  # also the worker's imports take of it
         report.save(document, path)
-        reason = watch(start(command, environment), path, budget)
+        reason = watch(worker, worker.begin(), budget)
         if not reason:
             return trouble
         document = report.load(path)
@@ -104,8 +149,22 @@ def supervise(
     return trouble
 
 
+def serve(path: Path) -> int:
+    """The worker: a plan for each time that it is told to begin. Where something failed it ends, and what that may have
+    left on the device with it."""
+    while os.read(0, 1):
+        if code := work(path):
+            return code
+        document = report.load(path)
+        if any(row["status"] == "failed" for row in document["results"]):
+            return 0
+        release(torch.device(document["plan"]["device"]))
+        os.write(0, b"\n")
+    return 0
+
+
 def work(path: Path) -> int:
-    """The worker: measures what the plan in `path` still lacks, into the same file."""
+    """Measures what the plan in `path` still lacks, into the same file."""
     document = report.load(path)
     budget = Budget(document["plan"]["until"] - time.time())
 

@@ -1,5 +1,6 @@
 """Workers that crash, hang or lose the device: what ended them is left out, and the rest is measured."""
 
+import os
 import sys
 import time
 
@@ -43,10 +44,10 @@ json.dump(document, open(path, "w"))
 
 
 def supervised(plan_file, fault, budget=60.0):
-    worker = plan_file.with_name("worker.py")
-    worker.write_text(WORKER)
-    trouble = supervision.supervise(plan_file, Budget(budget), [sys.executable, str(worker), str(plan_file), fault])
-    return trouble, report.load(plan_file)
+    script = plan_file.with_name("worker.py")
+    script.write_text(WORKER)
+    worker = supervision.Worker(plan_file, [sys.executable, str(script), str(plan_file), fault])
+    return supervision.supervise(worker, Budget(budget)), report.load(plan_file)
 
 
 def without_ours(document):
@@ -73,7 +74,7 @@ def test_a_lost_device_counts_as_a_crash(plan_file):
 
 def test_a_hang_is_ended(plan_file, monkeypatch):
     watch = supervision.watch
-    monkeypatch.setattr(supervision, "watch", lambda process, path, budget: watch(process, path, budget, stall_s=2.0))
+    monkeypatch.setattr(supervision, "watch", lambda *given: watch(*given, stall_s=2.0))
     document = supervised(plan_file, "hang")[1]
     assert without_ours(document) == "ended the process (stood still for 2 s) in q/o"
 
@@ -113,3 +114,51 @@ def test_the_real_worker_reads_the_plan_and_leaves_out_what_it_says(plan_file):
     assert {"op": "lora_linear", "cell": first.id, "impl": None, "reason": "crash"} in done["unmeasured"]
     for op in BY_OP:
         assert {"op": op, "cell": "all cells", "impl": "fastpeft", "reason": "crash"} in done["unmeasured"]
+
+
+SERVING = """
+import json, os, sys
+while os.read(0, 1):
+    with open(sys.argv[1]) as file:
+        document = json.load(file)
+    document["plan"].setdefault("served", []).append(os.getpid())
+    with open(sys.argv[1], "w") as file:
+        json.dump(document, file)
+    if document["plan"]["skip"]:
+        os.abort()
+    os.write(0, b"\\n")
+"""
+
+
+def test_a_process_serves_one_plan_after_another_until_it_dies_or_is_ended(plan_file):
+    script = plan_file.with_name("worker.py")
+    script.write_text(SERVING)
+    worker = supervision.Worker(plan_file, [sys.executable, str(script), str(plan_file)])
+    troubles = [supervision.supervise(worker, Budget(60.0)) for _ in range(2)]
+    document = report.load(plan_file)
+    document["plan"]["skip"] = {"q/o": "crash"}
+    report.save(document, plan_file)
+    troubles.append(supervision.supervise(worker, Budget(60.0)))
+    document = report.load(plan_file)
+    document["plan"]["skip"] = {}
+    report.save(document, plan_file)
+    troubles.append(supervision.supervise(worker, Budget(60.0)))
+    worker.end()
+    first, *others, last = report.load(plan_file)["plan"]["served"]
+    assert others == [first, first] and last != first
+    assert troubles == ["", "", "ended by signal 6, at None", ""]
+    with pytest.raises(ProcessLookupError):
+        os.kill(last, 0)
+
+
+@pytest.mark.parametrize("status", ["ok", "failed"])
+def test_the_real_worker_waits_for_the_next_plan_unless_something_failed(plan_file, status, monkeypatch):
+    document = report.load(plan_file)
+    document["results"] = [{"status": status}]
+    report.save(document, plan_file)
+    told, said = [b"\n", b"\n", b""], []
+    monkeypatch.setattr(supervision.os, "read", lambda *_: told.pop(0))
+    monkeypatch.setattr(supervision.os, "write", lambda to, what: said.append(to))
+    monkeypatch.setattr(supervision, "work", lambda path: 0)
+    assert supervision.serve(plan_file) == 0
+    assert said == ([0, 0] if status == "ok" else [])
