@@ -1,7 +1,9 @@
 """The compile gate: every launch that ships, compiled for GPUs that are not here; what came out is read and bounded.
 
     python tests/aot.py --all      every shipped configuration for every target, as a table; exit status 1 on a fault
-    python tests/aot.py --quick    a few for each kernel, as the tests do
+    python tests/aot.py --quick    a few for each kernel
+    python tests/aot.py --quick --known     as the tests do: of these what has changed, and a sample (aot_known.py)
+    python tests/aot.py --quick --update    writes down what --known goes by
     --op lora_linear  --target sm_90  --json FILE  --processes 8
 
 The launchers run on meta tensors while Triton's driver is replaced and its launch recorded instead of made: kernel,
@@ -40,6 +42,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from tests import aot_known  # noqa: E402
 from tests.ttir import narrow_offsets, narrow_products  # noqa: E402
 
 KIB = 1024
@@ -283,6 +286,19 @@ def _checked(number: int) -> Facts:
     return check(launch, target, case.name, case.bounded)
 
 
+def checked_or_known(jobs: list[tuple[Launch, str, Case]], processes: int, known: dict[str, dict]) -> Iterator[Facts]:
+    """As `checked`, but what is known is compiled only if it is of the sample, and a fault if it is otherwise."""
+    digests = [aot_known.digest(*job, triton.__version__) for job in jobs]
+    again = aot_known.compiled_again(each for each in digests if each in known)
+    new = [each not in known or each in again for each in digests]
+    found = checked([job for job, wanted in zip(jobs, new, strict=True) if wanted], processes)
+    for each, wanted in zip(digests, new, strict=True):
+        facts = next(found) if wanted else Facts(seconds=0.0, **known[each])
+        if wanted and each in known:
+            facts.faults += aot_known.contradicted(known[each], facts)
+        yield facts
+
+
 COLUMNS = "{:<7} {:<34} {:<68} {:>4} {:>5} {:>6} {:>7} {:>6}  {}"
 
 
@@ -304,12 +320,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target")
     parser.add_argument("--json", type=Path, help="write the facts here as well")
     parser.add_argument("--processes", type=int, default=1, help="compile in so many at once")
+    parser.add_argument("--known", action="store_true", help="take what aot_known.json has of unchanged launches")
+    parser.add_argument("--update", action="store_true", help="write aot_known.json")
     chosen = parser.parse_args(arguments)
+    if chosen.update and (chosen.all or chosen.op or chosen.target or chosen.known):
+        parser.error("--update writes down the whole quick set, newly compiled: with --quick alone")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: compiled kernels need a process without it")
     jobs = work(all_cases(chosen.op or ops), chosen.target or DEFAULT_TARGETS, chosen.quick)
+    known = aot_known.load() if chosen.known else {}
     results = []
-    for (launch, target, case), facts in zip(jobs, checked(jobs, chosen.processes), strict=True):
+    for (launch, target, case), facts in zip(jobs, checked_or_known(jobs, chosen.processes, known), strict=True):
         results.append(facts)
         progress = f"[{len(results)}/{len(jobs)}] {target} {case.name} {launch.name}"
         print(progress, *facts.faults, sep="; ", file=sys.stderr, flush=True)
@@ -319,6 +340,8 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.json:
         chosen.json.write_text(json.dumps({"triton": triton.__version__, "results": [asdict(f) for f in results]}))
     wrong = [f"{f.target} {f.case} {f.kernel}: {fault}" for f in results for fault in f.faults]
+    if chosen.update and not wrong:
+        aot_known.save({aot_known.digest(*job, triton.__version__): f for job, f in zip(jobs, results, strict=True)})
     print("\n".join(wrong) or f"{len(results)} compilations, no fault", flush=True)
     return bool(wrong)
 
