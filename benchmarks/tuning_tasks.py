@@ -311,12 +311,12 @@ def prefix_tasks() -> list[PrefixTask]:
 
 
 def rehearsal_tasks() -> list:
-    """Tiny ones, of each kind one."""
+    """Tiny ones, of each kind one, no longer than a tile."""
     full = torch.float32
     return [
-        LoraTask(20, 24, 20, 8, full, full, tiles=True),
-        PrefixTask(1, 2, 1, 12, 12, 10, 16, full),
-        PrefixTask(1, 2, 1, 1, 12, 10, 16, full, tiles=True),
+        LoraTask(12, 16, 12, 8, full, full, tiles=True),
+        PrefixTask(1, 2, 1, 12, 12, 4, 16, full),
+        PrefixTask(1, 2, 1, 1, 12, 4, 16, full, tiles=True),
     ]
 
 

@@ -297,11 +297,14 @@ def run_main(*arguments, **environment):
 
 
 @pytest.mark.slow
-def test_the_rehearsal_runs_the_whole_course(tmp_path):
-    start = time.process_time(), os.times().children_user
-    done = run_main("--smoke", "--seconds", "100", FASTPEFT_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert os.times().children_user - start[1] < 20, "seconds of one core"
+@pytest.mark.interpreter
+def test_the_rehearsal_runs_the_whole_course(tmp_path, monkeypatch, capsys):
+    """The check-in's tests begin one in a process of its own."""
+    monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path))
+    start = time.process_time()
+    assert cli.main(["tune", "--smoke", "--seconds", "100"]) == 0
+    assert time.process_time() - start < 20
+    said = capsys.readouterr().out
     (path,) = tmp_path.iterdir()
     table = table_file.read(str(path))
     assert path.name == "interpreter.json" and table.device == tables.INTERPRETER
@@ -310,7 +313,7 @@ def test_the_rehearsal_runs_the_whole_course(tmp_path):
     names = ("prewrite forward", "addmm forward", "augment forward", "fused forward", "1 reads backward")
     assert "persistent backward" in lora.median_ms
     assert set(names) <= lora.median_ms.keys() and lora.choice["reads"] in (1, 2)
-    assert f"-> {path}" in done.stdout and "choices measured" in done.stdout
+    assert f"-> {path}" in said and "choices measured" in said
 
 
 def test_the_rehearsal_s_table_is_never_loaded(tmp_path, monkeypatch):
