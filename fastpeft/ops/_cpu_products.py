@@ -1,8 +1,8 @@
 """x Wᵀ and dY W on a CPU, by one of two vendors' libraries.
 
-torch takes fp32 products to MKL. On the one AMD processor that was measured (Zen 4, two cores) that took 5 to 20 %
-longer than oneDNN, torch's own library for half precision. The choice is by processor, dtype and size alone, so that
-the same call gives the same bits.
+torch takes fp32 products to MKL. On the AMD processors with AVX-512 that were measured (two cores of a Zen 4, two of a
+Zen 5) that took 5 to 20 % longer than oneDNN, torch's own library for half precision, or more than twice as long. The
+choice is by processor, dtype and size alone, so that the same call gives the same bits.
 
 oneDNN compiles code for each number of rows, which takes it as long as a small product, and keeps it: half a megabyte
 each of up to a thousand. So it is asked for round numbers of rows alone, which batches of one length have, and batches
@@ -58,9 +58,8 @@ def through(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def add_through(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """dx += dY W, in place, which oneDNN is asked for only if dx is of another dtype: dx [M, K], dy [M, N], weight
-    [N, K]."""
-    if dx.dtype is not dy.dtype:
+    """dx += dY W, in place: dx [M, K], dy [M, N], weight [N, K]."""
+    if dx.dtype is not dy.dtype or is_onednns(dy, weight):
         return dx.add_(through(dy, weight))
     return add_widened(dx, dy, weight) if widens(dy, weight) else dx.addmm_(dy, weight)
 
