@@ -4,10 +4,14 @@ operands of one type, or of one and a number that the type holds. All else, and 
 Part of `interpreter_speed`, which installs it.
 """
 
+import operator
+
 import numpy as np
-from triton.language import core
+from triton.language import core, standard
 from triton.runtime.interpreter import TensorHandle
 from triton.runtime.interpreter import interpreter_builder as builder
+
+from tests.interpreter_tape import asked, computed, lose
 
 RANGES = {"int32": (-(2**31), 2**31), "int64": (-(2**63), 2**63), "uint32": (0, 2**32)}
 NUMPY = {"int32": np.int32, "int64": np.int64, "uint32": np.uint32}
@@ -33,7 +37,7 @@ def _arithmetic(slow, function):
         if (found := operands(self, other)) is None:
             return slow(self, other, **options)
         left, right, kind, dtype = found
-        return _tensor(function(left, right), dtype, kind)
+        return _tensor(computed(function, left, right), dtype, kind)
 
     return quick
 
@@ -43,7 +47,7 @@ def _reflected(slow, function):
         if type(other) is core.tensor or (found := operands(self, other)) is None:
             return slow(self, other, **options)
         left, right, kind, dtype = found
-        return _tensor(function(right, left), dtype, kind)
+        return _tensor(computed(function, right, left), dtype, kind)
 
     return quick
 
@@ -53,7 +57,7 @@ def _comparison(slow, function):
         if (found := operands(self, other)) is None:
             return slow(self, other, **options)
         left, right, kind, dtype = found
-        return _tensor(function(left, right), dtype, kind.with_element_ty(core.int1))
+        return _tensor(computed(function, left, right), dtype, kind.with_element_ty(core.int1))
 
     return quick
 
@@ -67,7 +71,7 @@ def _bitwise(slow, function):
         if found is None:
             return slow(self, other, **options)
         left, right, kind, dtype = found
-        return _tensor(function(left, right), dtype, kind)
+        return _tensor(computed(function, left, right), dtype, kind)
 
     return quick
 
@@ -98,7 +102,10 @@ def _getitem(slow):
         whole = all(each is None or each == slice(None) for each in places)
         if not whole or len(new) - sum(new) != len(self.type.shape):
             return slow(self, places, **options)
-        data, key = self.handle.data[places], (id(self.type.shape), self.type.scalar.name, new)
+        data, key = (
+            computed(operator.getitem, self.handle.data, places),
+            (id(self.type.shape), self.type.scalar.name, new),
+        )
         if key not in known:
             known[key] = (
                 core.block_type(self.type.scalar, list(data.shape)),
@@ -142,27 +149,66 @@ def converted(value, scalar):
     """A value in another type of numbers, which numpy's `astype` gives, or None where the interpreter does more."""
     pair = value.type.scalar.name, scalar.name
     if pair in CONVERSIONS:
-        data = value.handle.data.astype(NUMPY[pair[1]])
-    elif pair == ("bf16", "fp32"):
-        words = value.handle.data.view(np.uint16)
-        if np.any(((words & 0x7F80) == 0) & ((words & 0x7F) != 0)):  # subnormal: the interpreter has its own way
+        data = computed(np.ndarray.astype, value.handle.data, NUMPY[pair[1]])
+    elif pair in (("bf16", "fp32"), ("fp32", "bf16")):
+        if asked(bool, computed(_any_subnormal, value.handle.data)):  # the interpreter has its own way
             return None
-        data = (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    elif pair == ("fp32", "bf16"):
-        words = value.handle.data.view(np.uint32)
-        if np.any(((words & 0x7F800000) == 0) & ((words & 0x7FFFFF) != 0)):
-            return None
-        data = (words >> np.uint32(16)).astype(np.uint16)
+        data = computed(_widened_bf16 if pair[0] == "bf16" else _cut_to_bf16, value.handle.data)
     else:
         return None
     return _tensor(data, scalar, value.type.with_element_ty(scalar) if value.type.is_block() else scalar)
+
+
+def _any_subnormal(data):
+    if data.itemsize == 2:
+        words = data.view(np.uint16)
+        return np.any(((words & 0x7F80) == 0) & ((words & 0x7F) != 0), keepdims=True)
+    words = data.view(np.uint32)
+    return np.any(((words & 0x7F800000) == 0) & ((words & 0x7FFFFF) != 0), keepdims=True)
+
+
+def _widened_bf16(data):
+    return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _cut_to_bf16(data):
+    return (data.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
 def splat(value, block):
     """A scalar as a block of this one's shape."""
     data = value.handle.data
     kind = block.with_element_ty(value.type)
-    return _tensor(np.full(block.shape.values, data, dtype=data.dtype), value.handle.dtype.scalar, kind)
+    return _tensor(computed(np.full, block.shape.values, data, data.dtype), value.handle.dtype.scalar, kind)
+
+
+REDUCTIONS = (
+    (standard._sum_combine, np.sum), (standard._elementwise_max, np.nanmax), (standard._elementwise_min, np.nanmin)
+)  # fmt: skip
+
+
+def quick_reduction(slow):
+    """In the place of `ReduceOps.apply`: sums and extremes of one tensor of numbers."""
+
+    def quick(self, given):
+        function = next((each for combine, each in REDUCTIONS if combine is self.combine_fn), None)
+        (tensor,) = given if isinstance(given, tuple) and len(given) == 1 else (given,)
+        if function is None or type(tensor) is not core.tensor or tensor.dtype.name not in NUMPY:
+            lose()
+            return slow(self, given)
+        self.check_tensor((tensor,))
+        dtype = tensor.dtype
+        data = computed(_reduced, tensor.handle.data, function, self.axis, self.keep_dims, NUMPY[dtype.name])
+        block = self.keep_dims or (self.axis is not None and len(tensor.type.shape) > 1)
+        result = _tensor(data, dtype.scalar, core.block_type(dtype, list(data.shape)) if block else dtype)
+        return (result,) if isinstance(given, tuple) else result
+
+    return quick
+
+
+def _reduced(data, function, axis, keepdims, dtype):
+    result = function(data, axis=axis, keepdims=keepdims)
+    return result.astype(dtype) if result.shape else np.array([result]).astype(dtype)
 
 
 def _number(value, name):
@@ -178,7 +224,7 @@ def _widened(integers):
     if integers.dtype is core.int64:
         return integers
     kind = integers.type.with_element_ty(core.int64) if integers.type.is_block() else core.int64
-    return _tensor(integers.handle.data.astype(np.int64), core.int64, kind)
+    return _tensor(computed(np.ndarray.astype, integers.handle.data, np.int64), core.int64, kind)
 
 
 def _truth_values(one, other):

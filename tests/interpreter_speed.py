@@ -1,9 +1,10 @@
-"""Triton's interpreter without what it does over and over for nothing: the same values, in a quarter of the time.
+"""Triton's interpreter without what it does over and over for nothing: the same values, in a tenth of the time.
 
 Most of its time goes into Python: every call of a device function patches the whole of `triton.language` again, every
-value makes its type anew, and every sum of integers is checked for overflow although nobody hears of it, as
-`device_assert` is silent unless `overflow_checks` is in force. What is left out here changes no value, which
-`test_instruments.py` shows: with and without, kernels return the same bits and touch the same bytes.
+value makes its type anew, every sum of integers is checked for overflow although nobody hears of it, as `device_assert`
+is silent unless `overflow_checks` is in force, and every program of a grid works out the same calls as the one before
+it (`interpreter_tape`). What is left out here changes no value, which `test_instruments.py` and
+`test_interpreter_tape.py` show: with and without, kernels return the same bits and touch the same bytes.
 
 It knows the inside of one version. With another the interpreter is left as it is shipped, slower and no less right.
 """
@@ -39,6 +40,7 @@ def install() -> None:
         _answer_at_once()
         _broadcast_as_before()
         _draw_at_once()
+        _play_back()
 
 
 def uninstall() -> None:
@@ -146,27 +148,65 @@ def _draw_at_once() -> None:
     """The rounds of Philox on whole arrays of 32-bit words, as `triton.language.random.philox_impl` does them."""
     from triton.language import core, random
 
+    from tests.interpreter_tape import computed
+
     original = random.philox_impl
     factors, keys = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)), (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
     half = np.uint64(32)
+
+    def rounds(number, *given):
+        words, key = given[:4], given[4:]
+        for _ in range(number):
+            even, odd = (word.astype(np.uint64) * factor for word, factor in zip(words[::2], factors, strict=True))
+            words = (
+                (odd >> half).astype(np.uint32) ^ words[1] ^ key[0],
+                odd.astype(np.uint32),
+                (even >> half).astype(np.uint32) ^ words[3] ^ key[1],
+                even.astype(np.uint32),
+            )
+            key = [each + step for each, step in zip(key, keys, strict=True)]
+        return words
 
     def philox_impl(c0, c1, c2, c3, k0, k1, n_rounds=random.N_ROUNDS_DEFAULT):
         words, key = [each.handle.data for each in (c0, c1, c2, c3)], [each.handle.data for each in (k0, k1)]
         if any(each.dtype != np.uint32 for each in words + key) or len({each.shape for each in words}) > 1:
             return original(c0, c1, c2, c3, k0, k1, n_rounds)
-        for _ in range(core._unwrap_if_constexpr(n_rounds)):
-            even, odd = (word.astype(np.uint64) * factor for word, factor in zip(words[::2], factors, strict=True))
-            words = [
-                (odd >> half).astype(np.uint32) ^ words[1] ^ key[0],
-                odd.astype(np.uint32),
-                (even >> half).astype(np.uint32) ^ words[3] ^ key[1],
-                even.astype(np.uint32),
-            ]
-            key = [each + step for each, step in zip(key, keys, strict=True)]
+        words = computed(rounds, core._unwrap_if_constexpr(n_rounds), *words, *key)
         handle = c0.handle
         return tuple(core.tensor(type(handle)(word, handle.dtype.scalar), c0.type) for word in words)
 
     _replace(random, "philox_impl", philox_impl)
+
+
+def _play_back() -> None:
+    """Programs that do what one before them did; and what they are written down by."""
+    from triton.runtime import interpreter
+
+    from tests.interpreter_arithmetic import quick_reduction
+    from tests.interpreter_tape import Player, asked, lose, number, truth
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: asked(number, self.handle.data))
+        scope.set_attr(tensor, "__bool__", lambda self: asked(truth, self.handle.data))
+
+    def run(self, *arguments, grid, warmup, **options):
+        if not warmup:
+            player = Player(self.rewrite())
+            interpreter.GridExecutor(player, self.arg_names, grid, self.pre_run_hooks)(*arguments, **options)
+
+    def scan(self, given):
+        lose()
+        return apply(self, given)
+
+    apply = interpreter.ReduceScanOpInterface.apply
+    _replace(interpreter, "_patch_lang_tensor", patch_lang_tensor)
+    _replace(interpreter.InterpretedFunction, "run", run)
+    _replace(interpreter.ReduceScanOpInterface, "apply", scan)
+    interpreter.ReduceOps.apply = quick_reduction(scan)
+    _undo.callback(delattr, interpreter.ReduceOps, "apply")
 
 
 def _leave_out_silent_checks() -> None:

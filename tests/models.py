@@ -236,7 +236,7 @@ def tiny(
 
 def config_of(family: str, task: str):
     """The configuration of `tiny`, to be read."""
-    return _built(family, task).config
+    return _built(family, task, None).config
 
 
 def batch(task: str = "CAUSAL_LM", rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:

@@ -82,7 +82,10 @@ def close(found: torch.Tensor, expected: torch.Tensor, rtol: float, floor: float
 
 def result(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     """The logits, whatever the task calls them."""
-    output = model(**inputs)
+    return logits_of(model(**inputs))
+
+
+def logits_of(output) -> torch.Tensor:
     return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits])
 
 
@@ -163,8 +166,9 @@ def assert_same_merged(hf, ours, inputs: dict, rtol: float = 1e-5) -> None:
     """The outputs of the two merged plain models, and of ours before and after."""
     before = result(ours, inputs)
     merged = quietly(ours.merge_and_unload)
-    close(result(merged, inputs), before, rtol)
-    close(result(merged, inputs), result(quietly(hf.merge_and_unload), inputs), rtol)
+    found = result(merged, inputs)
+    close(found, before, rtol)
+    close(found, result(quietly(hf.merge_and_unload), inputs), rtol)
     assert merged is ours and not hasattr(ours, "peft_config")
 
 

@@ -6,7 +6,7 @@ import torch
 
 import fastpeft
 from tests.models import FAMILIES, MORE_FAMILIES, tiny
-from tests.peft_pair import by_base_name, close, pair_of, result
+from tests.peft_pair import by_base_name, close, logits_of, pair_of, result
 
 SEQ2SEQ = (
     *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "pegasus_x", "marian", "m2m_100", "plbart"),
@@ -93,14 +93,15 @@ def trained_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same_prefix_step(hf, ours, inputs: dict, bound: float = 1e-6, slope_bound: float = 1e-5) -> None:
-    """Loss, the logits of real tokens, and each gradient in the norm; a gradient that is one number, whose terms may
-    cancel, beside the greatest one."""
+    """Loss, the logits of real tokens with gradients and without, and each gradient in the norm; a gradient that is one
+    number, whose terms may cancel, beside the greatest one."""
     if "labels" in inputs and inputs["labels"].shape == inputs["attention_mask"].shape:
         inputs = {**inputs, "labels": inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)}
     outputs = [model(**inputs) for model in (hf, ours)]
     close(outputs[1].loss, outputs[0].loss, bound)
     with torch.no_grad():
-        assert_within(real(result(ours, inputs), inputs), real(result(hf, inputs), inputs), bound)
+        for logits in (logits_of(outputs[1]), result(ours, inputs)):
+            assert_within(real(logits, inputs), real(logits_of(outputs[0]), inputs), bound)
     for model, output in zip((hf, ours), outputs, strict=True):
         model.zero_grad()
         output.loss.backward()
