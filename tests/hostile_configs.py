@@ -2,7 +2,11 @@
 
 import json
 import math
+import time
 
+import regex
+
+from fastpeft import patterns
 from tests.counting import how_many
 from tests.hostile import (
     CONFIG,
@@ -171,7 +175,21 @@ AMOUNTS = {
 }
 
 BOMB, REPEATS = "(?:[a-z_.0-9]|.)*[A-Z]", ".*?" * 10 + "[A-Z]"
-SLOW = "(?:.|.){20}[A-Z]"  # a little less than what is given up at one name: all of them together take long
+
+
+def _slow_pattern() -> str:
+    """One that is not given up at a name, but at a few: a quarter of the time or more, on whatever machine this is."""
+    for parts in range(18, 30):
+        pattern = f"(?:.|.){{{parts}}}[A-Z]"
+        compiled = regex.compile(rf"(?:.*\.)?(?:{pattern})$")
+        start = time.process_time()
+        compiled.match("model.layers.0.self_attn.q_proj")
+        if time.process_time() - start > 0.3 * patterns.TIMEOUT_S:
+            return pattern
+    raise AssertionError("no pattern is slow here")
+
+
+SLOW = _slow_pattern()
 GROWING = [
     "(?:" * n + "a|b" + f"|c){repeat}" * n for n, repeat in ((100, "+"), (20, "{2}"), (40, "{1,}?"), (3, "{900}"))
 ]

@@ -30,6 +30,7 @@ def quantised(kind: str, way: str, **settings) -> nn.Module:
 def pair(kind: str, way: str, **settings) -> tuple[nn.Module, nn.Module]:
     """(a model that goes together, the same model that does not)."""
     together, alone = (quantised(kind, way, **settings) for _ in range(2))
+    called(alone)  # as the other was, after which bitsandbytes may multiply 4-bit weights in half precision
     return fused(together), alone
 
 
