@@ -138,8 +138,12 @@ class Recorder:
         return into
 
     def _place(self, value) -> int:
-        place = self.places.get(id(value)) if isinstance(value, np.ndarray) else None
-        return self._new(value, CONSTANT) if place is None else place
+        if isinstance(value, np.ndarray):
+            if (place := self.places.get(id(value))) is not None:
+                return place
+            if value.size > 1 or value.base is not None:  # made from others in a way that nobody has seen
+                self.lose()
+        return self._new(value, CONSTANT)
 
     def _new(self, value, level: int) -> int:
         place = len(self.values)

@@ -180,12 +180,26 @@ def _by_descriptor(x_ptr, out_ptr):
     tl.store(out_ptr + places[:, None] * 4 + places[None, :], descriptor.load([0, 0]) * 2)
 
 
-@pytest.mark.parametrize("kernel", [_sums_so_far, _by_descriptor])
+@triton.jit
+def _turned(x_ptr, out_ptr):
+    places = tl.arange(0, 4)
+    square = places[:, None] * 4 + places[None, :]
+    tl.store(out_ptr + square, tl.load(x_ptr + square).T + 0.5)
+
+
+OF_NO_TAPE = {
+    _sums_so_far: lambda x: x[:4].cumsum(0),
+    _by_descriptor: lambda x: 2 * x,
+    _turned: lambda x: x.view(4, 4).t().flatten() + 0.5,
+}
+
+
+@pytest.mark.parametrize("kernel", OF_NO_TAPE, ids=lambda kernel: kernel.__name__)
 def test_what_no_tape_knows_is_interpreted(recorded, kernel):
     for start in (0.0, 3.0):
         x, out = torch.arange(16.0).add(start), torch.zeros(16)
         kernel[(1,)](x, out)
-        expected = x[:4].cumsum(0) if kernel is _sums_so_far else 2 * x
+        expected = OF_NO_TAPE[kernel](x)
         assert torch.equal(out[: len(expected)], expected)
     assert len(recorded) == 1
     assert [tape.usable for _, tape in interpreter_tape._tapes.values()] == [False]
