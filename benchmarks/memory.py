@@ -3,10 +3,12 @@ Qwen3, ...) in half precision with LoRA on every linear layer, and how many toke
 
     python -m benchmarks.memory [--shape llama3-8b] [--tokens 16384] [--rank 16] [--gib 139]
 
-The tests hold it against the storages that autograd saves. It counts transformers' own modules beside the linear
-layers: RMS norms (an fp32 copy of their input and a number for each token), attention through a flash kernel (q, k, v,
-its result, the log-sum-exp), the loss over fp32 logits. Not in it: what an allocator rounds up, and the buffers of the
-backward pass, of which few are alive at once.
+The tests hold it against the storages that autograd saves, and against those that are alive at the peak of a step. It
+counts transformers' own modules beside the linear layers: RMS norms (an fp32 copy of their input and a number for each
+token), attention through a flash kernel (q, k, v, its result, the log-sum-exp), the loss over fp32 logits. The peak is
+taken to be at the beginning of backward, in the loss, where all that is kept is still there; the buffers of a layer's
+backward are smaller than what the logits of a large vocabulary take. Not in it: what an allocator rounds up, and the
+adapters (fp32, with a gradient and Adam's moments: 16 bytes a parameter).
 """
 
 import argparse
@@ -49,7 +51,7 @@ def per_token(sizes: Sizes, implementation: str, rank: int, dropout: bool, mask_
 
     Ours keep each distinct input once, in half precision, and S; of dropout nothing but a seed a layer. peft keeps an
     fp32 copy of its input for each linear layer, and with dropout a mask of `mask_bytes` an element (1 on a GPU, where
-    torch's mask is boolean; 4 on a CPU).
+    torch's mask is boolean; 4 on a CPU). That the first layer has no masks for q, k and v is left out.
     """
     norms = 2 * (FP32 * sizes.hidden + FP32)
     attention = HALF * (2 * sizes.queries + 2 * sizes.keys) + FP32 * sizes.heads
@@ -68,8 +70,9 @@ def outside(sizes: Sizes) -> int:
 
 
 def logits(sizes: Sizes) -> int:
-    """Bytes of a token's logits, which are alive beside what is kept: the model's own, and fp32 ones in the loss."""
-    return (HALF + FP32) * sizes.vocabulary
+    """Bytes of a token that are alive at the peak beside what is kept: the model's own logits, which its output holds,
+    and in fp32 the gradients of the log-probabilities and of the logits, of which the loss makes one from the other."""
+    return (HALF + 2 * FP32) * sizes.vocabulary
 
 
 def weights(sizes: Sizes) -> int:
@@ -92,16 +95,16 @@ def table(shape: str, tokens: int, rank: int, memory: int) -> list[str]:
     lines = [
         f"{shape}, LoRA of rank {rank} on every linear layer, {tokens} tokens, no checkpointing; weights "
         f"{weights(sizes) / 2**30:.1f} GiB of {memory / 2**30:.0f} (a model of it, tested against counted bytes)",
-        f"{'':20}  dropout  kB/token/layer  saved GiB  with weights  most tokens",
+        f"{'':20}  dropout  kB/token/layer  peak GiB  with weights  most tokens",
     ]
     for implementation in IMPLEMENTATIONS:
         for dropout in (False, True):
             layer = per_token(sizes, implementation, rank, dropout)
-            saved = tokens * (sizes.layers * layer + outside(sizes) + logits(sizes))
+            peak = tokens * (sizes.layers * layer + outside(sizes) + logits(sizes))
             most = most_tokens(sizes, implementation, rank, dropout, memory)
             lines.append(
-                f"{implementation:20}  {'yes' if dropout else 'no':>7}  {layer / 1e3:14.1f}  {saved / 2**30:9.1f}  "
-                f"{(saved + weights(sizes)) / 2**30:12.1f}  {most:11,}"
+                f"{implementation:20}  {'yes' if dropout else 'no':>7}  {layer / 1e3:14.1f}  {peak / 2**30:8.1f}  "
+                f"{(peak + weights(sizes)) / 2**30:12.1f}  {most:11,}"
             )
     return lines
 

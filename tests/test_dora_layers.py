@@ -9,7 +9,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.tuners import dora
-from tests.memory import saved_for_backward
+from tests.memory import Allocations, saved_for_backward
 from tests.models import batch, tiny
 from tests.peft_pair import assert_same_gradients, close, pair_of, randomise
 
@@ -60,6 +60,19 @@ def test_a_layer_keeps_its_input_s_and_the_base_s_result(dropout, less):
     assert kept[1] <= 4 * (ROWS * K + ROWS * N + ROWS * R) + norms + 8 * (dropout > 0)
     print(f"kept {kept[1]:,} B, HF peft {kept[0]:,} B")
     assert kept[1] * less <= kept[0]
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_step_makes_nothing_as_large_as_the_weight(dropout, name):
+    """Of few rows of x, beside which W + s·B A would be by far the largest; the norms are in it."""
+    torch.manual_seed(3)
+    config = fastpeft.LoraConfig(r=R, use_dora=True, target_modules=["0"], lora_dropout=dropout)
+    model = fastpeft.patch(nn.Sequential(nn.Linear(768, 512)), config, backend=name).train()
+    x = torch.randn(8, 768).requires_grad_()
+    with Allocations() as allocations:
+        model(x).sum().backward()
+    assert 8 * 768 * 4 <= max(allocations.sizes) < 512 * 768 * 4
 
 
 @pytest.mark.parametrize("reason", ["as it is", "a trained weight", "another forward", "two adapters"])

@@ -1,4 +1,6 @@
-"""benchmarks/memory.py against what autograd saves, storage by storage."""
+"""benchmarks/memory.py against what autograd saves and what a step allocates, storage by storage."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastpeft
 from benchmarks import memory
-from tests.memory import saved_for_backward
+from tests.memory import Allocations, saved_for_backward
 
 peft = pytest.importorskip("peft", reason="HF peft is a test requirement")
 
@@ -55,6 +57,29 @@ def test_beside_the_layers_it_keeps_what_the_model_says():
 
 def test_dropout_costs_a_seed_a_layer():
     assert counted("fastpeft", 2, 0.1) - counted("fastpeft", 2, 0.0) == 2 * 7 * 8
+
+
+@pytest.mark.parametrize("implementation", memory.IMPLEMENTATIONS)
+def test_a_whole_step_peaks_at_what_the_model_says(implementation, monkeypatch):
+    """Of so many words that the peak is in the loss's backward, as it is of 128,000: of what is kept the labels are
+    gone there, and a number more than the seeds is alive."""
+    monkeypatch.setitem(globals(), "SIZES", dataclasses.replace(SIZES, vocabulary=8000))
+    model = made(implementation, 2, 0.1)
+    ids = torch.randint(0, SIZES.vocabulary, (1, TOKENS))
+    model(input_ids=ids, labels=ids).loss.backward()  # what a process keeps is there now
+    model.zero_grad()
+    with Allocations() as allocated:
+        out = model(input_ids=ids, labels=ids)
+        forward = allocated.peak
+        out.loss.backward()
+    each = 2 * memory.per_token(SIZES, implementation, RANK, True, mask_bytes=4)
+    expected = TOKENS * (each + memory.outside(SIZES) + memory.logits(SIZES) - 8) + 8
+    if implementation == "peft":  # the first q, k and v, whose input wants no gradient, have no masks
+        expected -= TOKENS * 3 * SIZES.hidden * 4
+    else:
+        expected += 2 * 7 * 8
+    assert allocated.peak == expected
+    assert expected - forward > 3 * TOKENS * SIZES.vocabulary  # of the 4 bytes that the second gradient adds
 
 
 def test_the_weights_are_counted():

@@ -195,6 +195,17 @@ def test_what_the_torch_path_allocates(p):
     assert y.shape == (256, 160)
 
 
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_nothing_as_large_as_the_weight_is_made(name, p):
+    """Of few rows, beside which W + s·B A would be by far the largest: neither in forward nor in backward."""
+    given = problem(shape=(8, 768), outputs=512)
+    with on(name), Allocations() as allocations:
+        found = outcome(given, ours(p))
+    assert len(found) == 6
+    assert 8 * 768 * 4 <= max(allocations.sizes) < 512 * 768 * 4
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_what_the_kernels_are_called_for(p, monkeypatch):
