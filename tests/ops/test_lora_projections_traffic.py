@@ -4,8 +4,11 @@ for every S and once for every dA, each dY once, and dX written once before the 
 Counted in the interpreter by tests/traffic.py.
 """
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.dispatch import Plan, backend, override_plan
 from fastpeft.kernels import lora_projections as kernels
@@ -117,6 +120,61 @@ def test_single_layers_read_x_once_each():
             y = lora_linear(x, data(20, 40), None, a.requires_grad_(), b.requires_grad_(), 0.5)
             y.backward(torch.ones_like(y))
     assert traffic.loaded(x) == 6 * x.nbytes
+
+
+class Arithmetic(TorchDispatchMode):
+    """The names of torch's operations whose result has this shape; views, copies and allocations are none."""
+
+    NONE = ("detach", "slice", "empty", "set_", "_to_copy")
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape, self.names = shape, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape == self.shape and function._opname not in self.NONE:
+            self.names[function._opname] += 1
+        return out
+
+
+@dropping
+@pytest.mark.parametrize("dtypes", STEP)
+def test_the_kernels_dx_is_one_buffer_that_products_accumulate_onto(dtypes, dropout):
+    """Of torch's operations as large as dX, three `addmm_` onto what the kernels wrote, and no sum of two tensors; of
+    three single layers autograd adds two."""
+    dtypes, ranks, _ = STEP[dtypes]
+    fused, alone = dx_arithmetic("triton", dtypes, ranks, dropout)
+    assert fused == {"addmm_": 3}
+    assert alone == {"addmm_": 3, "add": 2}
+
+
+@dropping
+def test_the_torch_path_s_dx_is_one_buffer_that_products_accumulate_onto(dropout):
+    """The first base product, and onto it two more and the rank-r terms. Of so few rows no product is oneDNN's, which
+    does not accumulate; half precision may be widened, block by block."""
+    fused, alone = dx_arithmetic("torch", "fp32", (4, 8, 3), dropout)
+    assert fused == {"mm": 1, "addmm_": 5}
+    assert alone == {"mm": 3, "addmm_": 3, "add": 2}
+
+
+def dx_arithmetic(name: str, dtypes: str, ranks, dropout: bool) -> list[Counter]:
+    """Of a backward of the op, and of one of three single layers."""
+    problem = draw(dtypes, shape=(21, 40), outputs=(50, 20, 30), ranks=ranks, dropout=dropout)
+    leaves = {key: leaf.requires_grad_(key[0] in "xAB") for key, leaf in problem.leaves().items()}
+
+    def single(i: int) -> torch.Tensor:
+        bias, matrices = leaves.get(f"bias{i}"), (leaves[f"A{i}"], leaves[f"B{i}"])
+        return lora_linear(leaves["x"], leaves[f"weight{i}"], bias, *matrices, 0.5, dropout=0.3, training=dropout)
+
+    found = []
+    with backend(name), override_plan(Plan("prewrite", "prewrite", "a test")):
+        for ys in (call(problem, leaves), list(map(single, range(3)))):
+            wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+            with Arithmetic(problem.x.shape) as made:
+                torch.autograd.grad(ys, wanted, problem.dy)
+            found.append(made.names)
+    return found
 
 
 @dropping
