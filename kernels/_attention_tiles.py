@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastpeft.kernels._common import rank_block
+from fastpeft.kernels._tiles import launch_options
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class AttentionTiles:
 
     @property
     def options(self) -> dict:
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return launch_options(self.warps, self.stages)
 
 
 class Row(NamedTuple):

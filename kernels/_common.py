@@ -1,7 +1,7 @@
 """What every kernel shares: matrix products in four precisions, dropout masks, and the launch context."""
 
 import contextlib
-import math
+import functools
 from typing import NamedTuple
 
 import torch
@@ -41,20 +41,42 @@ def dropout_threshold(p: float) -> int:
     return min(round(p * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
 
 
+_ANYWHERE = contextlib.nullcontext()
+
+
 def on_device_of(tensor: torch.Tensor):
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _ANYWHERE
+    return torch.cuda.device(tensor.device)
 
 
 def processor_count(tensor: torch.Tensor) -> int:
     """Streaming multiprocessors (compute units) of the tensor's device; in the interpreter a small number, so that a
     kernel that splits its reduction over programs does so there too."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+    return _processors(tensor.device) if tensor.is_cuda else 4
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Triton's own, called outside of a kernel, take two microseconds each.
+def cdiv(count: int, size: int) -> int:
+    """⌈count / size⌉."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is not below `count`, which is at least 1."""
+    return 1 << (count - 1).bit_length()
+
+
+@functools.cache
 def rank_block(rank: int) -> int:
     """Tensor cores want a power of two of at least 16; the lanes beyond the rank are masked."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, next_power_of_2(rank))
 
 
 def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
@@ -77,9 +99,9 @@ def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
 
 def split_evenly(total: int, block: int, parts: int) -> tuple[int, int]:
     """`total` cut into at most `parts` runs of whole blocks: (length of a run, number of runs)."""
-    blocks = math.ceil(total / block)
-    run = max(1, math.ceil(blocks / max(1, parts)))
-    return run * block, max(1, math.ceil(blocks / run))
+    blocks = cdiv(total, block)
+    run = max(1, cdiv(blocks, max(1, parts)))
+    return run * block, max(1, cdiv(blocks, run))
 
 
 @triton.jit

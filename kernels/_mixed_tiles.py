@@ -2,6 +2,8 @@
 rows would spill in them. Predicted, as those are; what `fastpeft tune` measures is not asked, as the compile gate has
 not seen these kernels in it."""
 
+import functools
+
 import torch
 
 from fastpeft.kernels._tiles import ANY, HALF, SINGLE, SPLIT, TF32X3, Row, Tiles, _serves, family_of, tiles_for
@@ -27,7 +29,10 @@ OWN = {
 def mixed_tiles(kernel: str, rank: int, mode: str, burden: bool, device: torch.device) -> Tiles:
     """The tiles of the kernel of this name at a greatest rank; `burden` as in `_tiles.Row`."""
     family = family_of(device)
-    for row in OWN.get(family, OTHER_CUDA):
-        if _serves(row, kernel, rank, mode, burden):
-            return row.tiles
-    return tiles_for(kernel, rank, mode, burden, family)
+    return _own(kernel, rank, mode, burden, family) or tiles_for(kernel, rank, mode, burden, family)
+
+
+@functools.cache
+def _own(kernel: str, rank: int, mode: str, burden: bool, family: str) -> Tiles | None:
+    rows = OWN.get(family, OTHER_CUDA)
+    return next((row.tiles for row in rows if _serves(row, kernel, rank, mode, burden)), None)

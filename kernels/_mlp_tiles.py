@@ -5,6 +5,8 @@ accumulators and three matrices of rank x columns. Where registers do not suffic
 rank 0, and every rank-r product has a pass of its own (`FUSED_RANK`).
 """
 
+import functools
+
 import torch
 
 from fastpeft.kernels._tiles import (
@@ -66,7 +68,12 @@ FUSED_RANK = {"half": 32, "split": 32, "tf32x3": 16, "tf32": 16, "ieee": 16}
 def mlp_tiles(kernel: str, rank: int, mode: str, burden: bool, device: torch.device) -> Tiles:
     """The tiles of the kernel of this name at a rank, 0 if it has no rank-r products. burden: of forward dropout, of
     backward that one of the three has no LoRA there, which leaves the compiler other choices, not better ones."""
-    for row in FAMILIES.get(family_of(device), CUDA):
+    return _of_family(kernel, rank, mode, burden, family_of(device))
+
+
+@functools.cache
+def _of_family(kernel: str, rank: int, mode: str, burden: bool, family: str) -> Tiles:
+    for row in FAMILIES.get(family, CUDA):
         if _serves(row, kernel, rank, mode, burden):
             return row.tiles
     raise LookupError(f"no tiles for {kernel} in mode {mode}")

@@ -10,12 +10,11 @@ With one query there are too few rows to fill a GPU: the keys are split into run
 """
 
 import torch
-import triton
 
 from fastpeft.kernels import prefix_attention as general
 from fastpeft.kernels._attention_decode import _decode_kernel, _merge_parts_kernel
 from fastpeft.kernels._attention_tiles import AttentionTiles, attention_tiles
-from fastpeft.kernels._common import processor_count, rank_block, split_evenly
+from fastpeft.kernels._common import cdiv, next_power_of_2, processor_count, rank_block, split_evenly
 from fastpeft.kernels._tiles import table_of
 
 PREFIX_SPLITS, SPLITS = 16, 48  # at most: together what `_merge_parts` holds
@@ -57,7 +56,7 @@ def forward(tensors, scores, *, tiles: AttentionTiles | None = None) -> tuple[to
     samples, group = batch // len(pk), shared["group"]
     blocks = tiles.blocks(prefix)
     blocks["BLOCK_M"] = min(tiles.queries, rank_block(samples * group))
-    row_blocks = triton.cdiv(samples * group, blocks["BLOCK_M"])
+    row_blocks = cdiv(samples * group, blocks["BLOCK_M"])
     first, last = visible_keys(scores, keys, window)
     prefix_first = _visible_prefix(scores, prefix, prefix_window)
     per_split = len(pk) * groups * row_blocks
@@ -100,7 +99,7 @@ def _merge_parts(parts, states, sinks, q, kinds: dict) -> tuple[torch.Tensor, to
     arguments = {
         **dict(part_ptr=parts, peak_ptr=states[0], total_ptr=states[1], sinks_ptr=sinks, out_ptr=out),
         **general.lse_arguments(lse),
-        **dict(splits=splits, rows=batch * heads, H=heads, SPLITS=triton.next_power_of_2(max(1, splits)), D=depth),
+        **dict(splits=splits, rows=batch * heads, H=heads, SPLITS=next_power_of_2(max(1, splits)), D=depth),
         **{name: kinds[name] for name in ("BLOCK_D", "MODE")},
         **dict(num_warps=4, num_stages=1, enable_fp_fusion=True),
     }

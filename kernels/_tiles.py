@@ -35,7 +35,13 @@ class Tiles:
     @property
     def options(self) -> dict:
         """For the launch. Fusion of a product and a sum is asked for, as Triton's own default changes with versions."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return launch_options(self.warps, self.stages)
+
+
+@functools.cache
+def launch_options(warps: int, stages: int) -> dict:
+    """Not to be changed."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 class Row(NamedTuple):

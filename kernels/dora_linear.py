@@ -14,6 +14,7 @@ import triton.language as tl
 from fastpeft.kernels._common import (
     UPCAST,
     Dropout,
+    cdiv,
     dot,
     dot_mode,
     keep_mask,
@@ -115,7 +116,7 @@ def combine(plain, bias, base, gain, s, b, scale: float) -> torch.Tensor:
     tiles = tiles_for("expand", rank, mode, False, table_of(base.device))
     out = torch.empty_like(base)
     with on_device_of(base):
-        _dora_combine_kernel[(triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
+        _dora_combine_kernel[(cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)](
             plain, None if bias is None else bias.contiguous(), base, gain.contiguous(), s, b, out, scale,
             rows, columns, rank, *b.stride(),
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(rank), tiles.ranks),
@@ -128,7 +129,7 @@ def combine(plain, bias, base, gain, s, b, scale: float) -> torch.Tensor:
 def scaled_grad(dy, base, gain, need_out: bool, need_sum: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(gain⊙dy like dy, Σ dy⊙base [N] in fp32), each None where not asked for: dy, base [M, N], gain [N] in fp32."""
     (rows, columns), tiles = dy.shape, STREAM
-    column_blocks = triton.cdiv(columns, tiles.columns)
+    column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 8 * processor_count(dy) // column_blocks))
     out = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_out else None
     sums = torch.empty(runs, columns, dtype=torch.float32, device=dy.device) if need_sum else None
@@ -145,7 +146,7 @@ def drop(x: torch.Tensor, dropout: Dropout, onto: torch.Tensor | None = None) ->
     (rows, columns), tiles = x.shape, STREAM
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if onto is None else onto
     with on_device_of(x):
-        _dora_drop_kernel[(triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
+        _dora_drop_kernel[(cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)](
             x, out, dropout.seed, dropout.keep_scale, dropout.threshold, rows, columns, *x.stride(),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, ONTO=onto is not None, **tiles.options,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import Dropout, dot, dot_mode, keep_mask, on_device_of, processor_count, rank_block
+from fastpeft.kernels._common import Dropout, cdiv, dot, dot_mode, keep_mask, on_device_of, processor_count, rank_block
 from fastpeft.kernels._tiles import Tiles, optional_tiles, table_of
 from fastpeft.kernels.lora_linear import _known_multiple, _mask_arguments, _modes
 from fastpeft.kernels.lora_linear import tail as by_pointers
@@ -144,7 +144,7 @@ def tail(
         else TensorDescriptor.from_tensor(w, [tiles.columns, tiles.depth]),
         TensorDescriptor.from_tensor(out, [tiles.rows, tiles.columns // 2 if in_halves else tiles.columns]),
     )
-    programs = min(processor_count(x), triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns))
+    programs = min(processor_count(x), cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns))
     with on_device_of(p):
         _persistent_tail_kernel[(programs,)](
             *descriptors[:2], bias, residual, p, q, descriptors[2], seed, scale * keep_scale, threshold,

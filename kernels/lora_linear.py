@@ -27,6 +27,7 @@ import triton.language as tl
 from fastpeft.kernels._common import (
     UPCAST,
     Dropout,
+    cdiv,
     dot,
     dot_mode,
     keep_mask,
@@ -266,7 +267,7 @@ def sum_partials(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) ->
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     block = 256 if UPCAST else 1024
     with on_device_of(parts):
-        _sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
+        _sum_partials_kernel[(cdiv(out.numel(), block),)](
             parts, out, scale, len(parts), out.numel(), block, enable_fp_fusion=True
         )
     return out
@@ -281,7 +282,7 @@ def shrink(
         return torch.cat([shrink(x, each, scale, dtype, dropout, tiles) for each in a.split(SLICE)], 1)
     modes = _modes(rank, x.dtype, a.dtype)
     tiles = tiles or _tiles("shrink", rank, modes, dropout, x)
-    row_blocks = triton.cdiv(rows, tiles.rows)
+    row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
     out = torch.empty(runs, rows, rank, dtype=dtype if runs == 1 else torch.float32, device=x.device)
     seed, keep_scale, threshold = _mask_arguments(dropout)
@@ -319,7 +320,7 @@ def tail(
     bias = None if bias is None else bias.contiguous()
     seed, keep_scale, threshold = _mask_arguments(dropout)
     out = torch.empty(rows, columns, dtype=out_dtype or dtype, device=p.device)
-    grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)
+    grid = (cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)
     with on_device_of(p):
         _tail_kernel[grid](
             x, w, bias, residual, p, q, out, seed, scale * keep_scale, threshold,
@@ -341,7 +342,7 @@ def grad_b_and_t(
     (rows, columns), rank = dy.shape, b.shape[1]
     modes = _modes(rank, dy.dtype, b.dtype)
     tiles = tiles or _tiles("grad_b_and_t", rank, modes, None, dy)
-    column_blocks = triton.cdiv(columns, tiles.columns)
+    column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dy) // column_blocks))
     partial = dict(dtype=torch.float32, device=dy.device)
     t_parts = torch.empty(column_blocks, rows, rank, **partial)
@@ -384,7 +385,7 @@ def grad_columns(
     fuse = tail_of is not None and rank <= FUSED_TAIL_RANK[modes["MODE"]]
     fused, tail_out = (tail_of, torch.empty(rows, columns, dtype=x.dtype, device=x.device)) if fuse else (None, None)
     tiles = tiles or _tiles("grad_columns", rank, modes, dropout, x)
-    column_blocks = triton.cdiv(columns, tiles.columns)
+    column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
     partial = dict(dtype=torch.float32, device=x.device)
     shape = (columns, rank) if transposed else (rank, columns)

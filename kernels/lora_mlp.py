@@ -23,6 +23,7 @@ from torch import Tensor
 from fastpeft.kernels._common import (
     UPCAST,
     Dropout,
+    cdiv,
     dot,
     dot_mode,
     keep_mask,
@@ -238,7 +239,7 @@ def gated_forward(
     (rows, columns), rank = gate.shape, 1 if a is None else len(a)
     modes = _modes(gate.dtype, gate.dtype if a is None else a.dtype)
     tiles = tiles or mlp_tiles("gated_forward", rank, modes["MODE"], dropout is not None, gate.device)
-    row_blocks = triton.cdiv(rows, tiles.rows)
+    row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(columns, tiles.columns, max(1, 4 * processor_count(gate) // row_blocks))
     h = torch.empty_like(gate)
     s = None
@@ -274,7 +275,7 @@ def gated_backward(
     modes = _modes(dh.dtype, given[0].dtype if given else dh.dtype)
     ranks = [1 if down is None else len(down[1]), *(1 if b is None else b.shape[1] for b in matrices)]
     tiles = tiles or mlp_tiles("gated_backward", max(ranks) if given else 0, modes["MODE"], len(given) < 3, dh.device)
-    column_blocks = triton.cdiv(columns, tiles.columns)
+    column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dh) // column_blocks))
     made = dict(dtype=torch.float32, device=dh.device)
     dgate, h = torch.empty_like(dh), torch.empty_like(dh) if with_h else None

@@ -20,9 +20,11 @@ import triton.language as tl
 from fastpeft.kernels._common import (
     UPCAST,
     Dropout,
+    cdiv,
     dot,
     dot_mode,
     keep_mask,
+    next_power_of_2,
     on_device_of,
     processor_count,
     rank_block,
@@ -320,7 +322,7 @@ def _modes(ranks: list[int], data_dtype: torch.dtype, adapter_dtype: torch.dtype
 def _block_and_rank(ranks: list[int]) -> tuple[int, int]:
     """(BLOCK_R, the rank of one adapter that would need as many registers)."""
     block = rank_block(max(ranks))
-    return block, block * triton.next_power_of_2(len(ranks))
+    return block, block * next_power_of_2(len(ranks))
 
 
 def _tiles(kernel: str, rank: int, mode: str, burden: bool, drops: bool, x: torch.Tensor) -> Tiles:
@@ -328,13 +330,17 @@ def _tiles(kernel: str, rank: int, mode: str, burden: bool, drops: bool, x: torc
     there at once, and fewer stages where several wide A are in shared memory."""
     tiles = tiles_for(kernel, rank, mode, burden, table_of(x.device))
     rows, columns, depth, stages = tiles.rows, tiles.columns, tiles.depth, tiles.stages
-    spills = family_of(x.device) == "sm_100"  # a few bytes, in the tiles of the others
+    family, wide = family_of(x.device), rank > MOST_RANKS
+    spills = family == "sm_100"  # a few bytes, in the tiles of the others
     if kernel == "shrink":
-        rows, stages = min(64, rows // 2 if drops else rows), min(stages, 2) if rank > MOST_RANKS else stages
-        depth = min(depth, 32) if spills and drops else depth
-    elif kernel == "grad_columns" and (drops or mode == "split"):
-        rows //= 2
-        if spills:
+        shallow = spills or rank == MOST_RANKS or (wide and family != "sm_90")
+        rows, stages = min(64, rows // (4 if wide else 2) if drops else rows), min(stages, 2) if wide else stages
+        depth = min(depth, 32) if drops and shallow else depth
+    elif kernel == "grad_columns":
+        halved = drops or mode == "split"
+        rows = rows // 2 if halved else rows
+        columns = min(columns, 64) if wide and (halved or not spills) else columns
+        if spills and halved:
             columns, stages = (min(columns, 32), stages) if mode == "split" else (min(columns, 64), min(stages, 2))
     elif kernel == "expand" and drops:
         rows = min(64, rows // 2 if mode in SINGLE else rows)
@@ -354,7 +360,7 @@ def shrink_all(
     modes = _modes(ranks, x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
     tiles = tiles or _tiles("shrink", rank, modes["MODE"], bool(drops), bool(drops), x)
-    row_blocks = triton.cdiv(rows, tiles.rows)
+    row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
     out = torch.empty(runs, rows * sum(ranks), dtype=dtype if runs == 1 else torch.float32, device=x.device)
     with on_device_of(x):
@@ -385,7 +391,7 @@ def grad_all_columns(
     with_tail = with_tail and holds_tail(a, x.dtype)
     tail = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if with_tail else None
     tiles = tiles or _tiles("grad_columns", rank, modes["MODE"], bool(drops), bool(drops), x)
-    column_blocks = triton.cdiv(columns, tiles.columns)
+    column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
     parts = torch.empty(runs, sum(ranks) * columns, dtype=torch.float32, device=x.device)
     with on_device_of(x):
@@ -417,7 +423,7 @@ def tail_all(
     burden = bool(drops) or out.dtype != data_dtype
     tiles = tiles or _tiles("expand", rank_block(max(ranks)), modes["MODE"], burden, bool(drops), out)
     with on_device_of(out):
-        _tail_all_kernel[(triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns),)](
+        _tail_all_kernel[(cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)](
             *_four(ts, None), *_four([each.contiguous() for each in a], None), out, *seeds, *scales, *thresholds,
             rows, columns, *_four(ranks, 0), COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns,
             BLOCK_R=min(rank_block(max(ranks)), tiles.ranks), DROPS=drops, ONTO=onto is not None,

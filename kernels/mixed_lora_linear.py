@@ -23,6 +23,7 @@ import triton.language as tl
 from fastpeft.kernels import _segments
 from fastpeft.kernels._common import (
     UPCAST,
+    cdiv,
     dot,
     dot_mode,
     keep_mask,
@@ -267,7 +268,7 @@ def expand(
     rest = () if residual is out else (len(layout.rest) * layout.tokens,)
     blocks = _segments.blocks((*layout.counts, *rest), tiles.rows, device)
     with on_device_of(out):
-        _mixed_expand_kernel[(len(blocks), triton.cdiv(columns, tiles.columns))](
+        _mixed_expand_kernel[(len(blocks), cdiv(columns, tiles.columns))](
             p, matrices, residual, out, seed, _segments.order(layout, device), blocks,
             _segments.segments(layout, device), _segments.factors(layout, device), layout.tokens, columns,
             *(residual.stride() if residual is not None else (0, 0)),
@@ -286,7 +287,7 @@ def grad_columns(
     columns, device, dropout = x.shape[1], x.device, seed is not None
     modes = _modes(layout, x.dtype, t.dtype)
     tiles = tiles or _tiles("grad_columns", layout, modes["MODE"], dropout, x)
-    column_blocks = triton.cdiv(columns, tiles.columns)
+    column_blocks = cdiv(columns, tiles.columns)
     parts = max(1, 2 * processor_count(x) // column_blocks)
     runs, firsts, count = _segments.runs(layout.counts, tiles.rows, parts, device)
     segments, size = _segments.segments(layout, device), max(layout.ranks) * columns
@@ -299,7 +300,7 @@ def grad_columns(
             *x.stride(), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(max(layout.ranks)),
             OF_B=of_b, DROPOUT=dropout, **modes, **tiles.options,
         )  # fmt: skip
-        _mixed_sum_kernel[(triton.cdiv(size, block), len(layout.ranks))](
+        _mixed_sum_kernel[(cdiv(size, block), len(layout.ranks))](
             sums, out, firsts, segments, _segments.factors(layout, device), columns, size, block, of_b,
             dropout, layout.rank_unit, enable_fp_fusion=True,
         )  # fmt: skip

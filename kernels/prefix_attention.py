@@ -13,7 +13,6 @@ no query sees is visited, where that follows from causality or the window.
 """
 
 import torch
-import triton
 
 from fastpeft.kernels._attention_kernels import (
     _forward_kernel,
@@ -22,7 +21,16 @@ from fastpeft.kernels._attention_kernels import (
     _grad_query_kernel,
 )
 from fastpeft.kernels._attention_tiles import AttentionTiles, attention_tiles
-from fastpeft.kernels._common import UPCAST, Dropout, dot_mode, on_device_of, processor_count, rank_block, split_evenly
+from fastpeft.kernels._common import (
+    UPCAST,
+    Dropout,
+    cdiv,
+    dot_mode,
+    on_device_of,
+    processor_count,
+    rank_block,
+    split_evenly,
+)
 from fastpeft.kernels._tiles import table_of
 from fastpeft.kernels.lora_linear import sum_partials
 
@@ -189,7 +197,7 @@ def forward(
         **tiles.blocks(shared["P"]),
         **tiles.options,
     }
-    launch(_forward_kernel, (triton.cdiv(queries, tiles.queries) * batch * heads,), q, arguments)
+    launch(_forward_kernel, (cdiv(queries, tiles.queries) * batch * heads,), q, arguments)
     return out, lse
 
 
@@ -254,7 +262,7 @@ def _launch_grad_query(dout, lse, shared: dict, wanted: bool, before, tiles):
         **tiles.blocks(shared["P"]),
         **tiles.options,
     }
-    launch(_grad_query_kernel, (triton.cdiv(queries, tiles.queries) * batch * heads,), q, arguments)
+    launch(_grad_query_kernel, (cdiv(queries, tiles.queries) * batch * heads,), q, arguments)
     return delta, dq
 
 
@@ -296,9 +304,9 @@ def grad_keys(
     shared = _columns_arguments(dout, lse, delta, tensors, scores, dropout, prefix)
     tiles = tiles or _tiles("grad_prefix" if prefix else "grad_keys", shared, q.device)
     blocks = {"BLOCK_M": tiles.queries, "BLOCK_N": min(tiles.keys, rank_block(count))}
-    programs = triton.cdiv(count, blocks["BLOCK_N"]) * owners * kv_heads
+    programs = cdiv(count, blocks["BLOCK_N"]) * owners * kv_heads
     owned = len(q) // owners if prefix else 1
-    steps = owned * shared["group"] * triton.cdiv(shared["S"], tiles.queries)
+    steps = owned * shared["group"] * cdiv(shared["S"], tiles.queries)
     run, runs = split_evenly(steps, 1, 2 * processor_count(q) // max(1, programs)) if prefix else (steps, 1)
     dtype = k.dtype if runs == 1 else torch.float32
     shape = (2, runs, owners, kv_heads, count, depth) if prefix else (2, runs, owners, count, kv_heads, depth)
@@ -341,6 +349,6 @@ def grad_bias(
         "BLOCK_N": tiles.keys,
         **tiles.options,
     }
-    programs = triton.cdiv(shared["S"], tiles.queries) * triton.cdiv(shared["count"], tiles.keys) * biases * heads
+    programs = cdiv(shared["S"], tiles.queries) * cdiv(shared["count"], tiles.keys) * biases * heads
     launch(_grad_bias_kernel, (programs,), q, arguments)
     return out

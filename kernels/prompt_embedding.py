@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import INTERPRETED, on_device_of
+from fastpeft.kernels._common import INTERPRETED, cdiv, next_power_of_2, on_device_of
 
 COLUMNS = 32 if INTERPRETED else 2048  # at most; the interpreter's are few, so that there are several blocks
 SUMMED_COLUMNS = 32 if INTERPRETED else 256
@@ -115,8 +115,8 @@ def prepend(
     by_sample = prompt.ndim == 3
     count = prompt.shape[-2]
     out = torch.empty(batch, count + tokens, hidden, dtype=rows.dtype, device=rows.device)
-    block = min(COLUMNS, triton.next_power_of_2(hidden))
-    programs = batch * tokens + count * triton.cdiv(hidden, block) * (batch if by_sample else 1)
+    block = min(COLUMNS, next_power_of_2(hidden))
+    programs = batch * tokens + count * cdiv(hidden, block) * (batch if by_sample else 1)
     with on_device_of(rows):
         _prepend_kernel[(programs,)](
             ids, rows, prompt, start, out, batch, tokens, count, hidden, len(rows),
@@ -133,10 +133,10 @@ def grad_prompt(dout: torch.Tensor, count: int, dtype: torch.dtype, start: torch
     `dtype`: dout [B, P + S, H], any strides; start [B] as in `prepend`."""
     batch, _, hidden = dout.shape
     out = torch.empty(count, hidden, dtype=dtype, device=dout.device)
-    block = min(SUMMED_COLUMNS, triton.next_power_of_2(hidden))
+    block = min(SUMMED_COLUMNS, next_power_of_2(hidden))
     with on_device_of(dout):
-        _grad_prompt_kernel[(count * triton.cdiv(hidden, block),)](
-            dout, start, out, batch, hidden, *dout.stride(), min(SAMPLES, triton.next_power_of_2(batch)), block,
+        _grad_prompt_kernel[(count * cdiv(hidden, block),)](
+            dout, start, out, batch, hidden, *dout.stride(), min(SAMPLES, next_power_of_2(batch)), block,
             start is not None, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import UPCAST, on_device_of, processor_count, rank_block, split_evenly
+from fastpeft.kernels._common import UPCAST, cdiv, on_device_of, processor_count, rank_block, split_evenly
 from fastpeft.kernels._tiles import INTERPRETED, Tiles
 
 # Predicted: chosen from what the compiler reports, measured on no GPU. `ranks` are the most that are taken at a time.
@@ -84,7 +84,7 @@ def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: flo
     (rows, depth), rank = weight.shape, len(a)
     mode = "half" if a.dtype == b.dtype != torch.float32 else "ieee"
     tiles = tiles_of(mode)
-    row_blocks = triton.cdiv(rows, tiles.rows)
+    row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.columns, processor_count(weight) // max(1, row_blocks))
     block = min(rank_block(rank), tiles.ranks)
     out = torch.empty(runs, rows, dtype=torch.float32, device=weight.device)

@@ -54,7 +54,8 @@ def _case(dtypes: str, ranks: tuple[int, ...], dropout: float, bounded=True, **s
 
 def cases():
     yield Case("lora_projections quick", launch_few, quick=("sm_90", "gfx942"))
-    for dtypes, rank, dropout in itertools.product(("bf16", "bf16-fp32", "fp16-fp32"), (8, 16, 32, 64), (0.0, 0.1)):
+    ranks = (8, 16, 32, 64, 128)
+    for dtypes, rank, dropout in itertools.product(("bf16", "bf16-fp32", "fp16-fp32"), ranks, (0.0, 0.1)):
         yield _case(dtypes, (rank,) * 3, dropout)
         yield _case(dtypes, (rank,) * 2, dropout)
     for dtypes, dropout in itertools.product(("bf16", "fp32", "fp32-tf32"), (0.0, 0.1)):

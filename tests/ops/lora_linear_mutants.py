@@ -32,7 +32,7 @@ SHRINK = [
     ("_shrink_kernel", "S of one run", "(depth_run * M + rows)", "(depth_run * 0 + rows)"),
     ("shrink", "kept values not scaled", "scale * keep_scale", "scale"),
     ("tail", "kept values not scaled", "scale * keep_scale", "scale"),
-    ("shrink", "last block of rows", "triton.cdiv(rows, tiles.rows)", "max(1, rows // tiles.rows)"),
+    ("shrink", "last block of rows", "cdiv(rows, tiles.rows)", "max(1, rows // tiles.rows)"),
 ]
 
 TAIL = [
@@ -149,7 +149,7 @@ SUM_PARTIALS = [
     ),
     ("_sum_partials_kernel", "every second block", "tl.program_id(0).to(tl.int64)", "(tl.program_id(0) // 2 * 2)"),
     ("_sum_partials_kernel", "fp16 sums", "p_part += size", f"acc = acc{ROUND_TO_HALF}\n        p_part += size"),
-    ("sum_partials", "last block", "triton.cdiv(out.numel(), block)", "max(1, out.numel() // block)"),
+    ("sum_partials", "last block", "cdiv(out.numel(), block)", "max(1, out.numel() // block)"),
     ("sum_partials", "one part too few", "scale, len(parts),", "scale, max(1, len(parts) - 1),"),
 ]
 
@@ -169,7 +169,7 @@ SHARED = [
     ("keep_mask", "one round of Philox", "PHILOX_ROUNDS,", "1,"),
     ("dot", "low half of B in bf16", "b_rest = b - b_high.to(tl.float32)", "b_rest = b - b"),
     ("dot", "high halves in bf16", "acc = _product(a_high, b_high, acc, UPCAST)", "acc = acc"),
-    ("rank_block", "ranks beyond 16", "max(16, triton.next_power_of_2(rank))", "16"),
+    ("rank_block", "ranks beyond 16", "max(16, next_power_of_2(rank))", "16"),
     (
         "Dropout",
         "scaled by another rate",

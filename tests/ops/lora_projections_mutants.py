@@ -96,7 +96,7 @@ TAIL = [
     ("_tail_all_kernel", "not added", "if ONTO:", "if False:"),
     ("_tail_all_kernel", "tiles in a square", "// blocks).to", "// blocks * 0).to"),
     ("_tail_all_kernel", "row of dX", "rows[:, None] * K_64", "rows[:, None] * (K_64 - 1)"),
-    ("tail_all", "last tile", "triton.cdiv(columns, tiles.columns)", "max(1, columns // tiles.columns)"),
+    ("tail_all", "last tile", "cdiv(columns, tiles.columns)", "max(1, columns // tiles.columns)"),
 ]  # fmt: skip
 
 KERNELS = {"shrink": SHRINK, "columns": COLUMNS, "tail": TAIL}

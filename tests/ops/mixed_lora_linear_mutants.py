@@ -106,7 +106,7 @@ SUM = [
     ("_mixed_sum_kernel", "written over the first adapter", "tl.load(p_segment + RANKS_BEFORE)", "0"),
     ("_mixed_sum_kernel", "last rank", "tl.load(p_segment + RANK) * K", "(tl.load(p_segment + RANK) - 1) * K"),
     ("_mixed_sum_kernel", "every second block", "tl.program_id(0).to(tl.int64)", "(tl.program_id(0) // 2 * 2)"),
-    ("grad_columns", "last block of places", "triton.cdiv(size, block)", "max(1, size // block)"),
+    ("grad_columns", "last block of places", "cdiv(size, block)", "max(1, size // block)"),
     ("_mixed_sum_kernel", "sign", "places, acc, mask=mask", "places, -acc, mask=mask"),
     ("_mixed_sum_kernel", "starts at one", "tl.zeros([BLOCK], dtype=tl.float32)", "tl.full([BLOCK], 1.0, tl.float32)"),
 ]

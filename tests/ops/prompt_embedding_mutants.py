@@ -72,7 +72,7 @@ GRAD_PROMPT = [
     ("_grad_prompt_kernel", "starts of the first block", "start_ptr + first + samples", "start_ptr + samples"),
     ("_grad_prompt_kernel", "start not moved by", "p_dout + starts[:, None] * stride_dp", "p_dout"),
     ("_grad_prompt_kernel", "start in columns", "starts[:, None] * stride_dp", "starts[:, None] * stride_dh"),
-    ("grad_prompt", "last row", "count * triton.cdiv", "(count - 1) * triton.cdiv"),
+    ("grad_prompt", "last row", "count * cdiv", "(count - 1) * cdiv"),
 ]  # fmt: skip
 
 KERNELS = {"_prepend_kernel": PREPEND, "_grad_prompt_kernel": GRAD_PROMPT}

@@ -99,7 +99,7 @@ COMBINE = [
     ("_dora_combine_kernel", "bias twice", "acc += tl.load(bias_ptr", "acc += 2 * tl.load(bias_ptr"),
     ("_dora_combine_kernel", "rank stride of B", "ranks[:, None] * stride_qr", "ranks[:, None]"),
     ("_dora_combine_kernel", "row stride of B", "columns[None, :] * stride_qn", "columns[None, :] * R"),
-    ("combine", "last tile", "triton.cdiv(columns, tiles.columns),)](", "(columns // tiles.columns),)]("),
+    ("combine", "last tile", "cdiv(columns, tiles.columns),)](", "(columns // tiles.columns),)]("),
 ]  # fmt: skip
 GRAD = [
     ("_dora_grad_kernel", "last row", "(rows < M)", "(rows < M - 1)"),
@@ -114,7 +114,7 @@ GRAD = [
     ("_dora_grad_kernel", "sums over one another", "row_run * N + columns", "columns"),
     ("_dora_grad_kernel", "row stride of dY", "rows[:, None] * stride_dm", "rows[:, None] * N"),
     ("_dora_grad_kernel", "column stride of dY", "columns[None, :] * stride_dn", "columns[None, :]"),
-    ("scaled_grad", "last tile", "triton.cdiv(columns, tiles.columns)\n    run", "columns // tiles.columns\n    run"),
+    ("scaled_grad", "last tile", "cdiv(columns, tiles.columns)\n    run", "columns // tiles.columns\n    run"),
 ]  # fmt: skip
 DROP = [
     ("_dora_drop_kernel", "last row", "(rows < M)", "(rows < M - 1)"),
@@ -128,7 +128,7 @@ DROP = [
     ("_dora_drop_kernel", "one mask for columns of tiles", "column_start, threshold", "column_start * 0, threshold"),
     ("_dora_drop_kernel", "what is there is lost", "x += tl.load(p_out", "x += 0.0 * tl.load(p_out"),
     ("_dora_drop_kernel", "what is there twice", "x += tl.load(p_out", "x += 2.0 * tl.load(p_out"),
-    ("drop", "last tile", "triton.cdiv(columns, tiles.columns),)](", "(columns // tiles.columns),)]("),
+    ("drop", "last tile", "cdiv(columns, tiles.columns),)](", "(columns // tiles.columns),)]("),
 ]  # fmt: skip
 MUTANTS = {"combine": COMBINE, "scaled_grad": GRAD, "drop": DROP}
 

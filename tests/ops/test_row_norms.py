@@ -246,7 +246,7 @@ MUTANTS = [
     ("_row_norms_kernel", "square in place of the root", "else tl.sqrt_rn(acc)", "else acc"),
     ("_row_norms_kernel", "root of a part", "acc if SPLIT else", "tl.sqrt_rn(acc) if SPLIT else"),
     ("_row_norms_kernel", "runs over one another", "depth_run * N + rows", "rows"),
-    ("row_norms", "last rows", "triton.cdiv(rows, tiles.rows)", "rows // tiles.rows"),
+    ("row_norms", "last rows", "cdiv(rows, tiles.rows)", "rows // tiles.rows"),
     ("row_norms", "last run", "out[0] if runs == 1 else", "out[0].sqrt() if runs > 1 else out[0] if runs == 1 else"),
     ("row_norms", "one block of ranks", "rank <= block", "True"),
 ]  # fmt: skip
