@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from fastpeft.arguments import check_flags
 from fastpeft.errors import PatchError
 from fastpeft.patching import state_of
 from fastpeft.preconditions import adapted_by_peft
@@ -9,10 +10,10 @@ from fastpeft.tuners.fusions import FUSIONS
 from fastpeft.untrusted import shown
 
 
-def fuse(model: nn.Module, *names: str) -> nn.Module:
+def fuse(model: nn.Module, *names: str, recompute: bool = False) -> nn.Module:
     """Let adapted layers of a patched model compute together what belongs together. The results are the same up to
     rounding; a call that the op does not know (several active adapters, DoRA, a hook that changes an input, ...) goes
-    layer by layer.
+    layer by layer. That it pays on a GPU is predicted from the bytes and launches it saves, and measured on none yet.
 
     "projections": linear layers that read one tensor (q, k, v; gate, up) are one op, which reads it once. Which they
     are is seen in the first call of the module that they are in, which is computed as before; let it come before
@@ -20,7 +21,8 @@ def fuse(model: nn.Module, *names: str) -> nn.Module:
     the op adds the low-rank terms of all.
 
     "mlp": an MLP whose forward is down(act(gate(x))·up(x)) and nothing beside, of frozen weights and with silu, gelu
-    (exact or by tanh) or relu², is one op. It keeps for backward gate, up, x and the rank-r tensors.
+    (exact or by tanh) or relu², is one op. It keeps for backward gate(x), up(x), x and the rank-r tensors, and seeds in
+    place of the masks; with `recompute` x, the rank-r tensors and seeds alone.
 
     A model may be fused before it is distributed, or after, when `model` is the one inside DistributedDataParallel's or
     FullyShardedDataParallel's wrapper. Layers are one op where the module around them, or a greater one, is what was
@@ -30,16 +32,27 @@ def fuse(model: nn.Module, *names: str) -> nn.Module:
     Args:
         model: one that `patch` has patched, natively or around a PeftModel.
         names: which fusions; all of them without names.
+        recompute: of "mlp", gate(x) and up(x) are computed once more in backward instead of being saved. The last call
+            for "mlp", by name or without names, says it for all of the model's MLPs.
 
     Returns:
         The same model; `unfuse` and `unpatch` end it.
 
     Raises:
-        PatchError: the model is not patched, or there is no such fusion. Nothing has changed.
+        PatchError: the model is not patched, there is no such fusion, or `recompute` is given for fusions among which
+            "mlp" is not. Nothing has changed.
     """
+    check_flags("fuse", recompute=recompute)
     chosen = _chosen(model, names, "fuse")
-    for name in chosen:
-        FUSIONS[name].join(model)
+    fusions = [FUSIONS[name] for name in chosen]
+    if recompute and not any(each.recomputes for each in fusions):
+        those = ", ".join(repr(name) for name, each in FUSIONS.items() if each.recomputes)
+        raise PatchError(
+            f"fuse: recompute=True, but of {', '.join(map(repr, chosen))} nothing is computed again in backward; name "
+            f"{those} too, or leave it out"
+        )
+    for fusion in fusions:
+        fusion.join(model, *([recompute] if fusion.recomputes else []))
     return model
 
 

@@ -1,7 +1,8 @@
 """`report`: what is patched, which op serves it on which backend, and why."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from fastpeft.tuners.experts import LoraExperts
 from fastpeft.tuners.layer import Companion
 from fastpeft.tuners.lora import LoraLinear
 from fastpeft.tuners.lora_parameters import LoraParameters
+from fastpeft.tuners.mlp import words_by_path
 from fastpeft.tuners.prefix_encoder import PromptEncoders
 from fastpeft.tuners.prompt_layer import PromptedEmbedding
 from fastpeft.tuners.siblings import in_words
@@ -68,12 +70,18 @@ def report(model: nn.Module) -> Report:
 
         return report_peft(model)
     state = state_of(model)
-    return Report(tuple(rows_of(model)), state.active, state.merged)
+    return Report(with_mlps(model, rows_of(model)), state.active, state.merged)
 
 
 def rows_of(model: nn.Module) -> list[LayerReport]:
     """Of the layers that fastpeft's own adapters are in."""
     return [_layer_report(path, each) for path, each in layers(model) if _computes(each)]
+
+
+def with_mlps(model: nn.Module, rows: Iterable[LayerReport]) -> tuple[LayerReport, ...]:
+    """The rows, saying of projections if their MLP is one op."""
+    words = words_by_path(model)
+    return tuple(row if row.op == LEFT else replace(row, reason=row.reason + words.get(row.path, "")) for row in rows)
 
 
 def _computes(layer: nn.Module) -> bool:

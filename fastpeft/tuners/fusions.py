@@ -12,13 +12,15 @@ from fastpeft.tuners.siblings import join_siblings, part_siblings
 
 
 class Fusion(NamedTuple):
-    """join: begin it, wherever a patched model has a place for it, and nowhere twice. part: end it everywhere."""
+    """join: begin it, wherever a patched model has a place for it, and nowhere twice. part: end it everywhere.
+    recomputes: whether `join` takes, as its second argument, if backward computes again what it could keep."""
 
-    join: Callable[[nn.Module], None]
+    join: Callable[..., None]
     part: Callable[[nn.Module], None]
+    recomputes: bool
 
 
-FUSIONS = {"projections": Fusion(join_siblings, part_siblings), "mlp": Fusion(join_mlps, part_mlps)}
+FUSIONS = {"projections": Fusion(join_siblings, part_siblings, False), "mlp": Fusion(join_mlps, part_mlps, True)}
 
 
 def part_all(model: nn.Module) -> None:

@@ -23,10 +23,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 class Found:
     """What was read from a module's class and its activation, and from which, so that it is read again if these are
-    others; structure and activation are None where the module has become something else."""
+    others; structure and activation are None where the module has become something else. recompute: as `lora_mlp`'s."""
 
-    def __init__(self, original: type):
-        self.original = original
+    def __init__(self, original: type, recompute: bool):
+        self.original, self.recompute = original, recompute
         self.structure: GatedMlp | None = None
         self.activation: str | None = None
         self.of: tuple = ()
@@ -63,7 +63,8 @@ class FusedMlp:
         if projections is None:
             return found.original.forward(self, *args, **kwargs)
         backend = next(each.backend() for each in _children(self, found) if hasattr(each, "backend"))
-        return apply_lora_mlp(args[0], *projections, found.activation, patched_backend=backend)
+        settings = {"recompute": found.recompute, "patched_backend": backend}
+        return apply_lora_mlp(args[0], *projections, found.activation, **settings)
 
 
 def _children(module: nn.Module, found: Found) -> list[nn.Module]:
@@ -123,14 +124,36 @@ def _fits(projection: Projection, x: Tensor) -> bool:
     return same and frozen and weight.device == x.device and weight.is_floating_point()
 
 
-def join_mlps(model: nn.Module) -> None:
-    """Let gated MLPs with an adapted projection be one op."""
+def words_by_path(model: nn.Module) -> dict[str, str]:
+    """For a report: of the projections whose MLP is one op, as adapters are chosen now, what it is and does."""
+    words = {}
+    for path, module in model.named_modules():
+        found: Found | None = module.__dict__.get(KEY)
+        if found is None or not found.look(module) or not all(map(_is_one_of_the_op, _children(module, found))):
+            continue
+        names = found.structure[:3]
+        said = f"; {', '.join(names)} as one op, predicted to pay on GPUs"
+        if found.recompute:
+            said += ", with gate(x) and up(x) computed once more in backward"
+        words |= {f"{path}.{name}".lstrip("."): said for name in names}
+    return words
+
+
+def _is_one_of_the_op(child: nn.Module) -> bool:
+    return not _is_adapted(child) or (child.lone_adapter() is not None and child.plain_base())
+
+
+def join_mlps(model: nn.Module, recompute: bool) -> None:
+    """Let gated MLPs with an adapted projection be one op, those that are one already by this `recompute` too."""
     for module in list(model.modules()):
-        if KEY in module.__dict__ or "forward" in module.__dict__:
+        if KEY in module.__dict__:
+            module.__dict__[KEY].recompute = recompute
+            continue
+        if "forward" in module.__dict__:
             continue
         if not any(map(_is_adapted, module.children())):
             continue
-        found = Found(own_class(module))
+        found = Found(own_class(module), recompute)
         if not found.look(module) or not any(map(_is_adapted, _children(module, found))):
             continue
         module.__dict__[KEY] = found

@@ -15,7 +15,7 @@ from fastpeft.integrations.peft.prompts import swap_prompts
 from fastpeft.integrations.peft.swapping import KEY, Extension, Swapped, full_name, swap, swap_back
 from fastpeft.integrations.peft.tuners import TUNERS, SwappingAdaLora, SwappingModel, swap_layers
 from fastpeft.neighbours import check_neighbours, check_peft_s_head
-from fastpeft.reporting import LEFT, LayerReport, Report, experts_service, rows_of
+from fastpeft.reporting import LEFT, LayerReport, Report, experts_service, rows_of, with_mlps
 from fastpeft.tuners.fusions import part_all
 from fastpeft.tuners.siblings import in_words
 
@@ -112,7 +112,7 @@ def report_peft(model: nn.Module) -> Report:
     not patched."""
     if not is_swapped(model):
         raise PatchError(f"report: this {type(model).__name__} is not patched; call fastpeft.patch(model) first")
-    rows = tuple(_rows(model))
+    rows = with_mlps(model, _rows(model))
     active = getattr(model, "active_adapters", ())
     if callable(active):  # of a transformers model
         active = active() if getattr(model, "peft_config", None) else ()
