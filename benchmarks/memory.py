@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from .geometry import GEOMETRIES, Geometry
 
 HALF, FP32 = 2, 4
-IMPLEMENTATIONS = ("fastpeft", "fastpeft, MLP fused", "peft")
+KEPT_OF_MLP = {  # tensors of its width: gate and up; act(gate) and the product too where it is not one op
+    "fastpeft": 4,
+    "fastpeft, MLP fused": 2,
+    "fastpeft, recompute": 0,  # fuse(model, "mlp", recompute=True)
+}
+IMPLEMENTATIONS = (*KEPT_OF_MLP, "peft")
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ def per_token(sizes: Sizes, implementation: str, rank: int, dropout: bool, mask_
     if implementation == "peft":
         copies = FP32 * sizes.inputs + (mask_bytes * sizes.inputs if dropout else 0)
         return norms + attention + low_rank + copies + 3 * HALF * sizes.mlp
-    kept_of_mlp = 2 if implementation == "fastpeft, MLP fused" else 4  # gate and up; act(gate) and the product too
-    return norms + attention + low_rank + 2 * HALF * sizes.hidden + kept_of_mlp * HALF * sizes.mlp
+    return norms + attention + low_rank + 2 * HALF * sizes.hidden + KEPT_OF_MLP[implementation] * HALF * sizes.mlp
 
 
 def outside(sizes: Sizes) -> int:
