@@ -28,6 +28,7 @@ TORCH = [
         "fastpeft/fp8_layer.py",
         takes="state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
     ),
+    Surface("torch.utils.checkpoint.CheckpointFunction.forward", "fastpeft/tuners/siblings.py", takes="ctx"),
     Surface("torch._scaled_mm", "fastpeft/ops/fp8_linear.py"),
     Surface("torch.nn.Conv2d", "fastpeft/tuners/lora_kinds.py", has="_conv_forward"),
     Surface(

@@ -33,7 +33,7 @@ def siblings_of(model: nn.Module) -> list[siblings.Siblings]:
 
 def assert_nothing_is_held(model: nn.Module) -> None:
     assert getattr(siblings._threads, "call", None) is None
-    assert all(each.traced is None and each.open == 0 for each in siblings_of(model))
+    assert all(each.traced is None and not each.open for each in siblings_of(model))
 
 
 # Hooks and inputs

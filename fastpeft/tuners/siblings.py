@@ -7,15 +7,17 @@ others find their results there, each if it is called with that very tensor, unc
 by itself as without all this.
 
 A checkpointed segment computes in backward what it computed in forward, tensor for tensor: what is learned in between
-waits until no such segment is open.
+waits until no such segment is open, that is, until each was repeated or its graph is gone.
 """
 
 import sys
 import threading
 from collections import Counter
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from fastpeft.dispatch import MAX_RANK
 from fastpeft.distributed import is_apart, is_sharded, sharded_by_itself
@@ -48,14 +50,21 @@ class _Call:
 
 class Siblings:
     """The projections of one parent. runs: what was learned of their calls, None until one was watched. `settled` is
-    what those calls go by that may be repeated in backward, of which `open` ones were not yet."""
+    what those calls go by that may be repeated in backward. open: of these what lives no longer than they can be."""
 
     def __init__(self, members: dict[nn.Module, str]):
         self.members = members  # and their names in the parent
         self.runs: Runs | None = None
         self.settled: Runs | None = None
-        self.open = self.surprises = 0
+        self.open: WeakSet[object] = WeakSet()
+        self.surprises = 0
         self.traced: _Call | None = None  # the call that torch.compile is tracing
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "open"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, open=WeakSet())  # no graph of the original's repeats a copy's call
 
     def began(self, parent: nn.Module, args) -> None:
         """Before a call of the parent. What is left of another (it was interrupted, or this one is inside it) is let
@@ -69,13 +78,14 @@ class Siblings:
         _threads.call = _Call(self, parent, self._runs_of_a_call())
 
     def _runs_of_a_call(self) -> Runs | None:
-        repeated = _is_backward()
-        if not (repeated or _may_be_repeated()):
+        if _is_backward():
+            return self.settled
+        segment = _segment()
+        if segment is None:
             return self.runs
-        if not repeated:
-            if not self.open:
-                self.settled = self.runs
-            self.open += 1
+        if not self.open:
+            self.settled = self.runs
+        self.open.add(segment)
         return self.settled
 
     def ended(self, parent: nn.Module, args, output) -> None:
@@ -83,8 +93,8 @@ class Siblings:
         if torch.compiler.is_dynamo_compiling():
             self.traced = None
             return
-        if _is_backward():
-            self.open = max(0, self.open - 1)
+        if _is_backward() and not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.open.discard(torch._C._current_autograd_node())
         call = getattr(_threads, "call", None)
         if call is None or call.of is not self:
             return
@@ -167,18 +177,22 @@ def _is_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _may_be_repeated() -> bool:
-    """Whether this is a checkpointed segment's first call: under checkpoint's hooks, or (reentrant, DeepSpeed's) inside
-    the forward of an autograd.Function, which nothing tells but the stack."""
-    if not torch.is_grad_enabled():
-        frame = sys._getframe()
-        while frame is not None:
-            if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",):
-                return True
-            frame = frame.f_back
-        return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+def _segment() -> object | None:
+    """Of a checkpointed segment's first call, what lives as long as the segment can be repeated: under checkpoint's
+    hooks, that which the tensors saved in it are unpacked by; inside the forward of an autograd.Function (reentrant,
+    DeepSpeed's), which nothing tells but the stack, the outermost one's context, a node of the graph. None of another
+    call."""
+    if torch.is_grad_enabled():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        checkpoint = hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+        return hooks[1] if checkpoint else None
+    found, frame = None, sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",):
+            context = frame.f_locals.get("ctx")
+            found = context if isinstance(context, FunctionCtx) else found
+        frame = frame.f_back
+    return found
 
 
 def _state(x: Tensor) -> int | Tensor:
@@ -236,9 +250,17 @@ def in_words(layer: nn.Module) -> str:
     siblings: Siblings | None = layer.__dict__.get(KEY)
     if siblings is None:
         return ""
-    if siblings.runs is None:
+    words = _run_in_words(siblings, siblings.runs, layer)
+    settled = _run_in_words(siblings, siblings.settled or {}, layer)
+    if siblings.open and settled != words:
+        words += f"; while the backward of a checkpointed call is to come, such calls{settled or ' layer by layer'}"
+    return words
+
+
+def _run_in_words(siblings: Siblings, runs: Runs | None, layer: nn.Module) -> str:
+    if runs is None:
         return "; one op with its neighbours if a call shows that they read one tensor"
-    run = max((run for run in siblings.runs.values() if layer in run), key=len, default=[layer])
+    run = max((run for run in runs.values() if layer in run), key=len, default=[layer])
     names = ", ".join(siblings.members[each] for each in run)
     return f"; {names} as one op, predicted to pay on GPUs" if len(run) > 1 else ""
 
