@@ -17,7 +17,8 @@ def rehome(model: nn.Module) -> nn.Module:
     Only for adapters in the base's dtype (peft makes them fp32: `autocast_adapter_dtype=False`). Values, parameters and
     results are as before, up to rounding; a weight is no longer contiguous, and its storage larger by at least the
     rank, and less than 64 more, in each direction. What moves or copies a weight (`model.to`, `copy.deepcopy`) leaves
-    its room behind: call again after it. One model is then for one CUDA stream at a time.
+    its room behind: call again after it. safetensors' `save_model` refuses such weights, as views of larger storage;
+    transformers' `save_pretrained` writes them without their room. One model is then for one CUDA stream at a time.
 
     DistributedDataParallel goes with it, before or after. A weight that is divided among processes (`fully_shard`,
     FullyShardedDataParallel, DeepSpeed ZeRO-3) gets no room, and the first two take none that has: `unrehome` before.

@@ -338,6 +338,10 @@ PEFT = [
         f"{_ADALORA}.model.AdaLoraModel.forward", "fastpeft/integrations/peft/tuners.py", has="orth_reg_weight loss"
     ),
     Surface("peft.tuners.tuners_utils.BaseTuner.inject_adapter", "fastpeft/integrations/peft/tuners.py", takes="model"),
+    *(
+        Surface(f"peft.tuners.{name}", "fastpeft/integrations/peft/tuners.py", has="_unload_and_optionally_merge")
+        for name in ("tuners_utils.BaseTuner.unload", "tuners_utils.BaseTuner.merge_and_unload", "mixed.MixedModel")
+    ),
     Surface(
         f"{_ADAPTION}.model.AdaptionPromptModel",
         "fastpeft/integrations/peft/gated.py",

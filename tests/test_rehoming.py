@@ -5,6 +5,7 @@ import gc
 import io
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from torch import nn
@@ -129,6 +130,9 @@ def test_files(tmp_path):
     loaded = torch.load(file)
     model.load_state_dict(loaded)
     assert same(values_of(model), expected) and with_rooms(model)
+    with pytest.raises(RuntimeError, match="None is covering the entire storage"):
+        safetensors.torch.save_model(model, str(tmp_path / "model"))
+    safetensors.torch.save_model(fastpeft.unrehome(model), str(tmp_path / "model"))
     base = quietly(fastpeft.unpatch, fastpeft.rehome(adapted()))
     for parameter in base.model.layers[0].self_attn.q_proj.parameters():
         parameter.data = _rooms.with_room(parameter, 16)  # as if it had not ended

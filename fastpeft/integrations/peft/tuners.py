@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastpeft.integrations.peft.layers import FUSED
 from fastpeft.integrations.peft.swapping import Extension, Swapped, full_name, swap
 from fastpeft.neighbours import check_peft_s_head
+from fastpeft.tuners.fusions import part_all
 from fastpeft.tuners.orthogonality import mean_distance
 
 
@@ -22,7 +23,7 @@ def swap_layers(model: nn.Module, extension: Extension) -> None:
 
 class SwappingTuner(Swapped):
     """In front of a tuner of layers (LoraModel, MixedModel; AdaLoraModel below): whatever adds an adapter calls its
-    `inject_adapter`."""
+    `inject_adapter`, and whatever takes the adapters out of the base model its `_unload_and_optionally_merge`."""
 
     def forward(self, *args, **kwargs) -> Any:
         _check_head(self.model)
@@ -33,6 +34,12 @@ class SwappingTuner(Swapped):
             super().inject_adapter(model, *args, **kwargs)
         finally:  # where peft refuses an adapter late, it leaves its layers in the model
             swap_layers(model, self.extension)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        """Of `unload` and `merge_and_unload`, which return the base model as peft found it."""
+        base = super()._unload_and_optionally_merge(*args, **kwargs)
+        part_all(base)  # not before: a merge that is refused changes nothing
+        return base
 
 
 class SwappingAdaLora(SwappingTuner):
