@@ -250,7 +250,9 @@ def predicted_attention_plan(tensors, scores, dropout: float, *, gated: bool = F
 def lora_linear_plan(rows: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, dropout: float) -> Plan:
     """The strategy for x [M, K] (or dY [M, N]: `rows`) whose base product is in `dtype`, A [R, K] and B [N, R], on the
     Triton backend."""
-    return lora_linear_plan_for(rows.device, dtype, a.dtype, (len(rows), a.shape[1], len(b), len(a)), dropout)
+    return lora_linear_plan_for(
+        rows.device, dtype, a.dtype, (rows.shape[0], a.shape[1], b.shape[0], a.shape[0]), dropout
+    )
 
 
 def lora_linear_plan_for(

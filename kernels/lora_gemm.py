@@ -96,7 +96,7 @@ def refusal(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> str | N
         return "a descriptor of x needs rows that lie whole, at multiples of 16 bytes"
     if not (_described(w) or _described(w.t())):
         return "a descriptor of the weight needs rows or columns that lie whole, at multiples of 16 bytes"
-    if len(w) * out_dtype.itemsize % ALIGNMENT:
+    if w.shape[0] * out_dtype.itemsize % ALIGNMENT:
         return "a descriptor of the result needs rows of a multiple of 16 bytes"
     return None
 

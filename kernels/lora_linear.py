@@ -18,6 +18,7 @@ one: mma operands of both kinds share one layout in shared memory, so that async
 S and T are loaded as [ranks, rows] for the same reason.
 """
 
+import functools
 import math
 
 import torch
@@ -245,16 +246,22 @@ def _sum_partials_kernel(parts_ptr, out_ptr, scale, parts, size, BLOCK: tl.const
 
 
 def _modes(rank: int, data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
-    return {
-        "RANK_UNIT": math.gcd(rank, 16),
-        "MODE": dot_mode(data_dtype, adapter_dtype),
-        "HALF": TRITON_TYPES[data_dtype],
-        "UPCAST": UPCAST,
-    }
+    return _constants(rank, dot_mode(data_dtype, adapter_dtype), data_dtype)
 
 
-def _tiles(kernel: str, rank: int, modes: dict, dropout: Dropout | None, data: torch.Tensor) -> Tiles:
-    return tiles_for(kernel, rank, modes["MODE"], dropout is not None, table_of(data.device))
+@functools.cache
+def _constants(rank: int, mode: str, data_dtype: torch.dtype) -> dict:
+    """Not to be changed."""
+    return {"RANK_UNIT": math.gcd(rank, 16), "MODE": mode, "HALF": TRITON_TYPES[data_dtype], "UPCAST": UPCAST}
+
+
+def _settings(
+    kernel: str, rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, burden: bool, device, tiles: Tiles | None
+) -> tuple[Tiles, dict]:
+    """(the tiles, if none are given those of the tables, and what a launch with them is compiled for)."""
+    mode = dot_mode(dtype, adapter_dtype)
+    tiles = tiles or tiles_for(kernel, rank, mode, burden, table_of(device))
+    return tiles, {**_constants(rank, mode, dtype), **tiles.options}
 
 
 def _mask_arguments(dropout: Dropout | None) -> tuple:
@@ -264,12 +271,11 @@ def _mask_arguments(dropout: Dropout | None) -> tuple:
 
 def sum_partials(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """scale·Σ parts over the first dimension, in `dtype`."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    block = 256 if UPCAST else 1024
+    count, *shape = parts.shape
+    out = torch.empty(shape, dtype=dtype, device=parts.device)
+    size, block = out.numel(), 256 if UPCAST else 1024
     with on_device_of(parts):
-        _sum_partials_kernel[(cdiv(out.numel(), block),)](
-            parts, out, scale, len(parts), out.numel(), block, enable_fp_fusion=True
-        )
+        _sum_partials_kernel[(cdiv(size, block),)](parts, out, scale, count, size, block, enable_fp_fusion=True)
     return out
 
 
@@ -280,19 +286,20 @@ def shrink(
     (rows, depth), rank = x.shape, a.shape[0]
     if rank > MOST_RANKS:
         return torch.cat([shrink(x, each, scale, dtype, dropout, tiles) for each in a.split(SLICE)], 1)
-    modes = _modes(rank, x.dtype, a.dtype)
-    tiles = tiles or _tiles("shrink", rank, modes, dropout, x)
+    tiles, settings = _settings("shrink", rank, x.dtype, a.dtype, dropout is not None, x.device, tiles)
     row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
-    out = torch.empty(runs, rows, rank, dtype=dtype if runs == 1 else torch.float32, device=x.device)
+    whole = runs == 1
+    shape = (rows, rank) if whole else (runs, rows, rank)
+    out = torch.empty(shape, dtype=dtype if whole else torch.float32, device=x.device)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(x):
         _shrink_kernel[(row_blocks, runs)](
             x, a, out, seed, scale * keep_scale, threshold, rows, depth, rank, run, *x.stride(), *a.stride(),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(rank), DROPOUT=dropout is not None,
-            **modes, **tiles.options,
+            **settings,
         )  # fmt: skip
-    return out[0] if runs == 1 else sum_partials(out, dtype)
+    return out if whole else sum_partials(out, dtype)
 
 
 def tail(
@@ -313,9 +320,8 @@ def tail(
     `dtype` is the data's, which is what the products are made for; the result is of that type or of `out_dtype`.
     """
     (rows, rank), columns = p.shape, q.shape[0]
-    modes = _modes(rank, dtype, q.dtype)
     burden = dropout is not None or out_dtype not in (None, dtype)
-    tiles = tiles or tiles_for("tail" if base else "expand", rank, modes["MODE"], burden, table_of(p.device))
+    tiles, settings = _settings("tail" if base else "expand", rank, dtype, q.dtype, burden, p.device, tiles)
     x, w = base or (None, None)
     bias = None if bias is None else bias.contiguous()
     seed, keep_scale, threshold = _mask_arguments(dropout)
@@ -329,7 +335,7 @@ def tail(
             *(residual.stride() if residual is not None else (0, 0)),
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, BLOCK_R=min(rank_block(rank), tiles.ranks),
             GROUP=8, HAS_BASE=base is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            DROPOUT=dropout is not None, BASE_MODE=dot_mode(dtype, dtype), **modes, **tiles.options,
+            DROPOUT=dropout is not None, BASE_MODE=dot_mode(dtype, dtype), **settings,
         )  # fmt: skip
     return out
 
@@ -340,8 +346,7 @@ def grad_b_and_t(
     """(dB = scale·dyᵀ s [N, R] like b, T = scale·dy b [M, R] like s, Σ dy [N] in fp32 or None) from one read of dy
     [M, N]."""
     (rows, columns), rank = dy.shape, b.shape[1]
-    modes = _modes(rank, dy.dtype, b.dtype)
-    tiles = tiles or _tiles("grad_b_and_t", rank, modes, None, dy)
+    tiles, settings = _settings("grad_b_and_t", rank, dy.dtype, b.dtype, False, dy.device, tiles)
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dy) // column_blocks))
     partial = dict(dtype=torch.float32, device=dy.device)
@@ -352,7 +357,7 @@ def grad_b_and_t(
         _grad_b_and_t_kernel[(column_blocks, runs)](
             dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *dy.stride(), *b.stride(),
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=rank_block(rank), WITH_BIAS=with_bias,
-            **modes, **tiles.options,
+            **settings,
         )  # fmt: skip
     dbias = sum_partials(bias_parts, torch.float32) if with_bias else None
     return sum_partials(db_parts, b.dtype, scale), sum_partials(t_parts, s.dtype, scale), dbias
@@ -381,10 +386,10 @@ def grad_columns(
         found = [grad_columns(each, x, dtype, with_sum=summed, **options) for each, summed in slices]
         tail_out = None if tail_of is None else tail(t, tail_of.t(), x.dtype, dropout=dropout)
         return torch.cat([product for product, _, _ in found], int(transposed)), tail_out, found[0][2]
-    modes = _modes(rank, x.dtype, t.dtype if t is not None else x.dtype)
-    fuse = tail_of is not None and rank <= FUSED_TAIL_RANK[modes["MODE"]]
+    adapter_dtype = x.dtype if t is None else t.dtype
+    tiles, settings = _settings("grad_columns", rank, x.dtype, adapter_dtype, dropout is not None, x.device, tiles)
+    fuse = tail_of is not None and rank <= FUSED_TAIL_RANK[settings["MODE"]]
     fused, tail_out = (tail_of, torch.empty(rows, columns, dtype=x.dtype, device=x.device)) if fuse else (None, None)
-    tiles = tiles or _tiles("grad_columns", rank, modes, dropout, x)
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
     partial = dict(dtype=torch.float32, device=x.device)
@@ -398,7 +403,7 @@ def grad_columns(
             *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(rank), WITH_PRODUCT=t is not None,
             WITH_TAIL=fuse, WITH_SUM=with_sum, DROPOUT=dropout is not None,
-            **modes, **tiles.options,
+            **settings,
         )  # fmt: skip
     if tail_of is not None and not fuse:
         tail_out = tail(t, tail_of.t(), x.dtype, dropout=dropout)

@@ -236,7 +236,7 @@ def gated_forward(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(h = act(gate)⊙up [M, H], S = drop(h) aᵀ [M, R] in a's dtype, or None without a [R, H])."""
-    (rows, columns), rank = gate.shape, 1 if a is None else len(a)
+    (rows, columns), rank = gate.shape, 1 if a is None else a.shape[0]
     modes = _modes(gate.dtype, gate.dtype if a is None else a.dtype)
     tiles = tiles or mlp_tiles("gated_forward", rank, modes["MODE"], dropout is not None, gate.device)
     row_blocks = cdiv(rows, tiles.rows)
@@ -273,7 +273,7 @@ def gated_backward(
     (rows, columns), matrices = dh.shape, [None if each is None else each.b for each in sides]
     given = [m for m in (*matrices, None if down is None else down[1]) if m is not None]
     modes = _modes(dh.dtype, given[0].dtype if given else dh.dtype)
-    ranks = [1 if down is None else len(down[1]), *(1 if b is None else b.shape[1] for b in matrices)]
+    ranks = [1 if down is None else down[1].shape[0], *(1 if b is None else b.shape[1] for b in matrices)]
     tiles = tiles or mlp_tiles("gated_backward", max(ranks) if given else 0, modes["MODE"], len(given) < 3, dh.device)
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dh) // column_blocks))

@@ -355,7 +355,7 @@ def shrink_all(
     tiles: Tiles | None = None,
 ) -> list[torch.Tensor]:
     """[drop_p(x) a_pᵀ, ...]: x [M, K] (any strides), a_p [R_p, K] -> [M, R_p] each, in `dtype`; up to MOST of them."""
-    (rows, depth), ranks = x.shape, [len(each) for each in a]
+    (rows, depth), ranks = x.shape, [each.shape[0] for each in a]
     block, rank = _block_and_rank(ranks)
     modes = _modes(ranks, x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
@@ -384,7 +384,7 @@ def grad_all_columns(
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """([t_pᵀ drop_p(x), ...] like a_p, Σ mask_p⊙(t_p a_p) like x or None) from one read of x [M, K]: t_p [M, R_p] and
     a_p [R_p, K]; up to MOST of them. The second is None too where registers do not suffice for it, see `holds_tail`."""
-    (rows, columns), ranks = x.shape, [len(each) for each in a]
+    (rows, columns), ranks = x.shape, [each.shape[0] for each in a]
     block, rank = _block_and_rank(ranks)
     modes = _modes(ranks, x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
@@ -416,7 +416,7 @@ def tail_all(
 ) -> torch.Tensor:
     """Σ mask_p⊙(t_p a_p) [M, K] in `out_dtype`, or added to `onto` in place: t_p [M, R_p], a_p [R_p, K]; up to MOST of
     them. `data_dtype` is what the products are made for."""
-    rows, columns, ranks = len(ts[0]), a[0].shape[1], [len(each) for each in a]
+    rows, columns, ranks = ts[0].shape[0], a[0].shape[1], [each.shape[0] for each in a]
     modes = _modes(ranks, data_dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
     out = torch.empty(rows, columns, dtype=out_dtype, device=a[0].device) if onto is None else onto
@@ -434,4 +434,4 @@ def tail_all(
 
 def holds_tail(a: list[torch.Tensor], dtype: torch.dtype) -> bool:
     """Whether `grad_all_columns` can hold the rank-r term of dX beside every dA."""
-    return _block_and_rank([len(each) for each in a])[1] <= FUSED_TAIL_RANK[dot_mode(dtype, a[0].dtype)]
+    return _block_and_rank([each.shape[0] for each in a])[1] <= FUSED_TAIL_RANK[dot_mode(dtype, a[0].dtype)]

@@ -83,10 +83,10 @@ def _through_activation(dy, gate, up, s, t_down, projections, dropout, call, nee
     down = projections[2]
     dtypes = [each.a.dtype for each in projections if each.a is not None]
     most = kernels.fused_rank(dy.dtype, dtypes[0])
-    inside = down.a is not None and len(down.a) <= most
+    inside = down.a is not None and down.a.shape[0] <= most
     sides = tuple(
         kernels.Side(s[i], each.b, call.scalings[i])
-        if each.a is not None and len(each.a) <= most and needs.b[i] and (needs.x or needs.a[i])
+        if each.a is not None and each.a.shape[0] <= most and needs.b[i] and (needs.x or needs.a[i])
         else None
         for i, each in enumerate(projections[:2])
     )

@@ -11,6 +11,7 @@ to M·K/8 bytes, where they spare it a second drawing). The adapter's matrices a
 half-precision x (HF peft's default) the kernels multiply them in fp32 precision.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -81,6 +82,7 @@ def dropout_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device, 
     return _path(backend == "triton").keep_mask(seed, p, rows, columns, torch.device(device))
 
 
+@functools.cache
 def _path(triton: bool):
     if not triton:
         return torch_path

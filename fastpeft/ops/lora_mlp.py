@@ -106,6 +106,7 @@ def lora_mlp_reference(x, gate, up, down, activation="silu", keeps=None):
     return layer(hidden, down, keeps[2])
 
 
+@functools.cache
 def _path(triton: bool):
     if not triton:
         return torch_path
@@ -242,7 +243,7 @@ def decide(
 ) -> Call:
     """The call's numbers, and its backend by `dispatch`; without elements the torch path, as a kernel has no grid over
     nothing."""
-    ranks = [len(a) for a in flat[2::4] if a is not None]
+    ranks = [a.shape[0] for a in flat[2::4] if a is not None]
     something = x_MK.numel() * min(t.numel() for t in flat if t is not None) > 0
     triton = something and choose_backend(x_MK, dtype, max(ranks), patched).backend == "triton"
     dx_dtype = torch.promote_types(x_MK.dtype, dtype)

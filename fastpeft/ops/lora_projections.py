@@ -12,6 +12,7 @@ each to be added up. Masks are independent. All else is as in `lora_linear`. Whe
 products (of quantised weights), y_p is that product plus the low-rank term, and dX the sum of the low-rank terms alone.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,6 +81,7 @@ def lora_projections_reference(x, projections: Sequence[Projection], keeps=None,
     ]
 
 
+@functools.cache
 def _path(triton: bool):
     if not triton:
         return torch_path

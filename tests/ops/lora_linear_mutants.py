@@ -149,8 +149,8 @@ SUM_PARTIALS = [
     ),
     ("_sum_partials_kernel", "every second block", "tl.program_id(0).to(tl.int64)", "(tl.program_id(0) // 2 * 2)"),
     ("_sum_partials_kernel", "fp16 sums", "p_part += size", f"acc = acc{ROUND_TO_HALF}\n        p_part += size"),
-    ("sum_partials", "last block", "cdiv(out.numel(), block)", "max(1, out.numel() // block)"),
-    ("sum_partials", "one part too few", "scale, len(parts),", "scale, max(1, len(parts) - 1),"),
+    ("sum_partials", "last block", "cdiv(size, block)", "max(1, size // block)"),
+    ("sum_partials", "one part too few", "scale, count,", "scale, max(1, count - 1),"),
 ]
 
 SHARED = [
