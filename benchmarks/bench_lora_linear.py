@@ -5,7 +5,8 @@ is run: `fastpeft bench lora`.
 """
 
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +16,7 @@ from .dtypes import DTYPES
 from .geometry import GEOMETRIES, GRID
 from .lora_linear_peers import IMPLEMENTATIONS, Inputs
 from .lora_linear_truth import LoraTruth
-from .replay import COVERED, FEW_ROWS, NAMES
+from .replay import COVERED, DECODED, each_way
 from .request import Request
 from .runner import Bench
 
@@ -23,11 +24,10 @@ OP, SIZES = "lora_linear", "M,K,N"
 MODEL, TINY = "llama3-8b", "tiny"
 RANKS = (16, 64, 8, 128)
 DROPOUTS = (0.0, 0.05)
-DECODED = (1, 8, 64)  # rows: samples of one new token each
 TINY_DROPOUTS = (0.0, 0.5)  # on the CPU torch rounds 1/(1-p) to bf16: a gain of 1.002 at 0.05, exact at 0.5
 SCALING = 0.75  # no power of two: those are exact in bf16 and hide where it is applied
 # LoRAFusion's own: square layers, with its dropout.
-GRID_SHAPES = tuple((m, n, n) for n in (4096, 5120, 8192) for m in (8192, 2048))
+GRID_ROWS, GRID_SIDES = (8192, 2048), (4096, 5120, 8192)
 GRID_DROPOUT = 0.1
 
 
@@ -87,38 +87,33 @@ def _of_model(name: str, geometry, layers: int | None = None) -> list[tuple[str,
     return [(f"{name} {layer}", (rows, *sizes)) for layer, sizes in list(geometry.linears.items())[:layers]]
 
 
-def _each_way(cells: list[Cell]) -> list[Cell]:
-    """The cells, those of few rows twice: replayed from a graph, and eager."""
-    found = []
-    for cell in cells:
-        ways = [replace(cell, name=f"{cell.name}, {name}", launches=way) for way, name in NAMES.items()]
-        found += ways if cell.M <= FEW_ROWS else [cell]
-    return found
-
-
 def _decoding() -> list[Cell]:
     """The model's first layers for few rows."""
     shapes = _of_model(MODEL, GEOMETRIES[MODEL], 2)
-    return _each_way([Cell(name, m, k, n, RANKS[0], 0.0, "bf16") for m in DECODED for name, (_, k, n) in shapes])
+    return each_way([Cell(name, m, k, n, RANKS[0], 0.0, "bf16") for m in DECODED for name, (_, k, n) in shapes])
 
 
 def tiers(tiny: bool) -> list[list[Cell]]:
     """Ranks outermost, so that rank 16 is done everywhere before any other begins; a tier is a rank. Behind rank 16
-    come its few rows; LoRAFusion's grid comes last."""
+    come LoRAFusion's grid at as many rows and the model's few rows; the grid's fewer rows come last."""
     name = TINY if tiny else MODEL
     shapes = _of_model(name, GEOMETRIES[name], 2 if tiny else None)
     ranks, dropouts = (RANKS[:1], TINY_DROPOUTS) if tiny else (RANKS, DROPOUTS)
     found = [
         [Cell(name, *shape, rank, dropout, "bf16") for name, shape in shapes for dropout in dropouts] for rank in ranks
     ]
-    return found if tiny else [found[0], _decoding(), *found[1:], _grid(Request())]
+    if tiny:
+        return found
+    usual, fewer = (_grid(Request(), [rows]) for rows in GRID_ROWS)
+    return [found[0], usual, _decoding(), *found[1:], fewer]
 
 
-def _grid(request: Request) -> list[Cell]:
+def _grid(request: Request, rows: Sequence[int] = GRID_ROWS) -> list[Cell]:
     return [
-        Cell(GRID, *shape, rank, dropout, request.data_type)
+        Cell(GRID, m, side, side, rank, dropout, request.data_type)
         for rank in request.ranks or RANKS[:1]
-        for shape in GRID_SHAPES
+        for side in GRID_SIDES
+        for m in rows
         for dropout in request.dropouts or (GRID_DROPOUT,)
     ]
 
@@ -137,7 +132,7 @@ def cells(request: Request) -> list[Cell]:
         for dropout in request.dropouts or request.first(list(usual))
     ]
     found += _grid(request) if GRID in request.shapes else []
-    return found if request.tiny else _each_way(found)
+    return found if request.tiny else each_way(found)
 
 
 UNDERSTANDS = ("rank", "dropout", "batch", "seq")

@@ -6,7 +6,7 @@ is run: `fastpeft bench mlp`.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from .dtypes import DTYPES
 from .geometry import GRID
 from .lora_mlp_peers import IMPLEMENTATIONS
 from .lora_mlp_truth import Inputs, MlpTruth
+from .replay import COVERED, DECODED, each_way
 from .request import Request
 from .runner import Bench
 
@@ -28,7 +29,7 @@ SCALING = 0.75  # no power of two: those are exact in bf16 and hide where it is 
 
 @dataclass(frozen=True)
 class Cell:
-    """x (M, K), gate and up (H, K), down (K, H), silu."""
+    """x (M, K), gate and up (H, K), down (K, H), silu. `launches`: one of `replay`'s."""
 
     name: str
     M: int
@@ -38,6 +39,7 @@ class Cell:
     dtype: str
     compiled: bool = False
     dropout: float = 0.0
+    launches: str = COVERED
 
     @property
     def id(self) -> str:
@@ -83,21 +85,22 @@ def _named(request: Request, ranks) -> list[Cell]:
 
 
 def tiers(tiny: bool) -> list[list[Cell]]:
-    """Llama's MLP at rank 16, then at 32."""
+    """Llama's MLP at rank 16, its few rows, then at 32."""
     if tiny:
         return [_named(Request(tiny=True, dtype="bf16"), RANKS[:1])]
-    return [_named(Request(), [rank]) for rank in RANKS]
+    first, *others = (_named(Request(), [rank]) for rank in RANKS)
+    return [first, each_way(replace(cell, M=rows) for rows in DECODED for cell in first), *others]
 
 
 def cells(request: Request) -> list[Cell]:
-    """Of each shape, with every rank asked for (16)."""
+    """Of each shape, with every rank asked for (16); few rows, on a GPU, are replayed and eager."""
     if GRID in request.shapes:
         raise FastpeftError(f"--shape {GRID} has no MLP: it is for `fastpeft bench lora`")
     ranks = request.ranks or RANKS[:1]
     found = _named(request, ranks)
     for sizes in request.numbers(SIZES):
         found += [Cell("given", *sizes, rank, request.data_type) for rank in ranks]
-    return found
+    return found if request.tiny else each_way(found)
 
 
 UNDERSTANDS = ("rank", "batch", "seq")

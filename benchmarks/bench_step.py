@@ -1,4 +1,5 @@
-"""Whole training steps of a model with random weights: forward, backward, AdamW; frozen, HF peft and ours, interleaved.
+"""Whole training steps of a model with random weights: forward, backward, AdamW; frozen, HF peft, hand-written LoRA and
+ours, interleaved, and in one case, after all the others, HF peft under torch.compile.
 
     fastpeft bench step [--shape llama3-8b] ...    on a GPU the models of geometry.py in bf16, on a CPU small ones
     python -m benchmarks.bench_step [--method lora|dora|prefix|…] [--threads 2] [--rounds 12] [--clock cpu] [--profile]
@@ -41,14 +42,16 @@ from .harness import (
 )
 from .report import FLOOR
 from .request import Request
-from .runner import require_device, say_line
+from .runner import join_ratios, key_of_row, require_device, say_line
 from .step_cases import METHODS, Case, cases, cases_of
 from .step_check import Check, dtype_of, release
-from .step_models import FUSED, LIGER, OURS, PEFT, build_base, model_flops
+from .step_models import ALGEBRA, COMPILED, FUSED, LIGER, OURS, PEFT, build_base, model_flops
 from .step_rows import OP, PEERS, Found, row_of, step_of, words
 
-IMPLEMENTATIONS = (FLOOR, PEFT, OURS, FUSED, LIGER)
+IMPLEMENTATIONS = (FLOOR, PEFT, ALGEBRA, OURS, FUSED, LIGER)  # and COMPILED in one case, after all the others
 FIRST_S = {"cuda": 30.0, "cpu": 0.5}  # expected of the first case: a model is built, checked and compiled for
+FIRST_COMPILED_S = 60.0  # of torch.compile's: a layer at two lengths, both ways
+FIXED_SHARE = 0.5  # of a case's seconds, whatever its tokens are: models are built and checked
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 __all__ = ["IMPLEMENTATIONS", "OP", "PEERS", "Case", "Steps", "cases", "cases_of"]
 
@@ -86,28 +89,63 @@ class Steps:
         self.timer = self.timer or timer_for(self.device)
         for name, reason in self.plan["without"].get(OP, {}).items():
             self._leave_out("all cells", name, reason)
-        done = {_key(row) for row in self.document["results"] if row["op"] == OP}
-        durations: list[float] = []
-        for number, case in enumerate(self.cases):
-            self._done = number
-            if (*case.shape().values(), case.dropout, case.dtype) in done:
-                continue
-            if case.id in self.plan["skip"]:
-                self._leave_out(case.id, None, self.plan["skip"][case.id])
-                continue
-            if not self.budget.allows(durations or [FIRST_S[self.device.type]]):
-                self._leave_out(case.id, None, f"the budget of {self.budget.seconds:.0f} s was spent")
-                continue
-            start = self.budget.elapsed()
-            rows = self._case(case)
-            durations.append(self.budget.elapsed() - start)
-            self.document["results"].extend(rows)
-            self.save()
-            self.say(f"[{self.budget.elapsed():.0f}/{self.budget.seconds:.0f} s] {words(case, rows)}")
+        self._uncompiled()
+        self._compiled()
         self._base = None
         release(self.device)
         self.document["running"] = None
         self.save()
+
+    def _uncompiled(self) -> None:
+        done = self._measured(*IMPLEMENTATIONS)
+        spent: list[tuple[float, int]] = []
+        for number, case in enumerate(self.cases):
+            self._done = number
+            if case.key in done:
+                continue
+            if case.id in self.plan["skip"]:
+                self._leave_out(case.id, None, self.plan["skip"][case.id])
+                continue
+            if not self.budget.allows(_expected(case, spent) or [FIRST_S[self.device.type]]):
+                self._leave_out(case.id, None, f"the budget of {self.budget.seconds:.0f} s was spent")
+                continue
+            start = self.budget.elapsed()
+            rows = self._case(case, self._taking_part(IMPLEMENTATIONS))
+            spent.append((self.budget.elapsed() - start, case.tokens))
+            self.document["results"].extend(rows)
+            self.save()
+            self._say(case, rows)
+
+    def _compiled(self) -> None:
+        """torch.compile's, in the first case of LoRA, when all cases are measured: beside the floor and ours once more.
+        Of those rounds ours gets the ratio to it alone."""
+        taking_part = self._taking_part((FLOOR, OURS, COMPILED))
+        if COMPILED not in [each.name for each in taking_part]:
+            return
+        if not self.plan.get("compiled"):
+            if self.device.type == "cpu":
+                self._leave_out("all cells", COMPILED, "not compiled on the CPU path")
+            return
+        case = next((case for case in self.cases if case.method == "lora"), None)
+        if case is None or case.key in self._measured(COMPILED):
+            return
+        self._leave_out("other cells", COMPILED, "compiled in one cell only")
+        if case.key not in self._measured(FLOOR) or not self.budget.allows([FIRST_COMPILED_S]):
+            self._leave_out(case.id, COMPILED, "no time was left to compile it")
+            return
+        torch._dynamo.reset()  # what other models compiled counts among the eight times after which dynamo gives up
+        rows = self._case(case, taking_part)
+        join_ratios(self.document, rows, [COMPILED])
+        self.document["results"] += [row for row in rows if row["impl"] == COMPILED]
+        self.save()
+        self._say(case, rows)
+
+    def _measured(self, *names: str) -> set[tuple]:
+        """What identifies the cases that have a row of one of them."""
+        return {key_of_row(row) for row in self.document["results"] if row["op"] == OP and row["impl"] in names}
+
+    def _say(self, case: Case, rows: list[dict]) -> None:
+        self.say(f"[{self.budget.elapsed():.0f}/{self.budget.seconds:.0f} s] {words(case, rows)}")
 
     def _enter(self, case: str, name: str | None, stage: str) -> None:
         self.document["running"] = {"op": OP, "cell": case, "impl": name, "stage": stage}
@@ -119,15 +157,14 @@ class Steps:
         if entry not in self.document["unmeasured"]:
             self.document["unmeasured"].append(entry)
 
-    def _taking_part(self) -> list[Found]:
+    def _taking_part(self, names: Sequence[str]) -> list[Found]:
         without, against = self.plan["without"].get(OP, {}), self.plan.get("against")
-        wanted = [name for name in IMPLEMENTATIONS if name not in without]
+        wanted = [name for name in names if name not in without]
         return [Found(name) for name in wanted if name not in PEERS or against is None or name in against]
 
     @no_fallback()
-    def _case(self, case: Case) -> list[dict]:
+    def _case(self, case: Case, found: list[Found]) -> list[dict]:
         self._enter(case.id, None, "base")
-        found = self._taking_part()
         try:
             base = self._base_of(case)
         except torch.OutOfMemoryError as error:
@@ -203,15 +240,16 @@ class Steps:
         each.step = step_of(each.name, base, case, self.device)
         each.adapter_dtype = None if each.name == FLOOR else dtype_of(each.step.model)
         each.first_s, each.host_ms = warm_up(each.step, self.device)
-        each.memory = measure_memory(each.step, self.device)
+        each.memory = measure_memory(each.step, self.device, count_saved=each.name != COMPILED)
         if each.memory.peak is not None:
             weights = sum(p.nbytes for p in base.parameters())
             total = weights + each.step.own_bytes() + each.memory.peak
             each.note = f"{total / 1e9:.2f} GB at the peak, of which the frozen weights {weights / 1e9:.2f}"
 
 
-def _key(row: dict) -> tuple:
-    return *row["shape"].values(), row["dropout"], row["dtype"]
+def _expected(case: Case, spent: Sequence[tuple[float, int]]) -> list[float]:
+    """Seconds that the case would have taken like each that took (seconds, of so many tokens)."""
+    return [seconds * (FIXED_SHARE + (1 - FIXED_SHARE) * min(1.0, case.tokens / tokens)) for seconds, tokens in spent]
 
 
 def _in_words(error: BaseException) -> str:

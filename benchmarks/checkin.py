@@ -3,9 +3,10 @@
     python -m benchmarks.checkin --out DIR [--minutes 9] [--resume] [--smoke]
 
 The steps, the most valuable first: the environment, the machine's ceilings, the CUDA tests, tuning, the first cells of
-every bench, whole training steps, and what else the time allows. Each is on disk when it is over: DIR/checkin.json is
-valid from the first second on (schema in report.py), DIR/checkin.jsonl has its results as JSON lines, DIR/table.txt the
-tables, DIR/summary.txt the screen that is printed last, DIR/tuned the table of tuning, which the benches after it use.
+LoRA (single layers, and those that are one op) and of attention over a prefix, whole training steps, the first cells of
+every other bench, and what else the time allows, torch.compile last. Each is on disk when it is over: DIR/checkin.json
+is valid from the first second on (schema in report.py), DIR/checkin.jsonl has its results as JSON lines, DIR/table.txt
+the tables, DIR/summary.txt the screen that is printed last, DIR/tuned the table of tuning, which benches after it use.
 --resume goes on in a folder, with the steps that were not finished. What crashes or hangs is named and left out.
 --smoke takes the whole course on a CPU, on tiny shapes; no figure of it counts.
 
@@ -33,8 +34,9 @@ from .supervision import GRACE_S, Worker, end, serve, start, supervise
 
 TEST_WORKERS = 8
 SUMMARY_S = 5.0
-FIRST_TIERS = {"prefix": 2}  # of a bench before the rest; else 1
+FIRST_TIERS = {"lora": 2, "prefix": 2}  # of a bench before the rest; else 1
 FIRST_CASES = 3  # of training steps, before the rest
+STEP_ROUNDS = 5  # at least: a round of steps of eight billion parameters takes seconds
 PASSES = ("fwd+bwd", "fwd", "bwd")
 # Where tests for GPUs are: to collect all others takes longer than some of these.
 TESTS = ("tests/cuda", *(f"tests/benchmarks/test_{name}.py" for name in (
@@ -120,7 +122,9 @@ def _measure(course: Course, budget: Budget, cells: Sequence, cases: Sequence = 
     document["plan"] = plan_of(
         cells, course.device, budget_s=budget.left(), quick=course.smoke, passes=PASSES, compiled=last, profile=last
     )
-    document["plan"]["cases"] = [asdict(case) for case in cases]
+    if cases:
+        document["plan"]["cases"] = [asdict(case) for case in cases]
+        document["plan"]["rounds"][0] = min(document["plan"]["rounds"][0], STEP_ROUNDS)
     for op, names in before.get("without", {}).items():
         document["plan"]["without"].setdefault(op, {}).update(names)
     document["plan"]["skip"] |= before.get("skip", {})
@@ -141,11 +145,7 @@ def _settle(document: dict) -> None:
     """What an earlier step named as not measured, and a later one measured, is not named any longer."""
     done = set(map(key_of_row, document["results"]))
     measured = {(bench.op, cell.id) for bench, cell in cells_of(document["plan"], BY_OP) if key_of(bench, cell) in done}
-    measured |= {
-        (bench_step.OP, case.id)
-        for case in bench_step.cases_of(document["plan"])
-        if (bench_step.OP, tuple(case.shape().values()), case.dropout, case.dtype) in done
-    }
+    measured |= {(bench_step.OP, case.id) for case in bench_step.cases_of(document["plan"]) if case.key in done}
     document["unmeasured"] = [
         entry
         for entry in document["unmeasured"]
@@ -179,6 +179,11 @@ def _more_steps(course: Course, budget: Budget) -> Ended:
     return _measure(course, budget, (), _cases(course))
 
 
+def _compiled_steps(course: Course, budget: Budget) -> Ended:
+    """Beside the cases that are measured already, HF peft's under torch.compile: a minute and more of compilation."""
+    return _measure(course, budget, (), _cases(course), last=True)
+
+
 def _rest(course: Course, budget: Budget) -> Ended:
     """Every other cell, in turns, then torch.compile, then the kernels of the first cells."""
     return _measure(course, budget, in_turns(list(BENCHES.values()), tiny=course.smoke), last=True)
@@ -189,13 +194,14 @@ def _rest(course: Course, budget: Budget) -> Ended:
 STEPS: list[tuple[str, float, Callable[[Course, Budget], Ended]]] = [
     ("environment", 0.01, _environment),
     ("ceilings", 0.05, _ceilings),
-    ("tests", 0.28, _tests),
-    ("tune", 0.41, _tune),
-    ("lora", 0.55, _benches("lora")),
-    ("prefix", 0.67, _benches("prefix")),
-    ("step", 0.82, _step),
-    ("others", 0.88, _benches("adapter", "prompt", "mixed", "experts", "projections", "mlp", "dora")),
-    ("more steps", 0.92, _more_steps),
+    ("tests", 0.27, _tests),
+    ("tune", 0.38, _tune),
+    ("lora", 0.55, _benches("lora", "projections", "mlp")),
+    ("prefix", 0.65, _benches("prefix")),
+    ("step", 0.84, _step),
+    ("others", 0.90, _benches("adapter", "prompt", "mixed", "experts", "dora")),
+    ("more steps", 0.93, _more_steps),
+    ("compiled steps", 0.93, _compiled_steps),
     ("rest", 1.0, _rest),
 ]
 

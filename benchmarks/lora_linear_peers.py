@@ -79,17 +79,17 @@ def build_peft(inputs: Inputs, *, autocast_adapter_dtype: bool, compiled: bool =
 
 
 class AddmmLora(torch.autograd.Function):
-    """y = x Wᵀ, then y += s·S Bᵀ in place, S = drop(x) Aᵀ; backward dX = dY W, then dX += s·m⊙(T A), T = dY B.
+    """y = x Wᵀ + bias, then y += s·S Bᵀ in place, S = drop(x) Aᵀ; backward dX = dY W, then dX += s·m⊙(T A), T = dY B.
 
     The algebra that hand-written LoRA functions without own GEMM kernels share: every product in the vendor's library,
     the low-rank terms accumulated with beta = 1. dY B is computed once.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, a, b, scaling: float, dropout: float):
+    def forward(ctx, x, weight, bias, a, b, scaling: float, dropout: float):
         dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
         shrunk = dropped @ a.T
-        y = x @ weight.T
+        y = F.linear(x, weight, bias)
         y.addmm_(shrunk, b.T, alpha=scaling)
         ctx.save_for_backward(dropped, mask, shrunk, weight, a, b)
         ctx.scaling, ctx.dropout = scaling, dropout
@@ -101,19 +101,20 @@ class AddmmLora(torch.autograd.Function):
         t = grad @ b
         db = (grad.T @ shrunk).mul_(ctx.scaling)
         da = (t.T @ dropped).mul_(ctx.scaling)
-        dx = grad @ weight
-        if mask is None:
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        if dx is not None and mask is None:
             dx.addmm_(t, a, alpha=ctx.scaling)
-        else:
+        elif dx is not None:
             dx.addcmul_(t @ a, mask.to(dx.dtype), value=ctx.scaling / (1 - ctx.dropout))
-        return dx, None, da, db, None, None
+        return dx, None, None, da, db, None, None
 
 
 def build_addmm(inputs: Inputs) -> Call:
     leaves = inputs.leaves(None)
 
     def forward():
-        return AddmmLora.apply(leaves["x"], inputs.weight, leaves["A"], leaves["B"], inputs.scaling, inputs.dropout)
+        x, a, b = leaves.values()
+        return AddmmLora.apply(x, inputs.weight, None, a, b, inputs.scaling, inputs.dropout)
 
     return Call(forward, leaves, inputs.grad, {"weight": inputs.weight})
 

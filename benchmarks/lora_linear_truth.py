@@ -67,7 +67,8 @@ class LoraTruth:
         y, grads = call.run()
         for name, out in {"y": y.detach(), **dict(zip(call.leaves, grads, strict=True))}.items():
             floor = FP32_FLOOR if eager[name].dtype == torch.float32 else 0.0
-            expected = Expected(LABELS[name], eager[name], tail.pop(name), self.base.get(name), floor)
+            of = (eager[name], tail.pop(name), self.base.get(name))
+            expected = Expected(LABELS[name], *of, floor, numbers=len(self.x) * len(a))
             judge(verdict, name, out, expected, max_rms_ratio, "the low-rank part")
         return verdict
 

@@ -158,6 +158,12 @@ IMPLEMENTATIONS = (
         "peft's layers, adapters in the base's dtype",
         lambda inputs: build_peft(inputs, autocast_adapter_dtype=False),
     ),
+    Implementation(
+        "peft-compile",
+        "peft's layers in one module under torch.compile, adapters in the base's dtype",
+        lambda inputs: build_peft(inputs, autocast_adapter_dtype=False, compiled=True),
+        compiled=True,
+    ),
     Implementation("addmm-algebra", "one function of the vendor's products: Unsloth's algebra", build_addmm),
     _ours("fastpeft:separate", "fastpeft, layer by layer", build_separate, "separate"),
     _ours("fastpeft", "fastpeft, one op", build_fastpeft, "auto"),

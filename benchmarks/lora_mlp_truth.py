@@ -84,6 +84,7 @@ class MlpTruth:
         for name, out in {"y": y.detach(), **dict(zip(call.leaves, gradients, strict=True))}.items():
             floor = FP32_FLOOR if eager[name].dtype == torch.float32 else 0.0
             label = name if name == "y" else f"d{name.upper()}"
-            expected = Expected(label, eager[name], tail.pop(name), self.base.get(name), floor)
+            numbers = len(inputs.x) * len(inputs.lora_a[0])
+            expected = Expected(label, eager[name], tail.pop(name), self.base.get(name), floor, numbers=numbers)
             judge(verdict, name, out, expected, max_rms_ratio, "the low-rank part")
         return verdict

@@ -19,8 +19,8 @@ def build_frozen(inputs: Inputs) -> Call:
     return Call(lambda: tuple(F.linear(x, each) for each in inputs.weights), {"x": x}, inputs.grads, inputs.frozen)
 
 
-def build_peft(inputs: Inputs, *, autocast_adapter_dtype: bool) -> Call:
-    """peft's own layers with our values in them, one after the other."""
+def build_peft(inputs: Inputs, *, autocast_adapter_dtype: bool, compiled: bool = False) -> Call:
+    """peft's own layers with our values in them, one after the other; compiled, as one function of x."""
     if importlib.util.find_spec("peft") is None:
         raise Missing("peft is not installed")
     from peft import LoraConfig, get_peft_model
@@ -42,7 +42,14 @@ def build_peft(inputs: Inputs, *, autocast_adapter_dtype: bool) -> Call:
             leaves |= {f"A{i}": layer.lora_A["default"].weight, f"B{i}": layer.lora_B["default"].weight}
             leaves[f"A{i}"].copy_(a)
             leaves[f"B{i}"].copy_(b)
-    return Call(lambda: tuple(layer(leaves["x"]) for layer in layers), leaves, inputs.grads, inputs.frozen)
+
+    def forward(x):
+        return tuple(layer(x) for layer in layers)
+
+    if compiled:
+        torch._dynamo.reset()  # every cell compiles the same code anew; dynamo gives up after eight such times
+        forward = torch.compile(forward, dynamic=False)
+    return Call(lambda: forward(leaves["x"]), leaves, inputs.grads, inputs.frozen)
 
 
 def _layer_by_layer(inputs: Inputs, leaves: dict[str, torch.Tensor], layer, context=None) -> Call:
@@ -55,7 +62,7 @@ def _layer_by_layer(inputs: Inputs, leaves: dict[str, torch.Tensor], layer, cont
 
 def build_addmm(inputs: Inputs) -> Call:
     return _layer_by_layer(
-        inputs, inputs.leaves(None), lambda x, weight, a, b: AddmmLora.apply(x, weight, a, b, inputs.scaling, 0.0)
+        inputs, inputs.leaves(None), lambda x, weight, a, b: AddmmLora.apply(x, weight, None, a, b, inputs.scaling, 0.0)
     )
 
 
@@ -95,6 +102,12 @@ IMPLEMENTATIONS = (
         "peft",
         "peft's layers, adapters in the base's dtype",
         lambda inputs: build_peft(inputs, autocast_adapter_dtype=False),
+    ),
+    Implementation(
+        "peft-compile",
+        "peft's layers in one function under torch.compile, adapters in the base's dtype",
+        lambda inputs: build_peft(inputs, autocast_adapter_dtype=False, compiled=True),
+        compiled=True,
     ),
     Implementation("addmm-algebra", "the vendor's products, then addmm_: Unsloth's and Axolotl's algebra", build_addmm),
     ours(

@@ -5,7 +5,8 @@ COVERED, the usual way, keeps the device busy while the host launches, which hid
 the two or not far behind, but leaves the gaps between small kernels in the figures.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,17 @@ from .harness import Call
 COVERED, GRAPH, EAGER = "covered", "graph", "eager"
 NAMES = {GRAPH: "replayed", EAGER: "eager"}  # in the name of a cell's shape
 FEW_ROWS = 64
+DECODED = (1, 8, 64)  # rows: samples of one new token each
 WARM_UPS = 3  # on a side stream, as capture demands
+
+
+def each_way(cells: Iterable) -> list:
+    """The cells (with a name, M rows and `launches`), those of few rows twice: replayed from a graph, and eager."""
+    found = []
+    for cell in cells:
+        ways = [replace(cell, name=f"{cell.name}, {name}", launches=way) for way, name in NAMES.items()]
+        found += ways if cell.M <= FEW_ROWS else [cell]
+    return found
 
 
 @dataclass

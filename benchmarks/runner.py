@@ -92,13 +92,15 @@ def plan_of(
 ) -> dict:
     """Plain data, so that a process can be started on it, and started again. `without` names implementations, by op,
     that are not to be run and why, `skip` likewise cells by id. `against`: the peers wanted, None for all. `compiled`:
-    whether torch.compile takes part. `profile`: whether the kernels of the first cells are listed, on a GPU."""
+    whether torch.compile takes part: on a GPU, and not where all is `quick`. `profile`: whether the kernels of the
+    first cells are listed, on a GPU."""
+    compiled = compiled and device == "cuda" and not quick
     without: dict[str, dict[str, str]] = {}
     counts: dict[str, int] = {}
     entries = []
     for bench, cell in cells:
         without.setdefault(bench.op, {})
-        taken = counts.get(bench.op, 0) if device == "cuda" and compiled and not quick else bench.compiled_cells
+        taken = counts.get(bench.op, 0) if compiled else bench.compiled_cells
         counts[bench.op] = taken + 1
         entries.append({"op": bench.op, **asdict(replace(cell, compiled=taken < bench.compiled_cells))})
         if device == "cpu":
@@ -116,6 +118,7 @@ def plan_of(
         "seconds_per_cell": 2.5,
         "passes": list(passes),
         "against": None if against is None else sorted(against),
+        "compiled": compiled,
         "profile": profile,
         "without": without,
         "skip": {},
@@ -144,6 +147,15 @@ def key_of(bench: Bench, cell: Cell) -> tuple:
 
 def key_of_row(row: dict) -> tuple:
     return row["op"], tuple(row["shape"].values()), row["dropout"], row["dtype"]
+
+
+def join_ratios(document: dict, rows: Sequence[dict], names: Collection[str]) -> None:
+    """Ours in the results gets from our rows of later rounds the ratios to these names."""
+    ours = {(key_of_row(row), row["pass"]): row["speedup_vs"] for row in rows if row["impl"] == OURS}
+    for row in document["results"]:
+        if row["impl"] == OURS:
+            later = ours.get((key_of_row(row), row["pass"]), {})
+            row["speedup_vs"] |= {peer: ratio for peer, ratio in later.items() if peer in names}
 
 
 def launches_of(cell: Cell, device: torch.device) -> str:
@@ -272,17 +284,11 @@ class Run:
             spent.append(self.budget.elapsed() - start)
             names = {implementation.name for implementation in compiled}
             added = [row for row in rows if row["impl"] in names]
-            for row in (row for row in rows if row["impl"] == OURS):
-                self._join_ratios(row, names)
+            join_ratios(self.document, rows, names)
             self.document["results"].extend(added)
             self.save()
             if added:
                 self.say(progress(bench, cell, added, self.budget))
-
-    def _join_ratios(self, ours: dict, names: Collection[str]) -> None:
-        for row in self.document["results"]:
-            if (key_of_row(row), row["impl"], row["pass"]) == (key_of_row(ours), OURS, ours["pass"]):
-                row["speedup_vs"] |= {peer: r for peer, r in ours["speedup_vs"].items() if peer in names}
 
     def _enter(self, op: str, cell: str, implementation: str | None, stage: str) -> None:
         self.document["running"] = {"op": op, "cell": cell, "impl": implementation, "stage": stage}

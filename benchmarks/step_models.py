@@ -6,6 +6,7 @@ modules and keeps its parameters: the copies are wrapped and patched, and hold t
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import re
 import sys
@@ -18,15 +19,20 @@ from torch import nn
 
 from .baselines import Missing
 from .dtypes import DTYPES
+from .lora_linear_peers import AddmmLora
 from .report import FLOOR
 from .step_cases import METHODS, MODELS, Case
 
-PEFT, OURS, FUSED, LIGER = "peft", "fastpeft", "fastpeft-fused", "liger"
+PEFT, COMPILED, ALGEBRA = "peft", "peft-compile", "addmm-algebra"
+OURS, FUSED, LIGER = "fastpeft", "fastpeft-fused", "liger"
+OF_PEFT = (PEFT, COMPILED, ALGEBRA)  # models of HF peft's
 LABELS = {
     FLOOR: "the frozen model: forward, and backward down to its embeddings",
     PEFT: "HF peft, eager, its defaults",
+    COMPILED: "HF peft, its defaults, every layer of the model under torch.compile",
+    ALGEBRA: "HF peft's model, its linear layers the vendor's products, then addmm_: Unsloth's and Axolotl's algebra",
     OURS: "fastpeft",
-    FUSED: "fastpeft, with projections that read one tensor as one op",
+    FUSED: "fastpeft, with projections that read one tensor as one op, and MLPs as one",
     LIGER: "fastpeft in a model with Liger's norms, MLP, rotary embedding and loss",
 }
 ONCE = ("pooler", "classifier", "score")  # modules that see one token of a sequence
@@ -78,35 +84,65 @@ def frozen(base: nn.Module) -> Model:
 def adapted(name: str, base: nn.Module, case: Case, backend: str | None = None) -> Model:
     """HF peft's or our model on the parameters of `base`, its adapter drawn from one seed. backend: of ours.
 
-    Raises Missing where the library is not installed, has no such method, or none for such a model.
+    Raises Missing where the library is not installed, has no such method, or none for such a model, and where a variant
+    has nothing to change.
     """
+    if name in _VARIANTS and case.method != "lora":
+        raise Missing(f"{case.method} has no layers of plain LoRA")
     module, context = share(base), contextlib.nullcontext
     if name == LIGER:
         context = _surround(module)
-    wrap, config_class, refusals = _peft(case) if name == PEFT else _ours(case, backend)
+    wrap, config_class, refusals = _peft(case) if name in OF_PEFT else _ours(case, backend)
     torch.manual_seed(1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = wrap(module, config_class(**case.options())).train()
     except refusals as error:
-        library = PEFT if name == PEFT else OURS
+        library = PEFT if name in OF_PEFT else OURS
         raise Missing(f"{library} has no {case.method} for {type(base).__name__}: {error}") from error
-    if name == FUSED:
-        _fuse(module, case)
+    if name in _VARIANTS:
+        _VARIANTS[name](module)
     return Model(module, context)
 
 
-def _fuse(module: nn.Module, case: Case) -> None:
+def _compile(module: nn.Module) -> None:
+    """Layer by layer: they share what is compiled of the first, where the whole model would take minutes."""
+    count = module.config.num_hidden_layers
+    for layers in module.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == count:
+            for layer in layers:
+                layer.compile(dynamic=False)
+
+
+def _by_algebra(module: nn.Module) -> None:
+    """An autograd function in the place of each adapted linear layer's forward."""
+    from peft.tuners.lora import Linear
+
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            layer.forward = functools.partial(_algebra, layer)
+
+
+def _algebra(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x (..., K) through peft's layer around an nn.Linear; the adapter's matrices are rounded to x's type."""
+    base, (name,) = layer.base_layer, layer.active_adapters
+    a, b = (each[name].weight.to(x.dtype) for each in (layer.lora_A, layer.lora_B))
+    dropout, rows = getattr(layer.lora_dropout[name], "p", 0.0), x.reshape(-1, x.shape[-1])
+    return AddmmLora.apply(rows, base.weight, base.bias, a, b, layer.scaling[name], dropout).view(*x.shape[:-1], -1)
+
+
+def _fuse(module: nn.Module) -> None:
     """Which projections read one tensor is seen in a call, which is not to be the one that is checked."""
     import fastpeft
 
-    if METHODS[case.method].peft_type != "LORA":
-        raise Missing(f"{case.method} has no projections to fuse")
-    fastpeft.fuse(module, "projections")
+    fastpeft.fuse(module)
     device = next(module.parameters()).device
     with torch.no_grad():
         module(input_ids=torch.ones(1, 8, dtype=torch.int64, device=device))
+
+
+_VARIANTS = {COMPILED: _compile, ALGEBRA: _by_algebra, FUSED: _fuse}  # of models with LoRA, once they are made
 
 
 def _peft(case: Case):

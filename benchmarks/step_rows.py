@@ -10,10 +10,10 @@ from .harness import Memory
 from .report import FLOOR
 from .rows import PASS_MS, times_of
 from .step_cases import Case
-from .step_models import LABELS, LIGER, PEFT, Model, adapted, frozen, inputs_of, trained
+from .step_models import LABELS, LIGER, OF_PEFT, Model, adapted, frozen, inputs_of, trained
 
 OP = "step"
-PEERS = (PEFT, LIGER)
+PEERS = (*OF_PEFT, LIGER)
 RATE = 1e-4
 
 
@@ -119,7 +119,7 @@ def words(case: Case, rows: list[dict]) -> str:
             if row["impl"] != FLOOR and row["overhead_over_floor"] is not None:
                 over, low, high = (100 * row[f"overhead_{name}"] for name in ("over_floor", "p20", "p80"))
                 text += f", {over:+.1f}% ({low:+.1f} to {high:+.1f}) over frozen"
-            if row["impl"] != PEFT:
+            if row["impl"] not in OF_PEFT:
                 text += "".join(f", {ratio:.2f}x the speed of {peer}" for peer, ratio in row["speedup_vs"].items())
         parts.append(text)
     return f"{OP}: {case.id}: {'; '.join(parts)}"

@@ -41,12 +41,14 @@ def _steps(steps: Sequence[dict]) -> list[str]:
 
 
 def _targets(found: Sequence[Outcome]) -> list[str]:
-    rows = [["target", "wanted", "measured", ""]]
+    rows = [["target", "wanted", "stretch", "measured", ""]]
     for outcome in found:
         target = outcome.target
         wanted = f"{'>=' if target.at_least else '<='} {figure(target.wanted, target.unit)}"
         verdict = {None: "not measured", True: "met", False: f"missed by {100 * (outcome.gap or 0):.1f} %"}[outcome.met]
-        rows.append([target.name, wanted, figure(outcome.measured, target.unit), verdict])
+        verdict = "met, and its stretch" if outcome.stretched else verdict
+        figures = (figure(value, target.unit) for value in (target.stretch, outcome.measured))
+        rows.append([target.name, wanted, *figures, verdict])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     out = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     worst = targets.gaps(found)

@@ -12,7 +12,10 @@ from benchmarks.harness import Budget
 from benchmarks.summary import LINES
 from tests.benchmarks.made_up import made_up_tests
 
-STEPS = ["environment", "ceilings", "tests", "tune", "lora", "prefix", "step", "others", "more steps", "rest"]
+STEPS = ["environment", "ceilings", "tests", "tune", "lora", "prefix", "step", "others", "more steps"]
+STEPS += ["compiled steps", "rest"]
+# What a cell and a training step's case are guessed to take on an H200, by their tokens; nothing was measured.
+CELL_S, CASE_S = 5.0, {2 * 4096: 45.0, 2 * 2048: 25.0}
 
 
 @pytest.mark.slow
@@ -50,6 +53,9 @@ def assert_every_op_and_whole_steps_are_measured(document):
     ours = ["fastpeft", "fastpeft-fp32", "fastpeft:torch"]
     assert list(lora) == ["frozen", "peft-fp32", "peft", "addmm-algebra", *ours]
     assert lora["fastpeft"]["speedup_vs"].keys() == {"peft-fp32", "peft", "addmm-algebra"}
+    lora_step = {row["impl"]: row["status"] for row in rows if row["shape"]["name"] == "tiny lora"}
+    assert lora_step["addmm-algebra"] == lora_step["fastpeft-fused"] == "ok"
+    assert ("step", "peft-compile") in {(entry["op"], entry["impl"]) for entry in document["unmeasured"]}
     absent = {entry["impl"] for entry in document["unmeasured"]}
     assert {"peft-compile", "lorafusion", "fastpeft:prewrite", "flex", "fastpeft:merge", "flex-twice"} <= absent
     assert None not in absent
@@ -95,6 +101,62 @@ def test_every_test_for_gpus_is_among_those_that_it_runs():
     given = [report.ROOT / each for each in checkin.TESTS]
     assert all(each.exists() for each in given) and len(marked) > 20
     assert not [path for path in marked if not any(path.is_relative_to(each) for each in given)]
+
+
+def planned(monkeypatch, tmp_path, name):
+    """(cells, cases, whether torch.compile takes part) of a step on a GPU."""
+    given = []
+
+    def measure(course, budget, cells, cases=(), last=False):
+        given.append(([(bench.op, cell) for bench, cell in cells], list(cases), last))
+
+    monkeypatch.setattr(checkin, "_measure", measure)
+    (run,) = [run for step, _, run in checkin.STEPS if step == name]
+    run(checkin.Course(tmp_path, Budget(520), "cuda", ()), Budget(100))
+    return given[0]
+
+
+def test_what_the_targets_want_of_lora_comes_before_all_else(monkeypatch, tmp_path):
+    cells, cases, _ = planned(monkeypatch, tmp_path, "lora")
+    assert [op for op, _ in cells] == ["lora_linear"] * 11 + ["lora_projections"] * 2 + ["lora_mlp"] and cases == []
+    assert {(cell.M, cell.r) for _, cell in cells} == {(8192, 16)}
+    assert [cell.K for _, cell in cells if cell.name == "lorafusion-grid"] == [4096, 5120, 8192]
+    _, cases, _ = planned(monkeypatch, tmp_path, "step")
+    assert [(case.method, case.dropout, case.tokens) for case in cases] == [
+        ("lora", 0.0, 8192), ("prefix", 0.0, 4096), ("lora", 0.05, 4096)
+    ]  # fmt: skip
+
+
+def test_what_has_to_be_compiled_comes_last(monkeypatch, tmp_path):
+    compiled = [name for name in STEPS[4:] if planned(monkeypatch, tmp_path, name)[2]]
+    assert compiled == ["compiled steps", "rest"]
+    shares = {name: share for name, share, _ in checkin.STEPS}
+    assert shares["compiled steps"] == shares["more steps"], "it gets what nothing else has used"
+    assert list(shares) == STEPS and sorted(shares.values()) == list(shares.values()) and shares["rest"] == 1.0
+
+
+def test_the_first_cells_fit_the_nine_minutes(monkeypatch, tmp_path):
+    """By guesses; a budget ends what takes longer."""
+    seconds = 60 * 9.0 - checkin.GRACE_S - checkin.SUMMARY_S
+    assert seconds > 60 * 8.5
+    begun = 0.0
+    for name, share, _ in checkin.STEPS:
+        if name in ("lora", "prefix", "step"):
+            cells, cases, _ = planned(monkeypatch, tmp_path, name)
+            guess = CELL_S * len(cells) + sum(CASE_S[case.tokens] for case in cases)
+            assert guess <= (share - begun) * seconds, name
+        begun = share
+
+
+def test_rounds_of_whole_steps_may_be_few(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkin, "supervise", lambda worker, budget: "")
+    course = checkin.Course(tmp_path, Budget(100), "cuda", ())
+    for cases, least in (((), 10), (checkin._cases(course)[:1], checkin.STEP_ROUNDS)):
+        document = report.new_document({})
+        document["stamp"] = report.stamp("cpu")
+        report.save(document, course.path)
+        checkin._measure(course, Budget(50), (), cases)
+        assert report.load(course.path)["plan"]["rounds"] == [least, 60]
 
 
 def test_a_step_that_fails_is_recorded_and_the_next_one_runs(monkeypatch, tmp_path):

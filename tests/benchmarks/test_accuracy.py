@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import lora_linear_peers as peers
 from benchmarks import report
-from benchmarks.accuracy import MAX_RMS_RATIO, PEER_RMS_RATIO
+from benchmarks.accuracy import MAX_RMS_RATIO, PEER_RMS_RATIO, Expected, Verdict, judge
 from benchmarks.baselines import Implementation
 from benchmarks.bench_lora_linear import Cell, inputs_of, truth_of
 from benchmarks.harness import Call
@@ -44,14 +44,14 @@ class Planted(torch.autograd.Function):
         ctx.fault, ctx.shape = fault, x.shape
         if fault == "seed ignored" and dropout:
             torch.manual_seed(0)
-        y = AddmmLora.forward(ctx, x, weight, a, b, scaling, dropout)
+        y = AddmmLora.forward(ctx, x, weight, None, a, b, scaling, dropout)
         if fault == "forward scale":
             y.add_(y - x @ weight.T, alpha=0.01)
         return y[:, :-1] if fault == "shape" else y
 
     @staticmethod
     def backward(ctx, grad):
-        dx, _, da, db, _, _ = AddmmLora.backward(ctx, grad)
+        dx, _, _, da, db, _, _ = AddmmLora.backward(ctx, grad)
         if ctx.fault == "scale of dA":
             da = da * 1.01
         elif ctx.fault == "dB is zero":
@@ -163,6 +163,23 @@ def test_the_oracle_is_the_autograd_of_the_definition():
     torch.testing.assert_close(truth.base["y"] + tail["y"], y)
     torch.testing.assert_close(truth.base["x"] + tail["x"], grads["x"])
     torch.testing.assert_close((tail["A"], tail["B"]), (grads["A"], grads["B"]))
+
+
+@pytest.mark.parametrize(("numbers", "rms", "gain"), [(None, 1.1, 0.002), (128, 1.1, 0.002), (16, 2.53, 0.0065)])
+def test_chance_is_allowed_for_where_few_numbers_are_rounded(numbers, rms, gain):
+    """Three standard deviations of a third of them; of as many as eight rows of rank 16 have, nothing."""
+    truth, wrong = torch.linspace(1, 2, 64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    wrong[::2], wrong[1::2] = 1.0, -1.0
+    eager = truth + 0.005 * truth.square().mean().sqrt() * wrong / wrong.square().mean().sqrt()
+    for excess, problems in ((0.99, 0), (1.01, 1)):
+        verdict = Verdict()
+        judge(
+            verdict, "A", truth + excess * rms * (eager - truth), Expected("dA", eager, truth, numbers=numbers), 1.1, ""
+        )
+        assert len(verdict.problems) == problems, verdict
+        scaled = Verdict()
+        judge(scaled, "A", (1 + excess * gain) * truth, Expected("dA", eager, truth, numbers=numbers), 1.1, "")
+        assert [" gain " in text for text in scaled.problems] == [True] * problems, scaled
 
 
 @pytest.mark.cuda

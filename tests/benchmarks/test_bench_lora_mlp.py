@@ -29,13 +29,23 @@ def test_every_implementation_is_right(dtype):
     inputs = inputs_of(dataclasses.replace(CELL, M=400, dtype=dtype), CPU)
     judge, checked = MlpTruth(inputs), []
     for implementation in peers.IMPLEMENTATIONS:
-        if implementation.name == report.FLOOR:
+        if implementation.name == report.FLOOR or implementation.compiled:
             continue
         verdict = judge.verify(implementation.build(inputs), implementation.rms_bound)
         assert verdict.problems == [], implementation.name
         assert set(verdict.gain) == NAMES
         checked.append(implementation.name)
     assert checked == HERE
+
+
+def test_the_compiled_peer_compiles_peft_s_layers_as_one(monkeypatch):
+    """Without a compilation, of which a CPU's would take half a minute."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    (compiled,) = [each for each in peers.IMPLEMENTATIONS if each.compiled]
+    inputs = inputs_of(CELL, CPU)
+    assert (compiled.name, compiled.peer, asked) == ("peft-compile", True, [])
+    assert MlpTruth(inputs).verify(compiled.build(inputs)).problems == [] and asked == [{"dynamic": False}]
 
 
 @pytest.mark.interpreter
@@ -85,11 +95,11 @@ def test_it_is_measured(run):
 
 
 def test_the_cells():
-    first, more = bench.tiers(tiny=False)
+    first, _, more = bench.tiers(tiny=False)
     assert [(c.name, c.K, c.H, c.r) for c in (*first, *more)] == [("llama3-8b mlp", 4096, 14336, r) for r in (16, 32)]
     assert [cell.dtype for cell in bench.tiers(tiny=True)[0]] == ["bf16"]
-    (given,) = bench.cells(Request(shapes=((5, 16, 24),), ranks=(8,)))
-    assert given.shape() == {"name": "given", "M": 5, "K": 16, "H": 24, "r": 8}
+    (given,) = bench.cells(Request(shapes=((65, 16, 24),), ranks=(8,)))
+    assert given.shape() == {"name": "given", "M": 65, "K": 16, "H": 24, "r": 8}
     sizes = {"M": 91, "K": 48, "H": 40, "N": 48, "itemsize": 4}
     assert CELL.work(False, "fwd") == cost.lora_mlp("fwd", **sizes, r=4)
     assert CELL.work(True, "bwd") == cost.lora_mlp("bwd", **sizes, r=0)

@@ -199,9 +199,9 @@ def test_the_plan_begins_with_what_matters_most():
     of_lora, of_prefix, of_prompt = of["lora_linear"], of["prefix_attention"], of["gated_prompt_attention"]
     assert {op: len({cell.id for cell in found}) for op, found in of.items()} == {
         "lora_linear": 50, "prefix_attention": 17, "gated_prompt_attention": 6, "prompt_embedding": 3,
-        "mixed_lora_linear": 4, "expert_lora_linear": 2, "lora_projections": 4, "lora_mlp": 2, "dora_linear": 4,
+        "mixed_lora_linear": 4, "expert_lora_linear": 2, "lora_projections": 16, "lora_mlp": 8, "dora_linear": 4,
     }  # fmt: skip
-    assert len(cells) == 92
+    assert len(cells) == 110
     assert [(c.name, c.r, c.dropout) for c in of_lora[:4]] == [
         ("llama3-8b q/o", 16, 0.0),
         ("llama3-8b q/o", 16, 0.05),
@@ -210,10 +210,12 @@ def test_the_plan_begins_with_what_matters_most():
     ]
     first = [cell for _, cell in cells[:14]]
     assert first == of_lora[:8] + of_prefix[:3] + of_prompt[:3] and {cell.r for cell in of_lora[:8]} == {16}
-    assert {(c.name, c.r, c.dropout) for c in of_lora[44:]} == {("lorafusion-grid", 16, 0.1)}
+    assert {(c.name, c.M, c.r, c.dropout) for c in of_lora[8:11]} == {("lorafusion-grid", 8192, 16, 0.1)}
+    assert {(c.name, c.M, c.r, c.dropout) for c in of_lora[47:]} == {("lorafusion-grid", 2048, 16, 0.1)}
     assert [(c.S, c.P, c.H, c.Hkv) for c in of_prefix[:3]] == [(s, 30, 32, 8) for s in (2048, 512, 8192)]
     assert [cell.compiled for cell in of_lora] == [True] * 2 + [False] * 48
     assert [cell.compiled for cell in of_prefix] == [True] * 2 + [False] * 15
+    assert all([cell.compiled for cell in of[op]][:2] == [True, False] for op in ("lora_projections", "lora_mlp"))
     assert plan["without"] == {op: {} for op in BY_OP} and json.loads(json.dumps(plan)) == plan
 
 

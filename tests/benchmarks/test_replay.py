@@ -1,16 +1,18 @@
 """Few rows replayed from CUDA graphs, and eager beside them: on a made-up GPU, whose graphs are lists of functions."""
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_lora_linear, harness, replay, runner
+from benchmarks import bench_lora_linear, bench_lora_mlp, bench_lora_projections, harness, replay, runner
 from benchmarks.baselines import Implementation
 from benchmarks.harness import Call, Sample
 from benchmarks.predict import predictions
 from benchmarks.replay import COVERED, EAGER, GRAPH
+from benchmarks.report import FLOOR
 from benchmarks.request import Request
 from benchmarks.rows import Prepared
 
@@ -161,9 +163,54 @@ def test_few_rows_are_replayed_and_eager_and_many_are_neither():
     assert ways(65) == [("given", COVERED, 65)]
 
 
+@pytest.mark.parametrize("bench", [bench_lora_linear, bench_lora_projections, bench_lora_mlp], ids=lambda b: b.OP)
+def test_few_rows_of_every_op_are_of_the_first_tier_s_layers(bench):
+    (few,) = [tier for tier in bench.tiers(False) if tier[0].M == 1]
+    first = bench.tiers(False)[0]
+    names = [cell.name for cell in first[:4:2] if bench is bench_lora_linear] or [cell.name for cell in first]
+    wanted = [(f"{name}, {way}", m) for m in (1, 8, 64) for name in names for way in ("replayed", "eager")]
+    assert [(cell.name, cell.M) for cell in few] == wanted and {cell.r for cell in few} == {16}
+    assert {(cell.launches, cell.name.rpartition(", ")[2]) for cell in few} == {(GRAPH, "replayed"), (EAGER, "eager")}
+    assert len({runner.key_of(bench.BENCH, cell) for cell in few}) == len(few)
+
+
+@pytest.mark.parametrize(
+    ("bench", "shape"), [(bench_lora_projections, (8, 64, 32, 16)), (bench_lora_mlp, (8, 64, 32))], ids=["qkv", "mlp"]
+)
+def test_few_rows_by_numbers_are_replayed_and_eager_on_a_gpu(bench, shape):
+    found = bench.cells(Request(shapes=(shape,)))
+    assert [(cell.name, cell.launches) for cell in found] == [("given, replayed", GRAPH), ("given, eager", EAGER)]
+    assert [cell.launches for cell in bench.cells(Request(shapes=(shape,), tiny=True))] == [COVERED]
+    assert [cell.launches for cell in bench.cells(Request(shapes=((65, *shape[1:]),)))] == [COVERED]
+    entry = runner.plan_of([(bench.BENCH, found[1])], "cuda", budget_s=1.0)
+    assert runner.cells_of(entry, {bench.OP: bench.BENCH})[0][1].launches == EAGER
+
+
+@pytest.mark.parametrize("rows", replay.DECODED)
+@pytest.mark.parametrize(
+    ("bench", "cell"),
+    [
+        (bench_lora_projections, bench_lora_projections.Cell("few", 1, 1024, 512, 128, 3, 16, "bf16")),
+        (bench_lora_mlp, bench_lora_mlp.Cell("few", 1, 1024, 1536, 16, "bf16")),
+    ],
+    ids=["qkv", "mlp"],
+)
+def test_few_rows_are_judged(bench, cell, rows):
+    """The check says something of one row of a model's width too: right ones pass, a scale that is 3 % off does not."""
+    cell = replace(cell, M=rows)
+    inputs = bench.inputs_of(cell, CPU)
+    truth = bench.BENCH.truth(inputs)
+    for each in bench.BENCH.implementations:
+        if each.name != FLOOR and not each.compiled:
+            assert truth.verify(each.build(inputs), each.rms_bound).problems == [], each.name
+    (ours,) = [each for each in bench.BENCH.implementations if each.name == "fastpeft"]
+    assert truth.verify(ours.build(replace(inputs, scaling=0.97 * inputs.scaling)), ours.rms_bound).problems
+
+
 def test_decoding_comes_behind_rank_16():
-    first, second, third, *_ = bench_lora_linear.tiers(False)
+    first, grid, second, third, *_, last = bench_lora_linear.tiers(False)
     assert {cell.M for cell in first} == {8192} and {cell.r for cell in third} == {64}
+    assert [{(c.name, c.M) for c in tier} for tier in (grid, last)] == [{("lorafusion-grid", m)} for m in (8192, 2048)]
     layers, ways = ("q/o", "gate/up"), ("replayed", "eager")
     names = [(f"llama3-8b {layer}, {way}", m) for m in (1, 8, 64) for layer in layers for way in ways]
     assert [(cell.name, cell.M) for cell in second] == names

@@ -19,13 +19,14 @@ CPU = torch.device("cpu")
 
 def test_the_order_is_by_value():
     wanted = cases(Request())
-    assert [(case.model, case.method, case.dropout) for case in wanted[:4]] == [
-        ("llama3-8b", "lora", 0.0),
-        ("llama3-8b", "prefix", 0.0),
-        ("llama3-8b", "lora", 0.05),
-        ("llama3-8b", "adapter", 0.0),
+    assert [(case.model, case.method, case.dropout, case.tokens) for case in wanted[:5]] == [
+        ("llama3-8b", "lora", 0.0, 2 * 4096),
+        ("llama3-8b", "prefix", 0.0, 2 * 2048),
+        ("llama3-8b", "lora", 0.05, 2 * 2048),
+        ("llama3-8b", "adapter", 0.0, 2 * 2048),
+        ("llama3-8b", "lora", 0.0, 2 * 2048),
     ]
-    assert len(wanted) == len(set(wanted)) == len({case.id for case in wanted}) == 22
+    assert len(wanted) == len(set(wanted)) == len({case.id for case in wanted}) == 23
     assert {case.model for case in wanted} == GEOMETRIES.keys() - {"llama2-7b", "small", "tiny"}
     assert {case.dtype for case in wanted} == {"bf16"} and wanted[0].shape()["batch"] == 2
     plan = {"cases": json.loads(json.dumps([asdict(case) for case in wanted]))}
