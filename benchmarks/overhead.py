@@ -4,11 +4,14 @@ nothing, beside a bare torch.autograd.Function of the same tensors, which is the
     python -m benchmarks.overhead
 
 In a loop of nothing else, and cold: between large products, as in a step on a CPU, where the interpreter's code and
-objects have left the caches each time and cost ten times as much.
+objects have left the caches each time and cost ten times as much. And on the Triton path, as a GPU's calls go, with
+launches that launch nothing: with what torch takes to allocate, without what Triton's own launcher takes.
 """
 
+import contextlib
 import functools
 import importlib
+import os
 import statistics
 import sys
 import time
@@ -19,6 +22,9 @@ import torch
 from torch import nn
 
 import fastpeft
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its path serves CPU tensors then
 
 CALLS, REPEATS = 2000, 7
 COLD_CALLS = 40
@@ -64,6 +70,41 @@ def cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
         "lora_linear": (lambda: apply_lora(x, weight, bias, None, a, b, 2.0, 0.0), wanted),
         "a patched layer": (lambda: layer(x), wanted),
     }
+
+
+@contextlib.contextmanager
+def empty_launches():
+    """Within it ops take the Triton path, and a launch does nothing but join the list that is given."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches = []
+
+    def launcher(kernel, grid):
+        return lambda *arguments, **options: launches.append(kernel)
+
+    with fastpeft.backend("triton"), mock.patch.object(InterpretedFunction, "__getitem__", launcher):
+        yield launches
+
+
+def cases_on_kernels() -> dict[str, tuple[Callable, list[torch.Tensor], list[torch.Tensor]]]:
+    """name -> (a forward, what wants a gradient of it, gradients of its results); of `empty_launches`."""
+    ops = {name: importlib.import_module(f"fastpeft.ops.{name}") for name in ("lora_linear", "lora_projections")}
+    mlp = importlib.import_module("fastpeft.ops.lora_mlp")
+    half = dict(dtype=torch.bfloat16)
+    x, dy = torch.randn(ROWS, WIDTH, requires_grad=True, **half), torch.randn(ROWS, WIDTH, **half)
+    weight, s = torch.randn(WIDTH, WIDTH, **half), torch.randn(ROWS, RANK, **half)
+    a = [torch.randn(RANK, WIDTH, requires_grad=True, **half) for _ in range(3)]
+    b = [torch.randn(WIDTH, RANK, requires_grad=True, **half) for _ in range(3)]
+    three = [ops["lora_linear"].Projection(weight, None, *each, 2.0, 0.0) for each in zip(a, b, strict=True)]
+    one = [x, a[0], b[0]]
+    return {
+        "a bare Function": (lambda: Bare.apply(dy, x, weight, None, a[0], b[0], s), one, [dy]),
+        "lora_linear": (lambda: ops["lora_linear"].apply_lora(x, weight, None, None, a[0], b[0], 2.0, 0.0), one, [dy]),
+        "three projections": (
+            lambda: ops["lora_projections"].apply_lora_projections(x, three), [x, *a, *b], [dy] * 3
+        ),
+        "a gated MLP": (lambda: mlp.apply_lora_mlp(x, *three, "silu"), [x, *a, *b], [dy]),
+    }  # fmt: skip
 
 
 def microseconds(actions: list[Callable[[], object]], calls: int = CALLS, repeats: int = REPEATS) -> list[float]:
@@ -126,11 +167,32 @@ def measured(
         return list(zip(names, *columns, map(python_calls, forwards), strict=True))
 
 
+def measured_on_kernels(
+    calls: int = CALLS, repeats: int = REPEATS
+) -> list[tuple[str, float, float, int, int, int, int]]:
+    """(name, forward, backward in microseconds, launches of each, Python functions entered by each) of each case."""
+    with empty_launches() as launches:
+        rows = []
+        for name, (forward, wanted, dys) in cases_on_kernels().items():
+            backward = functools.partial(torch.autograd.grad, forward(), wanted, dys, retain_graph=True)
+            both, counts = (forward, backward), []
+            for action in both:
+                launches.clear()
+                action()
+                counts.append(len(launches))
+            rows.append((name, *microseconds(both, calls, repeats), *counts, *map(python_calls, both)))
+        return rows
+
+
 def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALLS) -> int:
     print(f"{'':16}  forward us  backward us  cold forward us  cold backward us  Python functions")
     for name, forward, backward, cold_forward, cold_backward, entered in measured(calls, repeats, cold_calls):
         cold = f"{cold_forward:15.1f}  {cold_backward:16.1f}"
         print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {cold}  {entered:16}")
+    if not torch.cuda.is_available():
+        print(f"\n{'on kernels':17}  forward us  backward us  launches      Python functions")
+        for name, forward, backward, *counts in measured_on_kernels(calls, repeats):
+            print("{:17}  {:10.1f}  {:11.1f}  {:3} and {:3}  {:7} and {}".format(name, forward, backward, *counts))
     return 0
 
 

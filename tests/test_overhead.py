@@ -1,6 +1,8 @@
 """An op's own Python stays as little as it is: functions entered in a call are the same on every machine, times are
 not."""
 
+import pytest
+
 from benchmarks import overhead
 
 
@@ -10,10 +12,25 @@ def test_an_op_enters_few_functions_beside_those_of_autograd():
     assert rows["a patched layer"] - rows["lora_linear"] <= 30
 
 
+@pytest.mark.interpreter
+def test_an_op_on_kernels_enters_few_functions_for_a_launch():
+    """Beside a bare Function's own, forward and backward; a launch's own are four."""
+    rows = {name: counts for name, _, _, *counts in overhead.measured_on_kernels(calls=1, repeats=1)}
+    bare = rows.pop("a bare Function")
+    assert bare[:2] == [0, 0]
+    most = {"lora_linear": (2, 6, 64, 95), "three projections": (4, 14, 224, 350), "a gated MLP": (5, 11, 248, 248)}
+    assert rows.keys() == most.keys()
+    for name, (launched, launched_back, entered, entered_back) in most.items():
+        assert rows[name][:2] == [launched, launched_back]
+        assert rows[name][2] - bare[2] <= entered and rows[name][3] - bare[3] <= entered_back
+
+
 def test_the_times_are_of_calls(capsys):
     assert overhead.main(calls=300, repeats=7, cold_calls=7) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines, _, on_kernels = capsys.readouterr().out.partition("\n\n")
+    lines = lines.splitlines()
     assert [line[:16].strip() for line in lines[1:]] == ["a bare Function", "lora_linear", "a patched layer"]
+    assert [line[:17].strip() for line in on_kernels.splitlines()[1:]] == list(overhead.cases_on_kernels())
     numbers = [list(map(float, line[16:].split())) for line in lines[1:]]
     bare, op, layer = (each[0] for each in numbers)
     assert 0 < bare < op < layer

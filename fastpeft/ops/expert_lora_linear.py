@@ -21,6 +21,7 @@ from fastpeft.dispatch import choose_backend, requested_backend
 from fastpeft.errors import OpError
 from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _expert_lora_linear_torch as torch_path
+from fastpeft.ops._autocast import without_autocast
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops.lora_linear import DTYPES
 
@@ -113,7 +114,7 @@ class ExpertLoraLinearFunction(torch.autograd.Function):
         a, b, s = held[:count], held[count : 2 * count], held[2 * count :]
         need_x, need_w, need_bias, _, _, *need = ctx.needs_input_grad
         needs = (need_x, need_w, need_bias, need[:count], need[count:])
-        with torch.autocast(dy_MN.device.type, enabled=False):
+        with without_autocast(dy_MN):
             dx, dw, dbias, da, db = run_backward(dy_MN, x, weight, a, b, s, ends, call, needs)
         return dx, dw, dbias, None, None, *da, *db
 
@@ -138,7 +139,7 @@ def apply_expert_lora(
         return torch.ops.fastpeft.expert_lora_linear(*tensors, scalings, patched_backend or "")[0]
     rows = torch_path.segments(ends_E, len(x_MK)) if rows is None else rows
     call = decide(x_MK, a, rows, scalings, patched_backend)
-    with torch.autocast(x_MK.device.type, enabled=False):
+    with without_autocast(x_MK):
         return ExpertLoraLinearFunction.apply(x_MK, weight_ENK, bias_EN, ends_E, call, *a, *b)
 
 

@@ -21,6 +21,7 @@ from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_linear_torch as torch_path
+from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._lora_linear_torch import as_rows
 
@@ -126,11 +127,7 @@ class LoraLinearFunction(torch.autograd.Function):
         needs = (need_x, need_w, need_bias, need_a, need_b)
         x, *saved = ctx.saved_tensors
         given = as_rows(dy), None if x is None else as_rows(x), *saved, ctx.call, needs
-        device_type = device_type_of(dy)
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                dx, dw, dbias, da, db = run_backward(*given)
-        else:
+        with without_autocast(dy):
             dx, dw, dbias, da, db = run_backward(*given)
         dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
         return dx, dw, cast(dbias, ctx.bias_dtype), dy if need_residual else None, da, db, None
@@ -213,11 +210,6 @@ def own_of_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
-def device_type_of(tensor: torch.Tensor) -> str:
-    """The type of its device, which torch puts together anew whenever it is asked."""
-    return "cpu" if tensor.is_cpu else tensor.device.type
-
-
 def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """The tensor in `dtype`, or None; one that is so already is not touched, which costs a tenth of asking torch."""
     return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
@@ -263,7 +255,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
         return of_rows(compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend), x)
     call = decide(x, dtype, a_RK, b_NR, float(scaling), dropout, patched_backend)
     if autocast:
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(x):
             return LoraLinearFunction.apply(x, weight, bias, residual, a_RK, b_NR, call)
     return LoraLinearFunction.apply(x, weight, bias, residual, a_RK, b_NR, call)
 

@@ -24,9 +24,10 @@ from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_mlp_torch as torch_path
+from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._lora_linear_torch import given_mask
-from fastpeft.ops.lora_linear import DTYPES, Projection, _is_number, as_rows, lora_linear_reference
+from fastpeft.ops.lora_linear import DTYPES, Projection, _is_number, as_rows, cast, lora_linear_reference, widest
 
 # Letters of the shape suffixes: M rows (all leading dimensions of x), K inputs, H hidden features, N outputs, R rank.
 
@@ -139,7 +140,7 @@ class LoraMlpFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dy_MN):
-        with torch.autocast(dy_MN.device.type, enabled=False):
+        with without_autocast(dy_MN):
             dx, dbias, da, db = run_backward(dy_MN, ctx.saved_tensors, ctx.call, ctx.needs)
         dx = None if dx is None else dx.to(ctx.input_dtype)
         return dx, None, *(each for i in range(3) for each in (None, dbias[i], da[i], db[i]))
@@ -157,14 +158,14 @@ def kept(x_MK, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list
 
 def _projections(flat, dtype: torch.dtype) -> tuple[Tensors, Tensors, Tensors]:
     """In the dtype of the products."""
-    cast = [None if t is None or i % 4 > 1 else t.to(dtype) for i, t in enumerate(flat)]
-    gate, up, down = (Tensors(*cast[4 * i : 4 * i + 2], *flat[4 * i + 2 : 4 * i + 4]) for i in range(3))
+    in_dtype = [None if i % 4 > 1 else cast(t, dtype) for i, t in enumerate(flat)]
+    gate, up, down = (Tensors(*in_dtype[4 * i : 4 * i + 2], *flat[4 * i + 2 : 4 * i + 4]) for i in range(3))
     return gate, up, down
 
 
 def run_forward(x_MK, flat, seeds, call: Call, needs: Needs):
     """(y [M, N], g [M, H], u [M, H], the three S, the call as it was served) on the call's backend."""
-    x, projections = x_MK.to(call.dtype), _projections(flat, call.dtype)
+    x, projections = cast(x_MK, call.dtype), _projections(flat, call.dtype)
     keep = needs.inner and not call.recompute
 
     def by_torch(seeds):
@@ -211,7 +212,7 @@ def run_backward(dy_MN, saved, call: Call, needs: Needs):
     """(dX, and of each projection dbias, dA, dB), each None where `needs` does not ask for it."""
     x_MK, *products = saved[:3]
     s, seeds, projections = saved[3:6], saved[6:9], _projections(saved[9:], call.dtype)
-    dy, x = dy_MN.to(call.dtype), None if x_MK is None else x_MK.to(call.dtype)
+    dy, x = cast(dy_MN, call.dtype), cast(x_MK, call.dtype)
 
     def by_torch(seeds):
         return torch_path.backward(dy, x, products, s, projections, seeds, call, needs)
@@ -246,7 +247,7 @@ def decide(
     ranks = [a.shape[0] for a in flat[2::4] if a is not None]
     something = x_MK.numel() * min(t.numel() for t in flat if t is not None) > 0
     triton = something and choose_backend(x_MK, dtype, max(ranks), patched).backend == "triton"
-    dx_dtype = torch.promote_types(x_MK.dtype, dtype)
+    dx_dtype = widest(dtype, x_MK)
     numbers = (tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute)
     return Call(activation, *numbers, triton, triton and is_demanded(patched))
 
@@ -257,20 +258,18 @@ def apply_lora_mlp(
 ) -> Tensor:  # fmt: skip
     """`lora_mlp` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`. The dropout
     of a projection is the probability in force."""
-    projections, device_type = (gate, up, down), x.device.type
+    projections, device_type = (gate, up, down), device_type_of(x)
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     matrices = [m for each in projections for m in (each.lora_A, each.lora_B) if m is not None]
-    wide = dtype
-    for matrix in matrices:
-        wide = torch.promote_types(wide, matrix.dtype)
+    wide = widest(dtype, *matrices)
     flat = []
     for name, each in zip(SIDES, projections, strict=True):
         if not autocast and each.weight.dtype != dtype:
             raise OpError(
                 f"lora_mlp: x is {dtype} but {name}'s weight is {each.weight.dtype}; cast one, or use torch.autocast"
             )
-        flat += [each.weight, each.bias, *(None if m is None else m.to(wide) for m in (each.lora_A, each.lora_B))]
+        flat += [each.weight, each.bias, *(cast(m, wide) for m in (each.lora_A, each.lora_B))]
     numbers = [
         [float(each.scaling) if each.lora_A is not None else 1.0 for each in projections],
         [float(each.dropout) if each.lora_A is not None else 0.0 for each in projections],
@@ -282,7 +281,7 @@ def apply_lora_mlp(
         y_MN = compiled_lora_mlp(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
         return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
     call = decide(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(x):
         y_MN = LoraMlpFunction.apply(x_MK, call, *flat)
     return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 

@@ -23,6 +23,7 @@ from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
+from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._lora_linear_torch import keeping, kept
 from fastpeft.ops.lora_linear import (
@@ -30,7 +31,6 @@ from fastpeft.ops.lora_linear import (
     as_rows,
     based_reference,
     cast,
-    device_type_of,
     lora_linear_reference,
     of_rows,
     own_of_rows,
@@ -127,7 +127,7 @@ class LoraProjectionsFunction(torch.autograd.Function):
         if like is None:
             return None, None, *(None for _ in range(4 * len(dys)))
         flat = [dy if dy is None else as_rows(dy) for dy in dys], x if x is None else as_rows(x)
-        with torch.autocast(device_type_of(like), enabled=False):
+        with without_autocast(like):
             dx, dbases, dbiases, *of_factors = run_backward(*flat, *_quarters(saved), seeds, ctx.call, ctx.needs)
         if ctx.call.based:
             dbases = [grad if grad is None else of_rows(grad, like) for grad in dbases]
@@ -269,7 +269,7 @@ def apply_lora_projections(
         return [of_rows(y, x) for y in ys]
     call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
     if autocast:
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(x):
             return list(LoraProjectionsFunction.apply(x, call, *bases, *biases, *a, *b))
     return list(LoraProjectionsFunction.apply(x, call, *bases, *biases, *a, *b))
 

@@ -22,6 +22,7 @@ from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _mixed_lora_linear_torch as torch_path
+from fastpeft.ops._autocast import without_autocast
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops.lora_linear import _check as check_lora
 from fastpeft.ops.lora_linear import as_rows
@@ -129,7 +130,7 @@ class MixedLoraLinearFunction(torch.autograd.Function):
         a, b = matrices[: len(call.ranks)], matrices[len(call.ranks) :]
         need_a, need_b = _needs(ctx, call)
         needs = (need_x, need_w, need_bias, need_a, need_b)
-        with torch.autocast(dy_MN.device.type, enabled=False):
+        with without_autocast(dy_MN):
             dx, dw, dbias, da, db = run_backward(dy_MN, x, weight, a, b, s, seeds, call, needs)
         dx = None if dx is None else dx.to(ctx.input_dtype)
         dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
@@ -254,7 +255,7 @@ def apply_mixed_lora(
         y_MN = compiled_mixed_lora_linear(*tensors, *matrices, rows, *numbers, dtype, patched_backend)
         return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
     call = decide(x_MK, dtype, rows, matrices[1], *numbers, patched_backend)
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(x):
         y_MN = MixedLoraLinearFunction.apply(*tensors, call, *matrices[0], *matrices[1])
     return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 

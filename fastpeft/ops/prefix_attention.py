@@ -23,6 +23,7 @@ from fastpeft.dispatch import Plan, prefix_attention_plan
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _prefix_attention_torch as torch_path
+from fastpeft.ops._autocast import without_autocast
 from fastpeft.ops._first_order import first_order
 from fastpeft.ops._prefix_attention_scores import (
     Scores,
@@ -101,7 +102,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, *tensors):
         seed = _path(call.plan is not None).draw_seed(tensors[0]) if call.dropout else None
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with without_autocast(tensors[0]):
             out_BHSD, lse_BHS, call = run_forward(Tensors(*tensors), call, seed)
         ctx.save_for_backward(*tensors, out_BHSD, lse_BHS, seed)
         ctx.call = call
@@ -112,7 +113,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
     def backward(ctx, dout_BHSD):
         *tensors, out_BHSD, lse_BHS, seed = ctx.saved_tensors
         needs = Tensors(*ctx.needs_input_grad[1:])
-        with torch.autocast(dout_BHSD.device.type, enabled=False):
+        with without_autocast(dout_BHSD):
             gradients = run_backward(dout_BHSD, Tensors(*tensors), out_BHSD, lse_BHS, ctx.call, seed, needs)
         return None, *gradients
 
