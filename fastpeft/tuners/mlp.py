@@ -6,6 +6,8 @@ products of frozen dense weights, and no hook, nor any forward of an instance's 
 not, the forward of its own class runs.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -13,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastpeft.dispatch import MAX_RANK
 from fastpeft.distributed import give_class, is_apart, own_class, own_weight
 from fastpeft.ops.lora_mlp import Projection, apply_lora_mlp
-from fastpeft.tuners.gated_mlp import GatedMlp, activation_of, gated_mlp_of
+from fastpeft.tuners.gated_mlp import GatedMlp, Read, activation_of, gated_mlp_of, is_as_read
 from fastpeft.tuners.layer import AdapterLayer, give_back_forward, patched_class
 from fastpeft.tuners.siblings import projection_of
 
@@ -22,32 +24,39 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class Found:
-    """What was read from a module's class and its activation, and from which, so that it is read again if these are
-    others; structure and activation are None where the module has become something else. recompute: as `lora_mlp`'s."""
+    """What was read from a module's class and its activation, and from which, so that it is read again if these, or the
+    attributes that their forwards go by, are others; structure and activation are None where the module has become
+    something else. recompute: as `lora_mlp`'s."""
 
     def __init__(self, original: type, recompute: bool):
         self.original, self.recompute = original, recompute
         self.structure: GatedMlp | None = None
         self.activation: str | None = None
         self.of: tuple = ()
+        self.read: tuple[Read, Read] = {}, {}  # of the module, of the activation
 
     def look(self, module: nn.Module) -> bool:
         """Whether the module is a gated MLP with a known activation now."""
         act = self.structure.act if self.structure is not None else None
-        now = (self.original.forward, module._modules.get(act) if isinstance(act, str) else act)
-        if not self.of or any(a is not b for a, b in zip(now, self.of, strict=True)):
+        now = self._of(module._modules.get(act) if isinstance(act, str) else act)
+        same = self.of and all(a is b for a, b in zip(now, self.of, strict=True))
+        if not (same and all(map(is_as_read, (module, now[1]), self.read))):
             if torch.compiler.is_compiling():
                 return False
             self._read(module)
         return self.activation is not None
 
+    def _of(self, act: Callable[[Tensor], Tensor] | None) -> tuple:
+        return self.original.forward, act, getattr(type(act), "forward", None)
+
     def _read(self, module: nn.Module) -> None:
-        self.structure, self.activation = gated_mlp_of(module, self.original), None
+        read: tuple[Read, Read] = {}, {}
+        self.structure, self.activation = gated_mlp_of(module, self.original, read[0]), None
         act = None if self.structure is None else self.structure.act
         act = module._modules.get(act) if isinstance(act, str) else act
         if act is not None:
-            self.activation = activation_of(act)
-        self.of = (self.original.forward, act)
+            self.activation = activation_of(act, read[1])
+        self.of, self.read = self._of(act), read
 
 
 class FusedMlp:
