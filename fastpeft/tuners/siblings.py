@@ -94,7 +94,9 @@ class Siblings:
             self.traced = None
             return
         if _is_backward() and not torch._C._autograd._get_current_graph_task_keep_graph():
-            self.open.discard(torch._C._current_autograd_node())
+            node = torch._C._current_autograd_node()
+            if isinstance(node, FunctionCtx):  # torch's own nodes have no weak references, and are no segment's
+                self.open.discard(node)
         call = getattr(_threads, "call", None)
         if call is None or call.of is not self:
             return
