@@ -36,16 +36,6 @@ def test_every_implementation_is_right(dtype):
     assert checked == HERE
 
 
-def test_the_compiled_peer_compiles_peft_s_layers_as_one(monkeypatch):
-    """Without a compilation, of which a CPU's would take half a minute."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
-    (compiled,) = [each for each in peers.IMPLEMENTATIONS if each.compiled]
-    inputs = inputs_of(CELL, CPU)
-    assert (compiled.name, compiled.peer, asked) == ("peft-compile", True, [])
-    assert ProjectionsTruth(inputs).verify(compiled.build(inputs)).problems == [] and asked == [{"dynamic": False}]
-
-
 @pytest.mark.interpreter
 def test_the_kernels_are_right():
     inputs = inputs_of(dataclasses.replace(CELL, dtype="fp16"), CPU)
