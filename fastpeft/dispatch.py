@@ -123,7 +123,7 @@ def triton_refusal(x: torch.Tensor, dtype: torch.dtype, width: int, of: str = "r
             return "TRITON_INTERPRET=1 serves CPU tensors only"
         if reason := _too_old(x.device):
             return reason
-    elif x.device.type != "cpu":
+    elif not x.is_cpu:
         return f"{x.device.type} tensors are not served"
     elif not interpreting():
         return "CPU tensors need TRITON_INTERPRET=1 in the environment before triton is imported"
