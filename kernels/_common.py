@@ -73,7 +73,6 @@ def next_power_of_2(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-@functools.cache
 def rank_block(rank: int) -> int:
     """Tensor cores want a power of two of at least 16; the lanes beyond the rank are masked."""
     return max(16, next_power_of_2(rank))
