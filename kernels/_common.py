@@ -75,7 +75,7 @@ def next_power_of_2(count: int) -> int:
 
 def rank_block(rank: int) -> int:
     """Tensor cores want a power of two of at least 16; the lanes beyond the rank are masked."""
-    return max(16, next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:

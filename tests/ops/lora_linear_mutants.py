@@ -169,7 +169,7 @@ SHARED = [
     ("keep_mask", "one round of Philox", "PHILOX_ROUNDS,", "1,"),
     ("dot", "low half of B in bf16", "b_rest = b - b_high.to(tl.float32)", "b_rest = b - b"),
     ("dot", "high halves in bf16", "acc = _product(a_high, b_high, acc, UPCAST)", "acc = acc"),
-    ("rank_block", "ranks beyond 16", "max(16, next_power_of_2(rank))", "16"),
+    ("rank_block", "ranks beyond 16", "max(16, 1 << (rank - 1).bit_length())", "16"),
     (
         "Dropout",
         "scaled by another rate",
