@@ -1,9 +1,13 @@
 """An op's own Python stays as little as it is: functions entered in a call are the same on every machine, times are
 not."""
 
+import types
+
 import pytest
+import torch
 
 from benchmarks import overhead
+from fastpeft.kernels import _common
 
 
 def test_an_op_enters_few_functions_beside_those_of_autograd():
@@ -35,3 +39,12 @@ def test_the_times_are_of_calls(capsys):
     bare, op, layer = (each[0] for each in numbers)
     assert 0 < bare < op < layer
     assert all(cold > warm > 0 for each in numbers for warm, cold in (each[:3:2], each[1:4:2]))
+
+
+@pytest.mark.parametrize(("current", "changed"), [(0, True), (1, False)])
+def test_the_device_is_changed_where_the_tensor_is_on_another(monkeypatch, current, changed):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    tensor = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), get_device=lambda: 1)
+    context = _common.on_device_of(tensor)
+    assert isinstance(context, torch.cuda.device) is changed and getattr(context, "idx", 1) == 1
+    assert not isinstance(_common.on_device_of(torch.ones(1)), torch.cuda.device)
