@@ -44,8 +44,8 @@ def processor() -> str:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x Wᵀ + bias (..., N): x (..., K), weight [N, K]."""
+    bias = bias if bias is None else bias.contiguous()  # whose stride oneDNN takes for 1, and torch adds otherwise
     if is_onednns(x, weight):
-        bias = bias if bias is None else bias.contiguous()  # whose stride oneDNN takes for 1
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
 
