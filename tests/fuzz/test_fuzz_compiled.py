@@ -111,6 +111,7 @@ def of_lora(case: lora.Case, *how) -> None:
 
 @tried(3, 300)
 @given(lora.CAST_ON_TORCH | lora.RESIDUAL_ON_TORCH | lora.ON_TORCH, DYNAMIC)
+@example(lora.Case(leading=(), outputs=7, dtypes="fp16", bias=True, layouts={"bias": Layout(step=0)}), None)
 def test_lora_linear(case, dynamic):
     shown(case, dynamic)
     of_lora(case, dynamic)
