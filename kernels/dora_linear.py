@@ -23,8 +23,9 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
+from fastpeft.kernels._partials import add_up, share
 from fastpeft.kernels._tiles import INTERPRETED, Tiles, table_of, tiles_for
-from fastpeft.kernels.lora_linear import TRITON_TYPES, sum_partials
+from fastpeft.kernels.lora_linear import TRITON_TYPES
 
 # Predicted: streams of 8 elements a thread, and for sums some rows in turn. Measured on no GPU.
 STREAM = Tiles(16, 32, warps=4) if INTERPRETED else Tiles(32, 128, warps=4)
@@ -68,7 +69,7 @@ def _dora_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WITH_OUT: tl.constexpr, WITH_SUM: tl.constexpr,
 ):  # fmt: skip
     """One program reads BLOCK_N columns of dY over rows_per_program rows, once, writes gain⊙dY, and sums dY⊙base, which
-    it reads once too. The partial sums [row runs, N] are fp32, for `sum_partials`."""
+    it reads once too. These are fp32 [row runs, N]: of several, partial sums for `_partials`."""
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_run = tl.program_id(1).to(tl.int64)
     m_n = columns < N
@@ -132,13 +133,16 @@ def scaled_grad(dy, base, gain, need_out: bool, need_sum: bool) -> tuple[torch.T
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 8 * processor_count(dy) // column_blocks))
     out = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_out else None
-    sums = torch.empty(runs, columns, dtype=torch.float32, device=dy.device) if need_sum else None
+    sums, total, parts = [], None, None
+    if need_sum:
+        total, parts, _ = share(runs, (columns,), torch.float32, dy.device, 1.0, sums)
     with on_device_of(dy):
         _dora_grad_kernel[(column_blocks, runs)](
-            dy, base, gain.contiguous(), out, sums, rows, columns, run, *dy.stride(), BLOCK_M=tiles.rows,
+            dy, base, gain.contiguous(), out, parts, rows, columns, run, *dy.stride(), BLOCK_M=tiles.rows,
             BLOCK_N=tiles.columns, WITH_OUT=need_out, WITH_SUM=need_sum, **tiles.options,
         )  # fmt: skip
-    return out, sum_partials(sums, torch.float32) if need_sum else None
+    add_up(sums)
+    return out, total
 
 
 def drop(x: torch.Tensor, dropout: Dropout, onto: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,7 +6,6 @@
                     residual + s·S Bᵀ            the same kernel without the base product
     _grad_b_and_t   dB = s·dYᵀ S, T = s·dY B     one read of dY
     _grad_columns   dA = Tᵀ drop(x)              one read of x; on request also mask⊙(T A), which then seeds dX
-    _sum_partials   the deterministic end of the split reductions
 
 The scale s multiplies fp32 sums, before they are rounded, and only those of products with B or for it: S is kept as
 the definition has it, and is finite in fp16 where the definition's is. Shapes: x [M, K], W [N, K], A [R, K], B [N, R],
@@ -37,6 +36,7 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
+from fastpeft.kernels._partials import Sum, add_up, share
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
 
 # Registers hold a block of ranks up to the one; beyond, a kernel that holds ranks takes them in slices of the other,
@@ -61,7 +61,7 @@ def _shrink_kernel(
 ):  # fmt: skip
     """One program reads depth_per_program columns of BLOCK_M rows of x, once, and keeps their R products in registers.
 
-    out [depth runs, M, R]: with more than one run, partial sums for `_sum_partials`.
+    out [depth runs, M, R]: with more than one run, partial sums for `_partials`.
     """
     R = _known_multiple(R, RANK_UNIT)
     stride_xk, stride_ak = tl.cast(stride_xk, tl.int64), tl.cast(stride_ak, tl.int64)
@@ -144,7 +144,7 @@ def _tail_kernel(
 
 @triton.jit
 def _grad_b_and_t_kernel(
-    dy_ptr, s_ptr, b_ptr, t_ptr, db_ptr, dbias_ptr, M, N, R, rows_per_program,
+    dy_ptr, s_ptr, b_ptr, t_ptr, db_ptr, dbias_ptr, t_scale, db_scale, M, N, R, rows_per_program,
     stride_dm, stride_dn, stride_bn, stride_br,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WITH_BIAS: tl.constexpr,
     RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
@@ -152,7 +152,7 @@ def _grad_b_and_t_kernel(
     """One program reads a rectangle of dY, rows_per_program by BLOCK_N, once.
 
     It keeps dB of its columns in registers over all its rows, and writes its columns' share of T row block by row
-    block: t [N / BLOCK_N, M, R] and db [row runs, N, R] are fp32 partial sums for `_sum_partials`.
+    block: t [N / BLOCK_N, M, R] and db [row runs, N, R], where these are several fp32 partial sums for `_partials`.
     """
     R = _known_multiple(R, RANK_UNIT)
     column_block, row_run = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -172,19 +172,20 @@ def _grad_b_and_t_kernel(
         m_out = m_r[:, None] & m_m[None, :]
         s = tl.load(s_ptr + rows[None, :] * R + ranks[:, None], mask=m_out, other=0.0)  # [BLOCK_R, BLOCK_M]
         t = dot(b, tl.trans(dy), tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32), MODE, HALF, UPCAST)
-        tl.store(t_ptr + (column_block * M + rows)[None, :] * R + ranks[:, None], t, mask=m_out)
+        tl.store(t_ptr + (column_block * M + rows)[None, :] * R + ranks[:, None], t * t_scale, mask=m_out)
         acc = dot(s, dy, acc, MODE, HALF, UPCAST)
         if WITH_BIAS:
             total += tl.sum(dy.to(tl.float32), axis=0)
     p_db = db_ptr + (row_run * N + columns)[None, :] * R + ranks[:, None]
-    tl.store(p_db, acc, mask=m_r[:, None] & m_n[None, :])
+    tl.store(p_db, acc * db_scale, mask=m_r[:, None] & m_n[None, :])
     if WITH_BIAS:
         tl.store(dbias_ptr + row_run * N + columns, total, mask=m_n)
 
 
 @triton.jit
 def _grad_columns_kernel(
-    t_ptr, x_ptr, a_ptr, out_ptr, tail_ptr, sum_ptr, seed_ptr, keep_scale, threshold, M, K, R, rows_per_program,
+    t_ptr, x_ptr, a_ptr, out_ptr, tail_ptr, sum_ptr, seed_ptr, out_scale, keep_scale, threshold,
+    M, K, R, rows_per_program,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_or, stride_ok,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     WITH_PRODUCT: tl.constexpr, WITH_TAIL: tl.constexpr, WITH_SUM: tl.constexpr,
@@ -192,8 +193,8 @@ def _grad_columns_kernel(
 ):  # fmt: skip
     """One program reads BLOCK_K columns of x over rows_per_program rows, once, and keeps tᵀ drop(x) in registers.
 
-    WITH_TAIL also writes mask⊙(t a)·keep_scale, for which t is in hand; WITH_SUM also sums x's columns. The partial
-    sums out [row runs, R·K] and sum [row runs, K] are fp32, for `_sum_partials`.
+    WITH_TAIL also writes mask⊙(t a)·keep_scale, for which t is in hand; WITH_SUM also sums x's columns. Of several runs
+    out [row runs, R·K] and sum [row runs, K] are fp32 partial sums for `_partials`.
     """
     R = _known_multiple(R, RANK_UNIT)
     row_run = tl.program_id(1).to(tl.int64)
@@ -228,21 +229,9 @@ def _grad_columns_kernel(
             total += tl.sum(x.to(tl.float32), axis=0)
     if WITH_PRODUCT:
         p_out = out_ptr + row_run * R * K + columns[None, :] * stride_ok + ranks[:, None] * stride_or
-        tl.store(p_out, acc, mask=m_r[:, None] & m_k[None, :])
+        tl.store(p_out, acc * out_scale, mask=m_r[:, None] & m_k[None, :])
     if WITH_SUM:
         tl.store(sum_ptr + row_run * K + columns, total, mask=m_k)
-
-
-@triton.jit
-def _sum_partials_kernel(parts_ptr, out_ptr, scale, parts, size, BLOCK: tl.constexpr):
-    """One program sums BLOCK places over all parts, always in the same order, and scales and rounds once."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    p_part = parts_ptr + places
-    for _ in range(parts):
-        acc += tl.load(p_part, mask=places < size, other=0.0)
-        p_part += size
-    tl.store(out_ptr + places, acc * scale, mask=places < size)
 
 
 def _modes(rank: int, data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
@@ -269,37 +258,27 @@ def _mask_arguments(dropout: Dropout | None) -> tuple:
     return (None, 1.0, 0) if dropout is None else (dropout.seed, dropout.keep_scale, dropout.threshold)
 
 
-def sum_partials(parts: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """scale·Σ parts over the first dimension, in `dtype`."""
-    count, *shape = parts.shape
-    out = torch.empty(shape, dtype=dtype, device=parts.device)
-    size, block = out.numel(), 256 if UPCAST else 1024
-    with on_device_of(parts):
-        _sum_partials_kernel[(cdiv(size, block),)](parts, out, scale, count, size, block, enable_fp_fusion=True)
-    return out
-
-
 def shrink(
     x: torch.Tensor, a: torch.Tensor, scale: float, dtype: torch.dtype, dropout: Dropout | None = None, tiles=None
 ) -> torch.Tensor:
     """scale·drop(x) aᵀ: x [M, K], a [R, K] (any strides) -> [M, R] in `dtype`."""
-    (rows, depth), rank = x.shape, a.shape[0]
+    (rows, depth), rank, device = x.shape, a.shape[0], x.device
     if rank > MOST_RANKS:
         return torch.cat([shrink(x, each, scale, dtype, dropout, tiles) for each in a.split(SLICE)], 1)
-    tiles, settings = _settings("shrink", rank, x.dtype, a.dtype, dropout is not None, x.device, tiles)
+    tiles, settings = _settings("shrink", rank, x.dtype, a.dtype, dropout is not None, device, tiles)
     row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
-    whole = runs == 1
-    shape = (rows, rank) if whole else (runs, rows, rank)
-    out = torch.empty(shape, dtype=dtype if whole else torch.float32, device=x.device)
+    sums = []
+    out, parts, _ = share(runs, (rows, rank), dtype, device, 1.0, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(x):
         _shrink_kernel[(row_blocks, runs)](
-            x, a, out, seed, scale * keep_scale, threshold, rows, depth, rank, run, *x.stride(), *a.stride(),
+            x, a, parts, seed, scale * keep_scale, threshold, rows, depth, rank, run, *x.stride(), *a.stride(),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(rank), DROPOUT=dropout is not None,
             **settings,
         )  # fmt: skip
-    return out if whole else sum_partials(out, dtype)
+    add_up(sums)
+    return out
 
 
 def tail(
@@ -341,26 +320,34 @@ def tail(
 
 
 def grad_b_and_t(
-    dy: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, with_bias: bool, tiles: Tiles | None = None
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    with_bias: bool,
+    tiles: Tiles | None = None,
+    sums: list[Sum] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dB = scale·dyᵀ s [N, R] like b, T = scale·dy b [M, R] like s, Σ dy [N] in fp32 or None) from one read of dy
-    [M, N]."""
-    (rows, columns), rank = dy.shape, b.shape[1]
-    tiles, settings = _settings("grad_b_and_t", rank, dy.dtype, b.dtype, False, dy.device, tiles)
+    [M, N]. With `sums` they are there when these are added up."""
+    (rows, columns), rank, device = dy.shape, b.shape[1], dy.device
+    tiles, settings = _settings("grad_b_and_t", rank, dy.dtype, b.dtype, False, device, tiles)
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dy) // column_blocks))
-    partial = dict(dtype=torch.float32, device=dy.device)
-    t_parts = torch.empty(column_blocks, rows, rank, **partial)
-    db_parts = torch.empty(runs, columns, rank, **partial)
-    bias_parts = torch.empty(runs, columns, **partial) if with_bias else None
+    own = [] if sums is None else sums
+    t, t_parts, t_scale = share(column_blocks, (rows, rank), s.dtype, device, scale, own)
+    db, db_parts, db_scale = share(runs, (columns, rank), b.dtype, device, scale, own)
+    dbias, bias_parts, _ = share(runs, (columns,), torch.float32, device, 1.0, own) if with_bias else (None, None, 1.0)
     with on_device_of(dy):
         _grad_b_and_t_kernel[(column_blocks, runs)](
-            dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *dy.stride(), *b.stride(),
+            dy, s, b, t_parts, db_parts, bias_parts, t_scale, db_scale, rows, columns, rank, run,
+            *dy.stride(), *b.stride(),
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=rank_block(rank), WITH_BIAS=with_bias,
             **settings,
         )  # fmt: skip
-    dbias = sum_partials(bias_parts, torch.float32) if with_bias else None
-    return sum_partials(db_parts, b.dtype, scale), sum_partials(t_parts, s.dtype, scale), dbias
+    if sums is None:
+        add_up(own)
+    return db, t, dbias
 
 
 def grad_columns(
@@ -379,7 +366,7 @@ def grad_columns(
 
     The first is [R, K], or [K, R] if `transposed`; each is None where it was not asked for.
     """
-    (rows, columns), rank = x.shape, t.shape[1] if t is not None else 1
+    (rows, columns), rank, device = x.shape, t.shape[1] if t is not None else 1, x.device
     if rank > MOST_RANKS:
         slices = [(each.contiguous(), with_sum and not number) for number, each in enumerate(t.split(SLICE, 1))]
         options = dict(transposed=transposed, scale=scale, dropout=dropout, tiles=tiles)
@@ -387,19 +374,23 @@ def grad_columns(
         tail_out = None if tail_of is None else tail(t, tail_of.t(), x.dtype, dropout=dropout)
         return torch.cat([product for product, _, _ in found], int(transposed)), tail_out, found[0][2]
     adapter_dtype = x.dtype if t is None else t.dtype
-    tiles, settings = _settings("grad_columns", rank, x.dtype, adapter_dtype, dropout is not None, x.device, tiles)
+    tiles, settings = _settings("grad_columns", rank, x.dtype, adapter_dtype, dropout is not None, device, tiles)
     fuse = tail_of is not None and rank <= FUSED_TAIL_RANK[settings["MODE"]]
-    fused, tail_out = (tail_of, torch.empty(rows, columns, dtype=x.dtype, device=x.device)) if fuse else (None, None)
+    fused, tail_out = (tail_of, torch.empty(rows, columns, dtype=x.dtype, device=device)) if fuse else (None, None)
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
-    partial = dict(dtype=torch.float32, device=x.device)
-    shape = (columns, rank) if transposed else (rank, columns)
-    parts = torch.empty(runs, *shape, **partial) if t is not None else None
-    sums = torch.empty(runs, columns, **partial) if with_sum else None
     seed, keep_scale, threshold = _mask_arguments(dropout)
+    product = parts = total = total_parts = None
+    sums, factor = [], 1.0
+    if t is not None:
+        shape = (columns, rank) if transposed else (rank, columns)
+        product, parts, factor = share(runs, shape, dtype, device, scale * keep_scale, sums)
+    if with_sum:
+        total, total_parts, _ = share(runs, (columns,), torch.float32, device, 1.0, sums)
     with on_device_of(x):
         _grad_columns_kernel[(column_blocks, runs)](
-            t, x, fused, parts, tail_out, sums, seed, keep_scale, threshold, rows, columns, rank, run, *x.stride(),
+            t, x, fused, parts, tail_out, total_parts, seed, factor, keep_scale, threshold,
+            rows, columns, rank, run, *x.stride(),
             *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(rank), WITH_PRODUCT=t is not None,
             WITH_TAIL=fuse, WITH_SUM=with_sum, DROPOUT=dropout is not None,
@@ -407,5 +398,5 @@ def grad_columns(
         )  # fmt: skip
     if tail_of is not None and not fuse:
         tail_out = tail(t, tail_of.t(), x.dtype, dropout=dropout)
-    product = sum_partials(parts, dtype, scale * keep_scale) if t is not None else None
-    return product, tail_out, sum_partials(sums, torch.float32) if with_sum else None
+    add_up(sums)
+    return product, tail_out, total

@@ -8,7 +8,7 @@ of what they hold.
 The backward kernel reads dh, g and u once and writes dg and du; beyond the ranks that registers can hold it writes h
 too, and the products have passes of their own (`lora_linear`). Shapes: g, u, h, dh [M, H], rows close together; A of
 down [R, H], B of gate and up [H, R], S and T [M, R]. Sums over rows or columns are fp32 partial sums for
-`sum_partials`, never atomics. Every offset is computed in 64 bits. That the activation can carry these products while
+`_partials`, never atomics. Every offset is computed in 64 bits. That the activation can carry these products while
 it waits for memory is this project's own; the in-place kernels of Unsloth and Liger make g and u into their gradients.
 """
 
@@ -33,8 +33,9 @@ from fastpeft.kernels._common import (
     split_evenly,
 )
 from fastpeft.kernels._mlp_tiles import FUSED_RANK, mlp_tiles
+from fastpeft.kernels._partials import Sum, add_up, share
 from fastpeft.kernels._tiles import Tiles
-from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, _mask_arguments, sum_partials
+from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, _mask_arguments
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _gated_forward_kernel(
 ):  # fmt: skip
     """One program makes columns_per_program columns of BLOCK_M rows of h, and keeps their R products in registers.
 
-    s [column runs, M, R]: with more than one run, partial sums for `sum_partials`.
+    s [column runs, M, R]: with more than one run, partial sums for `_partials`.
     """
     R = _known_multiple(R, RANK_UNIT)
     H = tl.cast(H, tl.int64)
@@ -114,29 +115,30 @@ def _by_rows(p, rows, M, R, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _one_side(
-    grad, b, db, s_ptr, t_ptr, rows, column_block, M, R,
+    grad, b, db, s_ptr, t_ptr, t_scale, rows, column_block, M, R,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """db + gradᵀ s of one of gate and up; its share of T is written to t [column blocks, M, R]."""
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     t = dot(grad, tl.trans(b), tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32), MODE, HALF, UPCAST)
     mask = (rows < M)[:, None] & (ranks < R)[None, :]
-    tl.store(t_ptr + (column_block * M + rows)[:, None] * R + ranks[None, :], t, mask=mask)
+    tl.store(t_ptr + (column_block * M + rows)[:, None] * R + ranks[None, :], t * t_scale, mask=mask)
     return dot(_by_rows(s_ptr, rows, M, R, BLOCK_R), grad, db, MODE, HALF, UPCAST)
 
 
 @triton.jit
-def _store_sum(p, acc, row_run, columns, H, R, stride_h, stride_r, BLOCK_R: tl.constexpr):
-    """acc [BLOCK_R, BLOCK_H] into the run's part of p [row runs, H·R]."""
+def _store_sum(p, acc, scale, row_run, columns, H, R, stride_h, stride_r, BLOCK_R: tl.constexpr):
+    """scale·acc [BLOCK_R, BLOCK_H] into the run's part of p [row runs, H·R]."""
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     mask = (ranks < R)[:, None] & (columns < H)[None, :]
-    tl.store(p + row_run * H * R + columns[None, :] * stride_h + ranks[:, None] * stride_r, acc, mask=mask)
+    tl.store(p + row_run * H * R + columns[None, :] * stride_h + ranks[:, None] * stride_r, acc * scale, mask=mask)
 
 
 @triton.jit
 def _gated_backward_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, t_ptr, a_ptr, da_ptr, seed_ptr, keep_scale, threshold,
-    gate_s_ptr, gate_b_ptr, gate_t_ptr, gate_db_ptr, up_s_ptr, up_b_ptr, up_t_ptr, up_db_ptr,
+    da_scale, gate_s_ptr, gate_b_ptr, gate_t_ptr, gate_db_ptr, gate_t_scale, gate_db_scale,
+    up_s_ptr, up_b_ptr, up_t_ptr, up_db_ptr, up_t_scale, up_db_scale,
     M, H, R_DOWN, R_GATE, R_UP, rows_per_program,
     stride_ar, stride_ah, stride_gn, stride_gr, stride_un, stride_ur,
     NAME: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DOWN: tl.constexpr,
@@ -148,7 +150,7 @@ def _gated_backward_kernel(
 
     WITH_DOWN: dh is that of the base product, to which the rank-r term of down is added, and dA of down is summed;
     WITH_GATE, WITH_UP: T and dB are; WITH_H: h is written. dA [row runs, R, H], dB [row runs, H, R] and T [column
-    blocks, M, R] are fp32 partial sums for `sum_partials`.
+    blocks, M, R], where these are several, are fp32 partial sums for `_partials`.
     """
     R_DOWN, R_GATE = _known_multiple(R_DOWN, UNIT_DOWN), _known_multiple(R_GATE, UNIT_GATE)
     R_UP = _known_multiple(R_UP, UNIT_UP)
@@ -190,22 +192,22 @@ def _gated_backward_kernel(
         tl.store(dgate_ptr + places, dgate, mask=m_h)
         if WITH_GATE:
             gate_db = _one_side(
-                dgate, gate_b, gate_db, gate_s_ptr, gate_t_ptr, rows, column_block, M, R_GATE,
+                dgate, gate_b, gate_db, gate_s_ptr, gate_t_ptr, gate_t_scale, rows, column_block, M, R_GATE,
                 BLOCK_M, BLOCK_GATE, MODE, HALF, UPCAST,
             )  # fmt: skip
         dup = (dh * act).to(HALF)
         tl.store(dup_ptr + places, dup, mask=m_h)
         if WITH_UP:
             up_db = _one_side(
-                dup, up_b, up_db, up_s_ptr, up_t_ptr, rows, column_block, M, R_UP,
+                dup, up_b, up_db, up_s_ptr, up_t_ptr, up_t_scale, rows, column_block, M, R_UP,
                 BLOCK_M, BLOCK_UP, MODE, HALF, UPCAST,
             )  # fmt: skip
     if WITH_DOWN:
-        _store_sum(da_ptr, da, row_run, columns, H, R_DOWN, 1, H, BLOCK_DOWN)
+        _store_sum(da_ptr, da, da_scale, row_run, columns, H, R_DOWN, 1, H, BLOCK_DOWN)
     if WITH_GATE:
-        _store_sum(gate_db_ptr, gate_db, row_run, columns, H, R_GATE, R_GATE, 1, BLOCK_GATE)
+        _store_sum(gate_db_ptr, gate_db, gate_db_scale, row_run, columns, H, R_GATE, R_GATE, 1, BLOCK_GATE)
     if WITH_UP:
-        _store_sum(up_db_ptr, up_db, row_run, columns, H, R_UP, R_UP, 1, BLOCK_UP)
+        _store_sum(up_db_ptr, up_db, up_db_scale, row_run, columns, H, R_UP, R_UP, 1, BLOCK_UP)
 
 
 class Side(NamedTuple):
@@ -214,6 +216,24 @@ class Side(NamedTuple):
     s: Tensor
     b: Tensor
     scale: float
+
+
+class _Shares(NamedTuple):
+    """Of a side, or without one: T and dB when all is added up, and the kernel's arguments."""
+
+    t: Tensor | None
+    db: Tensor | None
+    arguments: tuple
+
+
+def _shares_of(side: Side | None, column_blocks: int, rows: int, runs: int, columns: int, sums: list[Sum]) -> _Shares:
+    if side is None:
+        return _Shares(None, None, (None, None, None, None, 1.0, 1.0))
+    s, b, scale = side
+    rank, dtype, device = b.shape[1], b.dtype, b.device
+    t, t_parts, t_scale = share(column_blocks, (rows, rank), dtype, device, scale, sums)
+    db, db_parts, db_scale = share(runs, (columns, rank), dtype, device, scale, sums)
+    return _Shares(t, db, (s, b, t_parts, db_parts, t_scale, db_scale))
 
 
 class Grads(NamedTuple):
@@ -242,20 +262,19 @@ def gated_forward(
     row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(columns, tiles.columns, max(1, 4 * processor_count(gate) // row_blocks))
     h = torch.empty_like(gate)
-    s = None
+    sums, s, s_parts = [], None, None
     if a is not None:
-        s = torch.empty(runs, rows, rank, dtype=a.dtype if runs == 1 else torch.float32, device=gate.device)
+        s, s_parts, _ = share(runs, (rows, rank), a.dtype, gate.device, 1.0, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(gate):
         _gated_forward_kernel[(row_blocks, runs)](
-            gate, up, a, h, s, seed, keep_scale, threshold, rows, columns, rank, run,
+            gate, up, a, h, s_parts, seed, keep_scale, threshold, rows, columns, rank, run,
             *((0, 0) if a is None else a.stride()),
             NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, BLOCK_R=rank_block(rank), WITH_S=a is not None,
             DROPOUT=dropout is not None, RANK_UNIT=math.gcd(rank, 16), **modes, **tiles.options,
         )  # fmt: skip
-    if s is None:
-        return h, None
-    return h, s[0] if runs == 1 else sum_partials(s, a.dtype)
+    add_up(sums)
+    return h, s
 
 
 def fused_rank(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> int:
@@ -277,20 +296,17 @@ def gated_backward(
     tiles = tiles or mlp_tiles("gated_backward", max(ranks) if given else 0, modes["MODE"], len(given) < 3, dh.device)
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dh) // column_blocks))
-    made = dict(dtype=torch.float32, device=dh.device)
-    dgate, h = torch.empty_like(dh), torch.empty_like(dh) if with_h else None
-    da = None if down is None else torch.empty(runs, ranks[0], columns, **made)
-    t_parts = [None if b is None else torch.empty(column_blocks, rows, b.shape[1], **made) for b in matrices]
-    db_parts = [None if b is None else torch.empty(runs, columns, b.shape[1], **made) for b in matrices]
-    per_side = [
-        (None if side is None else side.s, b, t, db)
-        for side, b, t, db in zip(sides, matrices, t_parts, db_parts, strict=True)
-    ]
+    dgate, h, sums = torch.empty_like(dh), torch.empty_like(dh) if with_h else None, []
+    per_side = [_shares_of(side, column_blocks, rows, runs, columns, sums) for side in sides]
     t_down, a = down or (None, None)
     seed, keep_scale, threshold = _mask_arguments(dropout)
+    da, da_parts, da_scale = None, None, 1.0
+    if down is not None:
+        da, da_parts, da_scale = share(runs, (ranks[0], columns), a.dtype, dh.device, keep_scale, sums)
     with on_device_of(dh):
         _gated_backward_kernel[(column_blocks, runs)](
-            dh, gate, up, dgate, dh, h, t_down, a, da, seed, keep_scale, threshold, *per_side[0], *per_side[1],
+            dh, gate, up, dgate, dh, h, t_down, a, da_parts, seed, keep_scale, threshold, da_scale,
+            *per_side[0].arguments, *per_side[1].arguments,
             rows, columns, *ranks, run, *((0, 0) if a is None else a.stride()),
             *((0, 0) if matrices[0] is None else matrices[0].stride()),
             *((0, 0) if matrices[1] is None else matrices[1].stride()),
@@ -300,15 +316,5 @@ def gated_backward(
             UNIT_DOWN=math.gcd(ranks[0], 16), UNIT_GATE=math.gcd(ranks[1], 16), UNIT_UP=math.gcd(ranks[2], 16),
             **modes, **tiles.options,
         )  # fmt: skip
-    scales = [1.0 if side is None else side.scale for side in sides]
-    return Grads(
-        dgate,
-        dh,
-        h,
-        [None if t is None else sum_partials(t, b.dtype, c) for t, b, c in zip(t_parts, matrices, scales, strict=True)],
-        [
-            None if d is None else sum_partials(d, b.dtype, c)
-            for d, b, c in zip(db_parts, matrices, scales, strict=True)
-        ],
-        None if da is None else sum_partials(da, a.dtype, keep_scale),
-    )
+    add_up(sums)
+    return Grads(dgate, dh, h, [each.t for each in per_side], [each.db for each in per_side], da)

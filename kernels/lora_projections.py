@@ -30,8 +30,9 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
+from fastpeft.kernels._partials import add_up, share
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK, SINGLE, Tiles, family_of, table_of, tiles_for
-from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, sum_partials
+from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple
 
 MOST = 4  # projections of one launch
 MOST_RANKS = 256  # of a projection, which registers hold
@@ -362,15 +363,16 @@ def shrink_all(
     tiles = tiles or _tiles("shrink", rank, modes["MODE"], bool(drops), bool(drops), x)
     row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
-    out = torch.empty(runs, rows * sum(ranks), dtype=dtype if runs == 1 else torch.float32, device=x.device)
+    sums = []
+    out, parts, _ = share(runs, (rows * sum(ranks),), dtype, x.device, 1.0, sums)
     with on_device_of(x):
         _shrink_all_kernel[(row_blocks, runs)](
-            x, *_four([each.contiguous() for each in a], None), out, *seeds, *scales, *thresholds,
+            x, *_four([each.contiguous() for each in a], None), parts, *seeds, *scales, *thresholds,
             rows, depth, *_four(ranks, 0), run, *x.stride(),
             COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=block, DROPS=drops,
             **modes, **tiles.options,
         )  # fmt: skip
-    out = out[0] if runs == 1 else sum_partials(out, dtype)
+    add_up(sums)
     return [part.view(rows, -1) for part in out.split([rows * each for each in ranks])]
 
 
@@ -393,7 +395,8 @@ def grad_all_columns(
     tiles = tiles or _tiles("grad_columns", rank, modes["MODE"], bool(drops), bool(drops), x)
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
-    parts = torch.empty(runs, sum(ranks) * columns, dtype=torch.float32, device=x.device)
+    sums = []
+    grads, parts, _ = share(runs, (sum(ranks) * columns,), a[0].dtype, x.device, 1.0, sums)
     with on_device_of(x):
         _grad_all_columns_kernel[(column_blocks, runs)](
             x, *_four(ts, None), *_four([each.contiguous() for each in a], None), parts, tail,
@@ -401,8 +404,8 @@ def grad_all_columns(
             COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=block, DROPS=drops, WITH_TAIL=with_tail,
             **modes, **tiles.options,
         )  # fmt: skip
-    grads = sum_partials(parts, a[0].dtype).split([each * columns for each in ranks])
-    return [grad.view(-1, columns) for grad in grads], tail
+    add_up(sums)
+    return [grad.view(-1, columns) for grad in grads.split([each * columns for each in ranks])], tail
 
 
 def tail_all(

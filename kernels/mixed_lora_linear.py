@@ -33,9 +33,10 @@ from fastpeft.kernels._common import (
     split_evenly,
 )
 from fastpeft.kernels._mixed_tiles import mixed_tiles
+from fastpeft.kernels._partials import add_up, share
 from fastpeft.kernels._segments import Layout
 from fastpeft.kernels._tiles import Tiles
-from fastpeft.kernels.lora_linear import TRITON_TYPES, sum_partials
+from fastpeft.kernels.lora_linear import TRITON_TYPES
 
 # Fields of a segment, see `_segments.segments`.
 FIELDS = tl.constexpr(6)
@@ -64,7 +65,7 @@ def _mixed_shrink_kernel(
     """One program reads depth_per_program columns of BLOCK_M rows of an adapter, once, and keeps their products.
 
     OF_B: the matrix is (K, r) instead of (r, K). out [depth runs, elements]: with more than one run, partial sums for
-    `sum_partials`.
+    `_partials`.
     """
     block, depth_run = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     stride_xk, K = tl.cast(stride_xk, tl.int64), tl.cast(K, tl.int64)
@@ -239,16 +240,17 @@ def shrink(
     tiles = tiles or _tiles("shrink", layout, modes["MODE"], dropout, x)
     blocks = _segments.blocks(layout.counts, tiles.rows, device)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, len(blocks)))
-    dtype = matrices.dtype if runs == 1 else torch.float32
-    out = torch.empty(runs, layout.elements, dtype=dtype, device=device)
+    sums = []
+    out, parts, _ = share(runs, (layout.elements,), matrices.dtype, device, 1.0, sums)
     with on_device_of(x):
         _mixed_shrink_kernel[(len(blocks), runs)](
-            x, matrices, out, seed, _segments.order(layout, device), blocks, _segments.segments(layout, device),
+            x, matrices, parts, seed, _segments.order(layout, device), blocks, _segments.segments(layout, device),
             _segments.factors(layout, device), layout.tokens, depth, layout.elements, run, *x.stride(),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(max(layout.ranks)), OF_B=of_b,
             DROPOUT=dropout, **modes, **tiles.options,
         )  # fmt: skip
-    return out[0] if runs == 1 else sum_partials(out, matrices.dtype)
+    add_up(sums)
+    return out
 
 
 def expand(

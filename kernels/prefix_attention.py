@@ -31,8 +31,8 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
+from fastpeft.kernels._partials import Sum, add_up
 from fastpeft.kernels._tiles import table_of
-from fastpeft.kernels.lora_linear import sum_partials
 
 
 def strides(name: str, letters: str, tensor: torch.Tensor | None) -> dict:
@@ -327,8 +327,9 @@ def grad_keys(
     launch(_grad_keys_kernel, (programs, runs), q, arguments)
     if runs == 1:
         return dk[0], dv[0]
-    dk, dv = sum_partials(gradients.transpose(0, 1).contiguous(), k.dtype)
-    return dk, dv
+    out = torch.empty(2, *shape[2:], dtype=k.dtype, device=q.device)
+    add_up([Sum(parts, each) for parts, each in zip(gradients, out, strict=True)])
+    return out[0], out[1]
 
 
 def grad_bias(

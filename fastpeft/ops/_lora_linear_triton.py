@@ -100,11 +100,11 @@ def _in_turns(x: torch.Tensor, s: torch.Tensor, shared: dict | None) -> torch.Te
     return shared[rank]
 
 
-def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool, reads: int | None = None):
+def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool, reads: int | None = None, sums=None):
     """(dB [N, R], T [M, R], dbias [N] in fp32), each None where not wanted; one read of dY up to rank 64, unless
-    `reads` says two."""
+    `reads` says two. With `sums` they are there when these are added up (`_partials`)."""
     if need_b and need_t and b.shape[1] <= ONE_READ_RANK and reads != 2:
-        return kernels.grad_b_and_t(dy, s, b, scale, need_bias)
+        return kernels.grad_b_and_t(dy, s, b, scale, need_bias, sums=sums)
     t = kernels.shrink(dy, b.t(), scale, b.dtype) if need_t else None
     if not (need_b or need_bias):
         return None, t, None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.kernels import lora_projections as kernels
+from fastpeft.kernels._partials import add_up
 from fastpeft.kernels.lora_linear import grad_columns, shrink
 from fastpeft.ops import _lora_linear_triton as single
 from fastpeft.ops._lora_linear_triton import honoured as honoured
@@ -55,12 +56,14 @@ def grads(dy, x, weight, a, b, s, seeds, call, needs):
     """([dbias, ...], dX, [dA, ...], [dB, ...]), None where not wanted."""
     count = len(dy)
     dbias, ts, db = [None] * count, [None] * count, [None] * count
+    sums = []
     for p in range(count):
         needs_of = (needs.b[p], needs.x or needs.a[p], needs.bias[p])
         if any(needs_of):
             db[p], ts[p], dbias[p] = single.grad_b_and_t(
-                dy[p], s[p], b[p], call.scalings[p], *needs_of, call.plans[p].reads
+                dy[p], s[p], b[p], call.scalings[p], *needs_of, call.plans[p].reads, sums
             )
+    add_up(sums)
     if not (needs.x or any(needs.a)):
         return dbias, None, [None] * count, db
     dropouts = _dropouts(seeds, call.dropouts)

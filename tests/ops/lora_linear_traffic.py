@@ -1,8 +1,8 @@
 """Bytes that each kernel of `lora_linear` must move, from shapes and tile sizes alone, by pointer argument.
 
 Letters as in the op: M rows, K inputs, N outputs, R rank. A tensor that is read once costs its size. A tiled product
-reads each operand once per block of the other one's dimension. Partial sums are fp32 and are written once and read
-once. Each function returns (loads, stores).
+reads each operand once per block of the other one's dimension. Of what several programs have a share of the partial
+sums are fp32 and are written once and read once. Each function returns (loads, stores).
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,18 @@ def runs(length: int, block: int, parts: int) -> int:
     return ceil(blocks / ceil(blocks / max(1, parts)))
 
 
+def share(parts: int, size: int, out: int) -> int:
+    """What `parts` programs write of a result of `size` elements of `out` bytes."""
+    return size * out if parts == 1 else parts * size * FP32
+
+
+def sums(*shares: tuple[int, int, int]):
+    """What adds up the shares, each (parts, size, out): those of several programs, all in one launch."""
+    several = list(enumerate(each for each in shares if each[0] > 1))
+    loads = {f"parts_{number}": parts * size * FP32 for number, (parts, size, _) in several}
+    return loads, {f"out_{number}": size * out for number, (_, size, out) in several}
+
+
 def shrink(m, k, r, tiles, data, adapter, out, processors, dropout=False):
     """S = s·drop(x) Aᵀ: x exactly once, A once per block of rows; few rows are read in runs of columns."""
     blocks = ceil(m / tiles.rows)
@@ -32,7 +44,7 @@ def shrink(m, k, r, tiles, data, adapter, out, processors, dropout=False):
     loads = {"x_ptr": m * k * data, "a_ptr": blocks * r * k * adapter}
     if dropout:
         loads["seed_ptr"] = blocks * parts * ceil(ceil(k / tiles.depth) / parts) * SEED
-    return loads, {"out_ptr": m * r * out if parts == 1 else parts * m * r * FP32}
+    return loads, {"out_ptr": share(parts, m * r, out)}
 
 
 def tail(m, n, r, tiles, sizes: Sizes, depth=0, bias=False, residual=False, dropout=False, out=None):
@@ -60,7 +72,7 @@ def grad_b_and_t(m, n, r, tiles, sizes: Sizes, processors, bias=False):
         "s_ptr": blocks_n * m * r * sizes.adapter,
         "b_ptr": parts * n * r * sizes.adapter,
     }
-    stores = {"t_ptr": blocks_n * m * r * FP32, "db_ptr": parts * n * r * FP32}
+    stores = {"t_ptr": share(blocks_n, m * r, sizes.adapter), "db_ptr": share(parts, n * r, sizes.adapter)}
     if bias:
         stores["dbias_ptr"] = parts * n * FP32
     return loads, stores
@@ -78,19 +90,15 @@ def grad_columns(m, k, r, tiles, sizes: Sizes, processors, tail=False, total=Fal
         "seed_ptr": blocks_k * parts * ceil(blocks_m / parts) * SEED * dropout,
     }
     stores = {
-        "out_ptr": parts * r * k * FP32,
+        "out_ptr": share(parts, r * k, sizes.adapter),
         "tail_ptr": m * k * sizes.data * tail,
         "sum_ptr": parts * k * FP32 * total,
     }
     return tuple({name: count for name, count in counts.items() if count} for counts in (loads, stores))
 
 
-def sum_partials(parts, size, out):
-    """Σ of `parts` fp32 tensors of `size` elements into one."""
-    return {"parts_ptr": parts * size * FP32}, {"out_ptr": size * out}
-
-
-def partial_sums_of_grad_b_and_t(m, n, r, tiles, processors):
-    """(T's, dB's) bytes of partial sums, written and read back, beyond the two results themselves."""
+def shares_of_grad_b_and_t(m, n, r, tiles, sizes: Sizes, processors, bias=False):
+    """T's, dB's and dbias's, as `sums` takes them."""
     blocks_n = ceil(n / tiles.columns)
-    return 2 * blocks_n * m * r * FP32, 2 * runs(m, tiles.rows, processors // blocks_n) * n * r * FP32
+    parts = runs(m, tiles.rows, processors // blocks_n)
+    return (blocks_n, m * r, sizes.adapter), (parts, n * r, sizes.adapter), *[(parts, n, FP32)] * bias

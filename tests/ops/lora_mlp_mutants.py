@@ -51,7 +51,7 @@ FORWARD = [
     (FORWARD_KERNEL, "S of one run", "(column_run * M + rows)", "(column_run * 0 + rows)"),
     (FORWARD_KERNEL, "sum forgotten", "dot(h, a, acc,", "dot(h, a, acc * 0,"),
     (FORWARD_KERNEL, "fp16 sums", "MODE, HALF, UPCAST)\n    if", f"MODE, HALF, UPCAST){ROUND_TO_HALF}\n    if"),
-    ("gated_forward", "the last run of S alone", "sum_partials(s, a.dtype)", "s[-1]"),
+    ("gated_forward", "runs of S not added up", "add_up(sums)", "sums.clear()"),
 ]  # fmt: skip
 
 BACKWARD = [
@@ -88,9 +88,14 @@ BACKWARD = [
     ("_one_side", "sign of T", "dot(grad, tl.trans(b)", "dot(-grad, tl.trans(b)"),
     ("_store_sum", "the first run's place", "row_run * H * R", "row_run * 0"),
     ("_store_sum", "last rank", "ranks < R", "ranks < R - 1"),
-    ("gated_backward", "T not scaled", "sum_partials(t, b.dtype, c)", "sum_partials(t, b.dtype)"),
-    ("gated_backward", "dB not scaled", "sum_partials(d, b.dtype, c)", "sum_partials(d, b.dtype)"),
-    ("gated_backward", "dA's kept values not scaled", "(da, a.dtype, keep_scale)", "(da, a.dtype)"),
+    ("_shares_of", "T not scaled", "(rows, rank), dtype, device, scale", "(rows, rank), dtype, device, 1.0"),
+    ("_shares_of", "dB not scaled", "(columns, rank), dtype, device, scale", "(columns, rank), dtype, device, 1.0"),
+    ("gated_backward", "dA's kept values not scaled", "dh.device, keep_scale,", "dh.device, 1.0,"),
+    ("gated_backward", "runs not added up", "add_up(sums)", "sums.clear()"),
+    ("_one_side", "the whole T not scaled", "t * t_scale", "t"),
+    ("_store_sum", "whole sums not scaled", "acc * scale", "acc"),
+    ("_gated_backward_kernel", "dB of gate scaled as up's", "gate_db, gate_db_scale", "gate_db, up_db_scale"),
+    ("_gated_backward_kernel", "T of up scaled as gate's", "up_t_scale, rows", "gate_t_scale, rows"),
 ]  # fmt: skip
 
 KERNELS = {"activation": ACTIVATION, "forward": FORWARD, "backward": BACKWARD}

@@ -37,7 +37,7 @@ SHRINK = [
         "p_out + M_64 * R_0, scale_2",
     ),
     ("_shrink_all_kernel", "runs over one another", "depth_run * M_64 * (", "depth_run * 0 * ("),
-    ("shrink_all", "no sum of runs", "runs == 1 else sum_partials(out, dtype)", "True else None"),
+    ("shrink_all", "runs not added up", "add_up(sums)", "sums.clear()"),
 ]  # fmt: skip
 
 COLUMNS = [

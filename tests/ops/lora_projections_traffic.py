@@ -6,7 +6,7 @@ projections, `masks` whether each drops. Each function returns (loads, stores).
 
 from math import ceil
 
-from tests.ops.lora_linear_traffic import FP32, SEED, Sizes, runs
+from tests.ops.lora_linear_traffic import SEED, Sizes, runs, share
 
 
 def _each(name: str, counts) -> dict[str, int]:
@@ -28,7 +28,7 @@ def shrink_all(m, k, ranks, tiles, sizes: Sizes, out, processors, masks):
         **_each("a", (blocks * r * k * sizes.adapter for r in ranks)),
         **_each("seed", (looks * SEED * drops for drops in masks)),
     }
-    return _some(loads, {"out_ptr": m * sum(ranks) * out if parts == 1 else parts * m * sum(ranks) * FP32})
+    return _some(loads, {"out_ptr": share(parts, m * sum(ranks), out)})
 
 
 def grad_all_columns(m, k, ranks, tiles, sizes: Sizes, processors, masks, tail):
@@ -43,7 +43,7 @@ def grad_all_columns(m, k, ranks, tiles, sizes: Sizes, processors, masks, tail):
         **_each("a", (parts * r * k * sizes.adapter * tail for r in ranks)),
         **_each("seed", (looks * SEED * drops for drops in masks)),
     }
-    return _some(loads, {"out_ptr": parts * sum(ranks) * k * FP32, "tail_ptr": m * k * sizes.data * tail})
+    return _some(loads, {"out_ptr": share(parts, sum(ranks) * k, sizes.adapter), "tail_ptr": m * k * sizes.data * tail})
 
 
 def tail_all(m, k, ranks, tiles, sizes: Sizes, masks, out, onto):

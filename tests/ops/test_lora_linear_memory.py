@@ -133,8 +133,9 @@ def test_kernels_allocate_their_results_and_partial_sums(shape, strategy, dropou
         forward_peak = allocations.peak
         dx, da, db = torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
     low_rank = m * RANK * 4
-    partials = expected.partial_sums_of_grad_b_and_t(m, n, RANK, SMALL, 4)
-    most = max(sum(partials) // 2, runs(m, SMALL.rows, 8 // -(-k // SMALL.columns)) * da.nbytes)
+    shares = expected.shares_of_grad_b_and_t(m, n, RANK, SMALL, expected.Sizes(data=x.element_size(), adapter=4), 4)
+    partials = sum(parts * size * 4 for parts, size, _ in shares if parts > 1)
+    most = max(partials, runs(m, SMALL.rows, 8 // -(-k // SMALL.columns)) * da.nbytes)
     product = 0 if strategy == "fused" else y.nbytes  # the vendor's, to which an fp32 term is added out of place
     assert forward_peak <= y.nbytes + product + low_rank + 8
     assert allocations.peak <= 2 * y.nbytes + dx.nbytes + da.nbytes + db.nbytes + 2 * low_rank + 8 + most

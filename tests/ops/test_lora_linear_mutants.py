@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastpeft import oracle
-from fastpeft.kernels import _common, lora_linear
+from fastpeft.kernels import _common, _partials, lora_linear
 from fastpeft.ops import _lora_linear_triton
 from tests.counting import count
 from tests.ops.lora_linear_cases import draws, on
@@ -19,7 +19,7 @@ from tests.planting import mutated
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
-COMMON, KERNEL = Path(_common.__file__), Path(lora_linear.__file__)
+KERNEL, *SHARED = (Path(module.__file__) for module in (lora_linear, _common, _partials))
 MUTANTS = [mutant for mutants in KERNELS.values() for mutant in mutants]
 
 # Twice the criterion, so that one draw will do: what this finds the criterion finds.
@@ -31,14 +31,14 @@ SPLIT = oracle.Bounds(rms=256, peak=256, row=512, gain=0.01)  # see the test of 
 def problems():
     """(strategy, bounds, problem): together they use every feature of every kernel, on tensors with gaps. 45 outputs
     are two blocks of columns, so that 37 rows make two runs of row blocks in one kernel and 69 rows in the other; 21
-    rows make two runs of columns."""
+    rows make two runs of columns. 13 rows and 29 outputs are one block, whose program writes the whole."""
     made = []
-    for strategy, dtypes, rows, rank in (
-        ("fused", "fp32", 37, 5), ("prewrite", "fp32", 37, 5), ("prewrite", "fp16-fp32", 37, 5),
-        ("fused", "fp32", 69, 70), ("prewrite", "bf16-fp32", 37, 5),
-        ("fused", "fp32", 21, 5),
+    for strategy, dtypes, rows, outputs, rank in (
+        ("fused", "fp32", 37, 45, 5), ("prewrite", "fp32", 37, 45, 5), ("prewrite", "fp16-fp32", 37, 45, 5),
+        ("fused", "fp32", 69, 45, 70), ("prewrite", "bf16-fp32", 37, 45, 5),
+        ("fused", "fp32", 21, 45, 5), ("fused", "fp32", 13, 29, 5),
     ):  # fmt: skip
-        (problem,) = draws(1, (rows, 69), 45, rank, dtypes=dtypes, dropout=0.3)
+        (problem,) = draws(1, (rows, 69), outputs, rank, dtypes=dtypes, dropout=0.3)
         for name in ("x", "weight", "lora_A", "lora_B", "dy"):
             problem = with_layout(problem, name, "gappy")
         made.append((strategy, SPLIT if dtypes == "bf16-fp32" else BOUNDS, problem))
@@ -94,15 +94,17 @@ def test_the_kernels_as_they_are_pass():
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
 def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     function, _, old, new = mutant
-    kernels, common = mutated(KERNEL.read_text(), function, old, new), mutated(COMMON.read_text(), function, old, new)
-    assert (kernels is None) != (common is None), f"{function} is in neither file of kernels, or in both"
-    if common is not None:
-        module = load(common, tmp_path / "fastpeft_mutant_common.py", monkeypatch)
-        monkeypatch.setattr(_lora_linear_triton, "Dropout", module.Dropout)
-        imported = "from fastpeft.kernels._common import"
+    kernels = mutated(KERNEL.read_text(), function, old, new)
+    shared = {file: made for file in SHARED if (made := mutated(file.read_text(), function, old, new)) is not None}
+    assert (kernels is not None) + len(shared) == 1, f"{function} is in none of the files of kernels, or in several"
+    for file, made in shared.items():
+        module = load(made, tmp_path / f"fastpeft_mutant{file.name}", monkeypatch)
+        if file.stem == "_common":
+            monkeypatch.setattr(_lora_linear_triton, "Dropout", module.Dropout)
+        imported = f"from fastpeft.kernels.{file.stem} import"
         kernels = KERNEL.read_text()
         assert kernels.count(imported) == 1
-        kernels = kernels.replace(imported, "from fastpeft_mutant_common import")
+        kernels = kernels.replace(imported, f"from {module.__name__} import")
     module = load(kernels, tmp_path / "fastpeft_mutant_kernels.py", monkeypatch)
     monkeypatch.setattr(_lora_linear_triton, "kernels", module)
     assert (fault_of(*soonest(mutant)) or first_fault()) is not None

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastpeft.dispatch import Plan, backend, override_plan
+from fastpeft.kernels import _partials
 from fastpeft.kernels import lora_linear as kernels
 from fastpeft.kernels._common import Dropout
 from fastpeft.kernels._tiles import SMALL, tiles_for
@@ -48,8 +49,8 @@ def test_shrink_reads_x_once(inputs, outputs, rank, dropout, processors, monkeyp
         kernels.shrink(data(ROWS, inputs), adapter(rank, inputs), 0.5, DATA, dropout, TILES)
     loads, stores = expected.shrink(ROWS, inputs, rank, TILES, 2, 4, 2, processors, dropout is not None)
     assert traffic.of("_shrink_kernel") == (loads, stores)
-    split = stores["out_ptr"] > ROWS * rank * 2
-    assert traffic.of("_sum_partials_kernel")[0] == ({"parts_ptr": stores["out_ptr"]} if split else {})
+    parts = expected.runs(inputs, TILES.depth, processors // -(-ROWS // TILES.rows))
+    assert traffic.of("_sum_partials_kernel") == expected.sums((parts, ROWS * rank, 2))
     assert traffic.atomics == 0
 
 
@@ -84,13 +85,21 @@ def test_grad_b_and_t_reads_dy_once(inputs, outputs, rank, processors, bias, mon
         kernels.grad_b_and_t(data(ROWS, outputs), adapter(ROWS, rank), adapter(outputs, rank), 0.5, bias, TILES)
     loads, stores = expected.grad_b_and_t(ROWS, outputs, rank, TILES, SIZES, processors, bias)
     assert traffic.of("_grad_b_and_t_kernel") == (loads, stores)
-    assert traffic.kernels() == ["_grad_b_and_t_kernel"] + ["_sum_partials_kernel"] * (3 if bias else 2)
-    # Every partial sum is read back once, and no other byte.
-    assert sum(traffic.of("_sum_partials_kernel")[0].values()) == sum(stores.values())
-    assert sum(stores.values()) * 2 == sum(
-        expected.partial_sums_of_grad_b_and_t(ROWS, outputs, rank, TILES, processors)
-    ) + 2 * stores.get("dbias_ptr", 0)
-    assert traffic.atomics == 0
+    shares = expected.shares_of_grad_b_and_t(ROWS, outputs, rank, TILES, SIZES, processors, bias)
+    assert traffic.of("_sum_partials_kernel") == expected.sums(*shares)
+    assert traffic.kernels() == ["_grad_b_and_t_kernel", "_sum_partials_kernel"] and traffic.atomics == 0
+
+
+def test_what_one_program_has_is_whole_and_what_several_have_is_added_up_in_one_launch():
+    """Few rows make one run, and few outputs one block of columns."""
+    for rows, outputs, shares in ((16, 32, 0), (16, 33, 1), (17, 32, 1), (17, 33, 2)):
+        with count_traffic() as traffic:
+            kernels.grad_b_and_t(data(rows, outputs), adapter(rows, 8), adapter(outputs, 8), 0.5, True, TILES)
+        found = expected.shares_of_grad_b_and_t(rows, outputs, 8, TILES, SIZES, 4, True)
+        assert sum(parts > 1 for parts, *_ in found[:2]) == shares
+        assert traffic.of("_grad_b_and_t_kernel") == expected.grad_b_and_t(rows, outputs, 8, TILES, SIZES, 4, True)
+        assert traffic.of("_sum_partials_kernel") == expected.sums(*found)
+        assert traffic.kernels()[1:] == ["_sum_partials_kernel"] * (shares > 0)
 
 
 @shapes
@@ -109,16 +118,27 @@ def test_grad_columns_reads_x_once_and_writes_the_tail_once(
         ROWS, inputs, rank, TILES, SIZES, processors, kind == "tail", kind == "sum", dropout is not None
     )
     assert traffic.of("_grad_columns_kernel") == (loads, stores)
-    partials = stores["out_ptr"] + stores.get("sum_ptr", 0)
-    assert sum(traffic.of("_sum_partials_kernel")[0].values()) == partials
+    parts = expected.runs(ROWS, TILES.rows, 2 * processors // -(-inputs // TILES.columns))
+    shares = [(parts, rank * inputs, 4), *[(parts, inputs, 4)] * (kind == "sum")]
+    assert traffic.of("_sum_partials_kernel") == expected.sums(*shares)
     assert traffic.atomics == 0
 
 
-@pytest.mark.parametrize("parts", [1, 5])
-def test_sum_partials(parts):
+@pytest.mark.parametrize("count", [1, 2, _partials.MOST, _partials.MOST + 1])
+def test_sums_are_added_up_in_one_launch_up_to_a_number(count):
+    sums = [
+        _partials.Sum(torch.randn(1 + number, 31, 17 + 40 * number), torch.empty(31, 17 + 40 * number, dtype=DATA), 0.5)
+        for number in range(count)
+    ]
+    left, truth = list(sums), [each.parts.double().sum(0) * 0.5 for each in sums]
     with count_traffic() as traffic:
-        kernels.sum_partials(torch.randn(parts, 31, 17), DATA)
-    assert traffic.of("_sum_partials_kernel") == expected.sum_partials(parts, 31 * 17, 2)
+        _partials.add_up(left)
+    loads, stores = traffic.of("_sum_partials_kernel")
+    assert sum(loads.values()) == sum(each.parts.nbytes for each in sums)
+    assert sum(stores.values()) == sum(each.out.nbytes for each in sums)
+    assert left == [] and len(traffic.launches) == -(-count // _partials.MOST)
+    for each, expected_sum in zip(sums, truth, strict=True):
+        assert (each.out - expected_sum).abs().max() <= 2e-3 * expected_sum.abs().max()
 
 
 @shapes
@@ -136,9 +156,10 @@ def test_a_training_step_passes_over_x_twice_and_over_dy_once(inputs, outputs, d
     assert traffic.loaded(x) == 2 * x.nbytes
     assert traffic.loaded(dy) == dy.nbytes
     assert traffic.loaded(weight) == 0
+    shared = expected.runs(ROWS, TILES.rows, 8 // -(-inputs // TILES.columns)) > 1
     assert traffic.kernels() == [
-        "_shrink_kernel", "_tail_kernel", "_grad_b_and_t_kernel", *["_sum_partials_kernel"] * 3,
-        "_grad_columns_kernel", "_sum_partials_kernel",
+        "_shrink_kernel", "_tail_kernel", "_grad_b_and_t_kernel", "_sum_partials_kernel",
+        "_grad_columns_kernel", *["_sum_partials_kernel"] * shared,
     ]  # fmt: skip
     assert traffic.atomics == 0
 
@@ -152,7 +173,8 @@ def test_the_partial_sums_of_the_shipped_tiles_are_bounded(inputs, outputs, proc
     whose three parts take the registers that wider tiles would need, no more than two. Those of dB arise in any case: a
     tile's worth per processor, however many rows there are."""
     rows, tiles = 8192, tiles_for("grad_b_and_t", rank, mode, False, "sm_90")
-    t, db = expected.partial_sums_of_grad_b_and_t(rows, outputs, rank, tiles, processors)
+    shares = expected.shares_of_grad_b_and_t(rows, outputs, rank, tiles, SIZES, processors)
+    t, db = (2 * 4 * parts * size for parts, size, _ in shares)
     reads = 2 if mode == "split" and rank > 32 else 1
     assert t <= reads * rows * outputs * 2
     assert db <= 2 * 4 * max(processors, -(-outputs // tiles.columns)) * tiles.columns * rank

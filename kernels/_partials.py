@@ -1,0 +1,90 @@
+"""What several programs have a share of: fp32 partial sums, which one more launch adds up, always in the same order and
+with one rounding, never atomics. Of a single program the share is the result, which it writes itself.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpeft.kernels._common import UPCAST, cdiv, on_device_of
+
+MOST = 6  # sums of one launch
+BLOCK = 256 if UPCAST else 1024
+
+
+class Sum(NamedTuple):
+    """out = scale·Σ parts over the first dimension, of fp32, rounded once."""
+
+    parts: Tensor
+    out: Tensor
+    scale: float = 1.0
+
+
+@triton.jit
+def _sum_block(parts_ptr, out_ptr, scale, parts, size, BLOCK: tl.constexpr):
+    """One program sums BLOCK places over all parts, always in the same order, and scales and rounds once."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    p_part = parts_ptr + places
+    for _ in range(parts):
+        acc += tl.load(p_part, mask=places < size, other=0.0)
+        p_part += size
+    tl.store(out_ptr + places, acc * scale, mask=places < size)
+
+
+@triton.jit(do_not_specialize=["count_0", "count_1", "count_2", "count_3", "count_4", "count_5"])
+def _sum_partials_kernel(
+    parts_0, parts_1, parts_2, parts_3, parts_4, parts_5, out_0, out_1, out_2, out_3, out_4, out_5,
+    scale_0, scale_1, scale_2, scale_3, scale_4, scale_5, count_0, count_1, count_2, count_3, count_4, count_5,
+    size_0, size_1, size_2, size_3, size_4, size_5, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of COUNT sums, each of its own number of parts and size, the one that the second place in the grid says."""
+    number = tl.program_id(1)
+    if number == 0:
+        _sum_block(parts_0, out_0, scale_0, count_0, size_0, BLOCK)
+    if COUNT > 1:
+        if number == 1:
+            _sum_block(parts_1, out_1, scale_1, count_1, size_1, BLOCK)
+    if COUNT > 2:
+        if number == 2:
+            _sum_block(parts_2, out_2, scale_2, count_2, size_2, BLOCK)
+    if COUNT > 3:
+        if number == 3:
+            _sum_block(parts_3, out_3, scale_3, count_3, size_3, BLOCK)
+    if COUNT > 4:
+        if number == 4:
+            _sum_block(parts_4, out_4, scale_4, count_4, size_4, BLOCK)
+    if COUNT > 5:
+        if number == 5:
+            _sum_block(parts_5, out_5, scale_5, count_5, size_5, BLOCK)
+
+
+def share(
+    runs: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scale: float, sums: list[Sum]
+) -> tuple[Tensor, Tensor, float]:
+    """(the result, what `runs` programs write their shares into, what they multiply them by): the result itself and
+    `scale` for a single one, else fp32 [runs, *shape] and 1, of which `sums` learns. Until these are added up
+    (`add_up`) the result is not there."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if runs == 1:
+        return out, out, scale
+    parts = torch.empty((runs, *shape), dtype=torch.float32, device=device)
+    sums.append(Sum(parts, out, scale))
+    return out, parts, 1.0
+
+
+def add_up(sums: list[Sum]) -> None:
+    """All of them, MOST in a launch, after which the list is empty."""
+    while sums:
+        few, sums[:] = sums[:MOST], sums[MOST:]
+        rest = MOST - len(few)
+        parts, outs, scales = zip(*few, strict=True)
+        sizes, nothing, zeros = [out.numel() for out in outs], [None] * rest, [0] * rest
+        with on_device_of(parts[0]):
+            _sum_partials_kernel[(cdiv(max(sizes), BLOCK), len(few))](
+                *parts, *nothing, *outs, *nothing, *scales, *([1.0] * rest), *map(len, parts), *zeros, *sizes, *zeros,
+                COUNT=len(few), BLOCK=BLOCK, enable_fp_fusion=True,
+            )  # fmt: skip
