@@ -26,8 +26,9 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def with_rows(x: torch.Tensor, x_MK: torch.Tensor) -> torch.Tensor:
-    """x, or where `as_rows` of it had to be copied the copy in x's shape, which nobody copies once more."""
-    return x if x.is_contiguous() else x_MK.view(x.shape)
+    """x, or where it is not contiguous its rows, to which torch adds a bias in the step of the product, as of a
+    contiguous x, and which nobody copies once more."""
+    return x if x.is_contiguous() else x_MK
 
 
 def draw_seed(x: torch.Tensor) -> torch.Tensor:
@@ -263,7 +264,7 @@ def copied(base: torch.Tensor) -> torch.Tensor:
 
 
 def forward(x, weight, bias, residual, a, b, scale, seed, p):
-    """(y (..., N), S [M, R]): shapes as in `lora_linear`; `weight` None means y = residual + s·S Bᵀ."""
+    """(y (..., N) or [M, N], S [M, R]): shapes as in `lora_linear`; `weight` None means y = residual + s·S Bᵀ."""
     x_MK = as_rows(x)
     y = copied(residual) if weight is None else cpu.linear(with_rows(x, x_MK), weight, bias)
     s = shrink(x_MK, a, 1.0, seed if seed is None else dropout_of(seed, p, x.device))

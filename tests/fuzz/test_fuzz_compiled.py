@@ -112,6 +112,7 @@ def of_lora(case: lora.Case, *how) -> None:
 @tried(3, 300)
 @given(lora.CAST_ON_TORCH | lora.RESIDUAL_ON_TORCH | lora.ON_TORCH, DYNAMIC)
 @example(lora.Case(leading=(), outputs=7, dtypes="fp16", bias=True, layouts={"bias": Layout(step=0)}), None)
+@example(lora.Case(leading=(2, 1), inputs=2, bias=True, layouts={"x": Layout(turn=3)}), None)
 def test_lora_linear(case, dynamic):
     shown(case, dynamic)
     of_lora(case, dynamic)

@@ -275,6 +275,7 @@ def test_backward_uses_the_backend_and_the_plan_of_its_forward(forward):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_kernels_stay_inside_and_do_not_depend_on_program_order(strategy, dropout, monkeypatch):
+    from fastpeft.kernels import _partials
     from fastpeft.kernels import lora_linear as kernels
 
     problem = draws(1, dtypes="fp16-fp32", dropout=dropout, outputs=40)[0]
@@ -284,7 +285,8 @@ def test_kernels_stay_inside_and_do_not_depend_on_program_order(strategy, dropou
         with backwards():
             reordered = lora_linear_outcomes(problem, wanted)[0]
         guarded = GuardedTorch()
-        monkeypatch.setattr(kernels, "torch", guarded)
+        for module in (kernels, _partials):
+            monkeypatch.setattr(module, "torch", guarded)
         with count_traffic() as traffic:  # raises where an active lane leaves its tensor
             inside = lora_linear_outcomes(problem, wanted)[0]
     for key in expected:

@@ -140,6 +140,7 @@ def test_backward_uses_the_backend_of_its_forward(forward):
 @pytest.mark.usefixtures("overflow_checks")
 @pytest.mark.parametrize("ranks", [(3, 5), (3, 20, 2)], ids=["held", "apart"])
 def test_kernels_stay_inside_and_do_not_depend_on_program_order(ranks, monkeypatch):
+    from fastpeft.kernels import _partials
     from fastpeft.kernels import lora_projections as kernels
 
     problem = draw("fp16-fp32", shape=(37, 69), outputs=(17,), ranks=ranks, dropout=True)
@@ -148,7 +149,8 @@ def test_kernels_stay_inside_and_do_not_depend_on_program_order(ranks, monkeypat
         with backwards():
             reordered = grown(problem, "triton")
         guarded = GuardedTorch()
-        monkeypatch.setattr(kernels, "torch", guarded)
+        for module in (kernels, _partials):
+            monkeypatch.setattr(module, "torch", guarded)
         with count_traffic() as traffic:  # raises where an active lane leaves its tensor
             inside = grown(problem, "triton")
     for key in expected:

@@ -159,6 +159,7 @@ def test_backward_uses_the_backend_of_its_forward(forward):
 @pytest.mark.usefixtures("overflow_checks")
 @pytest.mark.parametrize("base", [True, False], ids=["base", "residual"])
 def test_kernels_stay_inside_and_do_not_depend_on_program_order(base, monkeypatch):
+    from fastpeft.kernels import _partials
     from fastpeft.kernels import mixed_lora_linear as kernels
 
     problem = draw("fp16-fp32", shape=(11, 69), outputs=40, dropout=True, base=base)
@@ -166,7 +167,8 @@ def test_kernels_stay_inside_and_do_not_depend_on_program_order(base, monkeypatc
     with backwards():
         reordered = grown(problem, "triton")
     guarded = GuardedTorch()
-    monkeypatch.setattr(kernels, "torch", guarded)
+    for module in (kernels, _partials):
+        monkeypatch.setattr(module, "torch", guarded)
     with count_traffic() as traffic:  # raises where an active lane leaves its tensor
         inside = grown(problem, "triton")
     for key in expected:
