@@ -5,7 +5,8 @@ nothing, beside a bare torch.autograd.Function of the same tensors, which is the
 
 In a loop of nothing else, and cold: between large products, as in a step on a CPU, where the interpreter's code and
 objects have left the caches each time and cost ten times as much. And on the Triton path, as a GPU's calls go, with
-launches that launch nothing: with what torch takes to allocate, without what Triton's own launcher takes.
+launches that launch nothing, without what Triton's own launcher takes: there beside a Function that makes the same
+allocations and the same launches with everything known before.
 """
 
 import contextlib
@@ -16,10 +17,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpeft
 
@@ -29,6 +32,7 @@ if not torch.cuda.is_available():
 CALLS, REPEATS = 2000, 7
 COLD_CALLS = 40
 ROWS, WIDTH, RANK = 6, 8, 4
+FEW, SHARED = (16, 32), (20, 40)  # rows and width for kernels: one program has all, or several a share of every sum
 
 
 class Bare(torch.autograd.Function):
@@ -72,39 +76,96 @@ def cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
     }
 
 
-@contextlib.contextmanager
-def empty_launches():
-    """Within it ops take the Triton path, and a launch does nothing but join the list that is given."""
+def empty_launches(launches: list | None = None):
+    """Within it ops take the Triton path, and a launch does nothing, or joins `launches`."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    launches = []
-
     def launcher(kernel, grid):
-        return lambda *arguments, **options: launches.append(kernel)
+        if launches is None:
+            return lambda *arguments, **options: None
+        return lambda *arguments, **options: launches.append((kernel, grid, arguments, options))
 
-    with fastpeft.backend("triton"), mock.patch.object(InterpretedFunction, "__getitem__", launcher):
-        yield launches
+    stack = contextlib.ExitStack()
+    stack.enter_context(fastpeft.backend("triton"))
+    stack.enter_context(mock.patch.object(InterpretedFunction, "__getitem__", launcher))
+    mlp = importlib.import_module("fastpeft.ops._lora_mlp_triton")
+    stack.enter_context(mock.patch.object(mlp, "add_through", torch.Tensor.addmm_))  # a CPU has other ways
+    return stack
+
+
+MADE_OF = {
+    torch.ops.aten.empty.memory_format: torch.empty,
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.addmm_.default: torch.Tensor.addmm_,
+}
+
+
+class Recorded(TorchDispatchMode):
+    """Within it what torch allocates and multiplies joins `steps`, in order."""
+
+    def __init__(self, steps: list):
+        super().__init__()
+        self.steps = steps
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        if func in MADE_OF:
+            self.steps.append(functools.partial(MADE_OF[func], *args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _launch(kernel, grid, arguments, options):
+    kernel[grid](*arguments, **options)
+
+
+def steps_of(action: Callable[[], object]) -> list[Callable[[], object]]:
+    """What the action launches, allocates and multiplies, in order, to be done again."""
+    steps = []
+    with empty_launches(steps), Recorded(steps):
+        action()
+    return [each if callable(each) else functools.partial(_launch, *each) for each in steps]
+
+
+class Least(torch.autograd.Function):
+    """Does what is known before in forward and in backward, saves tensors, and gives what it is given."""
+
+    @staticmethod
+    def forward(ctx, steps, steps_back, outs, grads, *tensors):
+        for step in steps:
+            step()
+        ctx.save_for_backward(*tensors)
+        ctx.known = steps_back, grads
+        return tuple(out.detach() for out in outs)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        _ = ctx.saved_tensors
+        steps, grads = ctx.known
+        for step in steps:
+            step()
+        return None, None, None, None, *grads
 
 
 def cases_on_kernels() -> dict[str, tuple[Callable, list[torch.Tensor], list[torch.Tensor]]]:
     """name -> (a forward, what wants a gradient of it, gradients of its results); of `empty_launches`."""
     ops = {name: importlib.import_module(f"fastpeft.ops.{name}") for name in ("lora_linear", "lora_projections")}
     mlp = importlib.import_module("fastpeft.ops.lora_mlp")
-    half = dict(dtype=torch.bfloat16)
-    x, dy = torch.randn(ROWS, WIDTH, requires_grad=True, **half), torch.randn(ROWS, WIDTH, **half)
-    weight, s = torch.randn(WIDTH, WIDTH, **half), torch.randn(ROWS, RANK, **half)
-    a = [torch.randn(RANK, WIDTH, requires_grad=True, **half) for _ in range(3)]
-    b = [torch.randn(WIDTH, RANK, requires_grad=True, **half) for _ in range(3)]
-    three = [ops["lora_linear"].Projection(weight, None, *each, 2.0, 0.0) for each in zip(a, b, strict=True)]
-    one = [x, a[0], b[0]]
-    return {
-        "a bare Function": (lambda: Bare.apply(dy, x, weight, None, a[0], b[0], s), one, [dy]),
-        "lora_linear": (lambda: ops["lora_linear"].apply_lora(x, weight, None, None, a[0], b[0], 2.0, 0.0), one, [dy]),
-        "three projections": (
-            lambda: ops["lora_projections"].apply_lora_projections(x, three), [x, *a, *b], [dy] * 3
-        ),
-        "a gated MLP": (lambda: mlp.apply_lora_mlp(x, *three, "silu"), [x, *a, *b], [dy]),
-    }  # fmt: skip
+    half, cases = dict(dtype=torch.float16), {}
+    for words, (rows, width) in (("", SHARED), (", few rows", FEW)):
+        x, dy = torch.randn(rows, width, requires_grad=True, **half), torch.randn(rows, width, **half)
+        weight = torch.randn(width, width, **half)
+        a = [torch.randn(RANK, width, requires_grad=True, **half) for _ in range(3)]
+        b = [torch.randn(width, RANK, requires_grad=True, **half) for _ in range(3)]
+        three = [ops["lora_linear"].Projection(weight, None, *each, 2.0, 0.0) for each in zip(a, b, strict=True)]
+        one, wanted = (x, weight, None, None, a[0], b[0], 2.0, 0.0), [x, *a, *b]
+        cases |= {
+            "lora_linear" + words: (functools.partial(ops["lora_linear"].apply_lora, *one), [x, a[0], b[0]], [dy]),
+            "three projections" + words: (
+                functools.partial(ops["lora_projections"].apply_lora_projections, x, three), wanted, [dy] * 3
+            ),
+            "a gated MLP" + words: (functools.partial(mlp.apply_lora_mlp, x, *three, "silu"), wanted, [dy]),
+        }  # fmt: skip
+    return cases
 
 
 def microseconds(actions: list[Callable[[], object]], calls: int = CALLS, repeats: int = REPEATS) -> list[float]:
@@ -167,20 +228,32 @@ def measured(
         return list(zip(names, *columns, map(python_calls, forwards), strict=True))
 
 
-def measured_on_kernels(
-    calls: int = CALLS, repeats: int = REPEATS
-) -> list[tuple[str, float, float, int, int, int, int]]:
-    """(name, forward, backward in microseconds, launches of each, Python functions entered by each) of each case."""
-    with empty_launches() as launches:
+class OnKernels(NamedTuple):
+    """Of a case: microseconds and launches of a forward and of a backward, microseconds of `Least` in their place, and
+    Python functions that each enters beyond it."""
+
+    name: str
+    times: list[float]
+    least: list[float]
+    launches: list[int]
+    entered: list[int]
+
+
+def measured_on_kernels(calls: int = CALLS, repeats: int = REPEATS) -> list[OnKernels]:
+    with empty_launches():
         rows = []
         for name, (forward, wanted, dys) in cases_on_kernels().items():
-            backward = functools.partial(torch.autograd.grad, forward(), wanted, dys, retain_graph=True)
-            both, counts = (forward, backward), []
-            for action in both:
-                launches.clear()
-                action()
-                counts.append(len(launches))
-            rows.append((name, *microseconds(both, calls, repeats), *counts, *map(python_calls, both)))
+            out = forward()
+            backward = functools.partial(torch.autograd.grad, out, wanted, dys, retain_graph=True)
+            grads, outs = backward(), [out] if isinstance(out, torch.Tensor) else out
+            steps = [steps_of(action) for action in (forward, backward)]
+            least = functools.partial(Least.apply, *steps, outs, grads, *wanted)
+            least_back = functools.partial(torch.autograd.grad, least(), wanted, dys, retain_graph=True)
+            actions = forward, least, backward, least_back
+            times, entered = microseconds(actions, calls, repeats), list(map(python_calls, actions))
+            counts = [sum(step.func is _launch for step in each) for each in steps]
+            beyond = [each - beside for each, beside in zip(entered[::2], entered[1::2], strict=True)]
+            rows.append(OnKernels(name, times[::2], times[1::2], counts, beyond))
         return rows
 
 
@@ -190,9 +263,13 @@ def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALL
         cold = f"{cold_forward:15.1f}  {cold_backward:16.1f}"
         print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {cold}  {entered:16}")
     if not torch.cuda.is_available():
-        print(f"\n{'on kernels':17}  forward us  backward us  launches      Python functions")
-        for name, forward, backward, *counts in measured_on_kernels(calls, repeats):
-            print("{:17}  {:10.1f}  {:11.1f}  {:3} and {:3}  {:7} and {}".format(name, forward, backward, *counts))
+        print(f"\n{'on kernels':27}  forward us  the least  own   backward us  the least  own   launches")
+        for name, times, least, launches, _ in measured_on_kernels(calls, repeats):
+            (forward, backward), (beside, beside_back) = times, least
+            print(
+                f"{name:27}  {forward:10.1f}  {beside:9.1f}  {forward - beside:4.1f}  {backward:11.1f}"
+                f"  {beside_back:9.1f}  {backward - beside_back:4.1f}  {launches[0]:3} and {launches[1]}"
+            )
     return 0
 
 

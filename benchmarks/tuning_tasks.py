@@ -259,7 +259,7 @@ def candidates(bucket, device: torch.device) -> dict[str, dict[str, int]]:
     from fastpeft.kernels._tiles import family_of
 
     found = tile_module(bucket).candidates(*bucket, family_of(device))
-    return {" ".join(f"{n}={v}" for n, v in vars(tiles).items() if v): vars(tiles) for tiles in found}
+    return {" ".join(f"{n}={v}" for n, v in tiles._asdict().items() if v): tiles._asdict() for tiles in found}
 
 
 def with_tiles(call: Call, device: torch.device, rows: dict) -> Call:

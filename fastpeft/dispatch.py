@@ -250,20 +250,21 @@ def predicted_attention_plan(tensors, scores, dropout: float, *, gated: bool = F
 def lora_linear_plan(rows: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, dropout: float) -> Plan:
     """The strategy for x [M, K] (or dY [M, N]: `rows`) whose base product is in `dtype`, A [R, K] and B [N, R], on the
     Triton backend."""
-    return lora_linear_plan_for(
-        rows.device, dtype, a.dtype, (rows.shape[0], a.shape[1], b.shape[0], a.shape[0]), dropout
-    )
+    sizes = rows.shape[0], a.shape[1], b.shape[0], a.shape[0]
+    return lora_linear_plan_for(rows.device, dtype, a.dtype, sizes, dropout)
 
 
 def lora_linear_plan_for(
     device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, sizes: tuple[int, ...], dropout: float
 ) -> Plan:
     """The strategy for sizes (M, K, N, R)."""
-    measured = tables.measured(device) if device.type == "cuda" else {}
+    on_gpu = device.type == "cuda"
+    measured = tables.measured(device) if on_gpu else None
     if (plan := _plan.get()) is not None and plan.forward in LORA_STRATEGIES:
         return plan
-    found = measured.get(tables.lora_bucket(dtype, adapter_dtype, *sizes, dropout)) if measured else None
-    return found or predicted_lora_plan(device, sizes[0])
+    if measured and (found := measured.get(tables.lora_bucket(dtype, adapter_dtype, *sizes, dropout))):
+        return found
+    return predicted_lora_plan(device, sizes[0]) if on_gpu else FUSED
 
 
 def predicted_lora_plan(device: torch.device, rows: int) -> Plan:

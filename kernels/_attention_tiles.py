@@ -6,15 +6,13 @@ rows fit the 99 KiB of the smallest card from sm_80 on, those of sm_90 and sm_10
 """
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastpeft.kernels._common import rank_block
 from fastpeft.kernels._tiles import launch_options
 
 
-@dataclass(frozen=True)
-class AttentionTiles:
+class AttentionTiles(NamedTuple):
     """Queries and keys of a tile; of the prefix's keys at most `prefix`, or as many as there are."""
 
     queries: int

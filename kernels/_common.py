@@ -54,12 +54,12 @@ def on_device_of(tensor: torch.Tensor):
 def processor_count(tensor: torch.Tensor) -> int:
     """Streaming multiprocessors (compute units) of the tensor's device; in the interpreter a small number, so that a
     kernel that splits its reduction over programs does so there too."""
-    return _processors(tensor.device) if tensor.is_cuda else 4
+    return _processors(tensor.device)
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 # Triton's own, called outside of a kernel, take two microseconds each.
@@ -98,9 +98,11 @@ def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
 
 def split_evenly(total: int, block: int, parts: int) -> tuple[int, int]:
     """`total` cut into at most `parts` runs of whole blocks: (length of a run, number of runs)."""
-    blocks = cdiv(total, block)
-    run = max(1, cdiv(blocks, max(1, parts)))
-    return run * block, max(1, cdiv(blocks, run))
+    if parts <= 1:
+        return max(1, -(-total // block)) * block, 1
+    blocks = -(-total // block)
+    run = -(-blocks // parts) or 1
+    return run * block, -(-blocks // run) or 1
 
 
 @triton.jit

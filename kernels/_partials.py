@@ -1,8 +1,6 @@
 """What several programs have a share of: fp32 partial sums, which one more launch adds up, always in the same order and
-with one rounding, never atomics. Of a single program the share is the result, which it writes itself.
+with one rounding, never atomics. Where that spares the launch, a single program writes its result itself.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -13,14 +11,12 @@ from fastpeft.kernels._common import UPCAST, cdiv, on_device_of
 
 MOST = 6  # sums of one launch
 BLOCK = 256 if UPCAST else 1024
+_NOTHING = [(None,) * (MOST - count) for count in range(MOST + 1)]  # in the place of the other sums
+_ZEROS = [(0,) * (MOST - count) for count in range(MOST + 1)]
 
 
-class Sum(NamedTuple):
-    """out = scale·Σ parts over the first dimension, of fp32, rounded once."""
-
-    parts: Tensor
-    out: Tensor
-    scale: float = 1.0
+# (parts, out, count, scale): out = scale·Σ parts over their first dimension, of `count`, in fp32, rounded once.
+Sum = tuple[Tensor, Tensor, int, float]
 
 
 @triton.jit
@@ -62,29 +58,36 @@ def _sum_partials_kernel(
             _sum_block(parts_5, out_5, scale_5, count_5, size_5, BLOCK)
 
 
-def share(
+def shares(
     runs: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scale: float, sums: list[Sum]
-) -> tuple[Tensor, Tensor, float]:
-    """(the result, what `runs` programs write their shares into, what they multiply them by): the result itself and
-    `scale` for a single one, else fp32 [runs, *shape] and 1, of which `sums` learns. Until these are added up
-    (`add_up`) the result is not there."""
+) -> tuple[Tensor, Tensor]:
+    """(a result, what `runs` programs write their shares into: fp32 [runs, *shape]): `sums` learns of both, and the
+    result is there when these are added up."""
     out = torch.empty(shape, dtype=dtype, device=device)
-    if runs == 1:
-        return out, out, scale
     parts = torch.empty((runs, *shape), dtype=torch.float32, device=device)
-    sums.append(Sum(parts, out, scale))
-    return out, parts, 1.0
+    sums.append((parts, out, runs, scale))
+    return out, parts
+
+
+def shares_or_whole(
+    runs: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scale: float, sums: list[Sum]
+) -> tuple[Tensor, Tensor]:
+    """The same, but a single program, which then scales and rounds, writes the result itself: that costs no launch."""
+    if runs > 1:
+        return shares(runs, shape, dtype, device, scale, sums)
+    out = torch.empty(shape, dtype=dtype, device=device)
+    return out, out
 
 
 def add_up(sums: list[Sum]) -> None:
     """All of them, MOST in a launch, after which the list is empty."""
     while sums:
-        few, sums[:] = sums[:MOST], sums[MOST:]
-        rest = MOST - len(few)
-        parts, outs, scales = zip(*few, strict=True)
-        sizes, nothing, zeros = [out.numel() for out in outs], [None] * rest, [0] * rest
-        with on_device_of(parts[0]):
-            _sum_partials_kernel[(cdiv(max(sizes), BLOCK), len(few))](
-                *parts, *nothing, *outs, *nothing, *scales, *([1.0] * rest), *map(len, parts), *zeros, *sizes, *zeros,
-                COUNT=len(few), BLOCK=BLOCK, enable_fp_fusion=True,
+        parts, outs, counts, scales = zip(*sums[:MOST], strict=True)
+        sizes, number = [out.numel() for out in outs], len(outs)
+        nothing, zeros = _NOTHING[number], _ZEROS[number]
+        with on_device_of(outs[0]):
+            _sum_partials_kernel[(cdiv(max(sizes), BLOCK), number)](
+                *parts, *nothing, *outs, *nothing, *scales, *zeros, *counts, *zeros, *sizes, *zeros,
+                COUNT=number, BLOCK=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
+        del sums[:MOST]

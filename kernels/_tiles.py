@@ -11,7 +11,6 @@ processor and more, which is an H100's bandwidth times its latency (25 bytes/ns,
 """
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,7 @@ import triton
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Rows and columns of a program's tile, the depth of its inner step, and the ranks it takes at once where it takes
     them in turn."""
 

@@ -23,7 +23,7 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
-from fastpeft.kernels._partials import add_up, share
+from fastpeft.kernels._partials import add_up, shares_or_whole
 from fastpeft.kernels._tiles import INTERPRETED, Tiles, table_of, tiles_for
 from fastpeft.kernels.lora_linear import TRITON_TYPES
 
@@ -131,11 +131,11 @@ def scaled_grad(dy, base, gain, need_out: bool, need_sum: bool) -> tuple[torch.T
     """(gain⊙dy like dy, Σ dy⊙base [N] in fp32), each None where not asked for: dy, base [M, N], gain [N] in fp32."""
     (rows, columns), tiles = dy.shape, STREAM
     column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, max(1, 8 * processor_count(dy) // column_blocks))
+    run, runs = split_evenly(rows, tiles.rows, 8 * processor_count(dy) // column_blocks)
     out = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_out else None
     sums, total, parts = [], None, None
     if need_sum:
-        total, parts, _ = share(runs, (columns,), torch.float32, dy.device, 1.0, sums)
+        total, parts = shares_or_whole(runs, (columns,), torch.float32, dy.device, 1.0, sums)
     with on_device_of(dy):
         _dora_grad_kernel[(column_blocks, runs)](
             dy, base, gain.contiguous(), out, parts, rows, columns, run, *dy.stride(), BLOCK_M=tiles.rows,

@@ -12,13 +12,15 @@ The loop over tiles and the one over depth are two: as one (Triton's `flatten`) 
 it issues the next, as the compiled code says on sm_90, and on sm_100 a tile of 128 x 256 spills.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import Dropout, cdiv, dot, dot_mode, keep_mask, on_device_of, processor_count, rank_block
 from fastpeft.kernels._tiles import Tiles, optional_tiles, table_of
-from fastpeft.kernels.lora_linear import _known_multiple, _mask_arguments, _modes
+from fastpeft.kernels.lora_linear import _known_multiple, _mask_arguments, constants
 from fastpeft.kernels.lora_linear import tail as by_pointers
 
 ALIGNMENT = 16  # bytes, of a descriptor's first address and of the step from row to row
@@ -124,9 +126,9 @@ def tail(
     for tensors by `refusal`, and on devices for which there are no tiles."""
     (x, w), (rows, rank), columns = base, p.shape, q.shape[0]
     out_dtype = out_dtype or dtype
-    modes = _modes(rank, dtype, q.dtype)
+    mode = dot_mode(dtype, q.dtype)
     burden = dropout is not None or residual is not None or out_dtype != dtype
-    tiles = tiles or optional_tiles("persistent", rank, modes["MODE"], burden, table_of(p.device))
+    tiles = tiles or optional_tiles("persistent", rank, mode, burden, table_of(p.device))
     if tiles is None or refusal(x, w, out_dtype):
         options = dict(bias=bias, residual=residual, scale=scale, dropout=dropout, out_dtype=out_dtype)
         return by_pointers(p, q, dtype, base=base, **options)
@@ -152,6 +154,6 @@ def tail(
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, BLOCK_R=min(rank_block(rank), tiles.ranks),
             GROUP=8, W_BY_DEPTH=by_depth, IN_HALVES=in_halves, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, DROPOUT=dropout is not None, BASE_MODE=dot_mode(dtype, dtype),
-            **modes, **tiles.options,
+            **constants(math.gcd(rank, 16), mode, dtype, tiles),
         )  # fmt: skip
     return out

@@ -36,7 +36,7 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
-from fastpeft.kernels._partials import Sum, add_up, share
+from fastpeft.kernels._partials import Sum, add_up, shares, shares_or_whole
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
 
 # Registers hold a block of ranks up to the one; beyond, a kernel that holds ranks takes them in slices of the other,
@@ -144,7 +144,7 @@ def _tail_kernel(
 
 @triton.jit
 def _grad_b_and_t_kernel(
-    dy_ptr, s_ptr, b_ptr, t_ptr, db_ptr, dbias_ptr, t_scale, db_scale, M, N, R, rows_per_program,
+    dy_ptr, s_ptr, b_ptr, t_ptr, db_ptr, dbias_ptr, M, N, R, rows_per_program,
     stride_dm, stride_dn, stride_bn, stride_br,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, WITH_BIAS: tl.constexpr,
     RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
@@ -152,7 +152,7 @@ def _grad_b_and_t_kernel(
     """One program reads a rectangle of dY, rows_per_program by BLOCK_N, once.
 
     It keeps dB of its columns in registers over all its rows, and writes its columns' share of T row block by row
-    block: t [N / BLOCK_N, M, R] and db [row runs, N, R], where these are several fp32 partial sums for `_partials`.
+    block: t [N / BLOCK_N, M, R] and db [row runs, N, R] are fp32 partial sums for `_partials`.
     """
     R = _known_multiple(R, RANK_UNIT)
     column_block, row_run = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -172,12 +172,12 @@ def _grad_b_and_t_kernel(
         m_out = m_r[:, None] & m_m[None, :]
         s = tl.load(s_ptr + rows[None, :] * R + ranks[:, None], mask=m_out, other=0.0)  # [BLOCK_R, BLOCK_M]
         t = dot(b, tl.trans(dy), tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32), MODE, HALF, UPCAST)
-        tl.store(t_ptr + (column_block * M + rows)[None, :] * R + ranks[:, None], t * t_scale, mask=m_out)
+        tl.store(t_ptr + (column_block * M + rows)[None, :] * R + ranks[:, None], t, mask=m_out)
         acc = dot(s, dy, acc, MODE, HALF, UPCAST)
         if WITH_BIAS:
             total += tl.sum(dy.to(tl.float32), axis=0)
     p_db = db_ptr + (row_run * N + columns)[None, :] * R + ranks[:, None]
-    tl.store(p_db, acc * db_scale, mask=m_r[:, None] & m_n[None, :])
+    tl.store(p_db, acc, mask=m_r[:, None] & m_n[None, :])
     if WITH_BIAS:
         tl.store(dbias_ptr + row_run * N + columns, total, mask=m_n)
 
@@ -188,13 +188,13 @@ def _grad_columns_kernel(
     M, K, R, rows_per_program,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_or, stride_ok,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    WITH_PRODUCT: tl.constexpr, WITH_TAIL: tl.constexpr, WITH_SUM: tl.constexpr,
+    WITH_PRODUCT: tl.constexpr, WITH_TAIL: tl.constexpr, WITH_SUM: tl.constexpr, WHOLE: tl.constexpr,
     DROPOUT: tl.constexpr, RANK_UNIT: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program reads BLOCK_K columns of x over rows_per_program rows, once, and keeps tᵀ drop(x) in registers.
 
-    WITH_TAIL also writes mask⊙(t a)·keep_scale, for which t is in hand; WITH_SUM also sums x's columns. Of several runs
-    out [row runs, R·K] and sum [row runs, K] are fp32 partial sums for `_partials`.
+    WITH_TAIL also writes mask⊙(t a)·keep_scale, for which t is in hand; WITH_SUM also sums x's columns. out [row
+    runs, R·K] and sum [row runs, K] are fp32 partial sums for `_partials`; WHOLE: of a single one, and out is scaled.
     """
     R = _known_multiple(R, RANK_UNIT)
     row_run = tl.program_id(1).to(tl.int64)
@@ -229,28 +229,27 @@ def _grad_columns_kernel(
             total += tl.sum(x.to(tl.float32), axis=0)
     if WITH_PRODUCT:
         p_out = out_ptr + row_run * R * K + columns[None, :] * stride_ok + ranks[:, None] * stride_or
-        tl.store(p_out, acc * out_scale, mask=m_r[:, None] & m_k[None, :])
+        if WHOLE:
+            acc *= out_scale
+        tl.store(p_out, acc, mask=m_r[:, None] & m_k[None, :])
     if WITH_SUM:
         tl.store(sum_ptr + row_run * K + columns, total, mask=m_k)
 
 
-def _modes(rank: int, data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
-    return _constants(rank, dot_mode(data_dtype, adapter_dtype), data_dtype)
-
-
 @functools.cache
-def _constants(rank: int, mode: str, data_dtype: torch.dtype) -> dict:
-    """Not to be changed."""
-    return {"RANK_UNIT": math.gcd(rank, 16), "MODE": mode, "HALF": TRITON_TYPES[data_dtype], "UPCAST": UPCAST}
+def constants(rank_unit: int, mode: str, data_dtype: torch.dtype, tiles: Tiles) -> dict:
+    """What a launch is compiled for, beside its blocks: of ranks that `rank_unit` divides. Not to be changed."""
+    half = TRITON_TYPES[data_dtype]
+    return {"RANK_UNIT": rank_unit, "MODE": mode, "HALF": half, "UPCAST": UPCAST, **tiles.options}
 
 
 def _settings(
     kernel: str, rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, burden: bool, device, tiles: Tiles | None
 ) -> tuple[Tiles, dict]:
-    """(the tiles, if none are given those of the tables, and what a launch with them is compiled for)."""
+    """(the tiles, if none are given those of the tables, and `constants`)."""
     mode = dot_mode(dtype, adapter_dtype)
     tiles = tiles or tiles_for(kernel, rank, mode, burden, table_of(device))
-    return tiles, {**_constants(rank, mode, dtype), **tiles.options}
+    return tiles, constants(math.gcd(rank, 16), mode, dtype, tiles)
 
 
 def _mask_arguments(dropout: Dropout | None) -> tuple:
@@ -269,7 +268,7 @@ def shrink(
     row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
     sums = []
-    out, parts, _ = share(runs, (rows, rank), dtype, device, 1.0, sums)
+    out, parts = shares_or_whole(runs, (rows, rank), dtype, device, 1.0, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(x):
         _shrink_kernel[(row_blocks, runs)](
@@ -333,15 +332,14 @@ def grad_b_and_t(
     (rows, columns), rank, device = dy.shape, b.shape[1], dy.device
     tiles, settings = _settings("grad_b_and_t", rank, dy.dtype, b.dtype, False, device, tiles)
     column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dy) // column_blocks))
+    run, runs = split_evenly(rows, tiles.rows, processor_count(dy) // column_blocks)
     own = [] if sums is None else sums
-    t, t_parts, t_scale = share(column_blocks, (rows, rank), s.dtype, device, scale, own)
-    db, db_parts, db_scale = share(runs, (columns, rank), b.dtype, device, scale, own)
-    dbias, bias_parts, _ = share(runs, (columns,), torch.float32, device, 1.0, own) if with_bias else (None, None, 1.0)
+    t, t_parts = shares(column_blocks, (rows, rank), s.dtype, device, scale, own)
+    db, db_parts = shares(runs, (columns, rank), b.dtype, device, scale, own)
+    dbias, bias_parts = shares(runs, (columns,), torch.float32, device, 1.0, own) if with_bias else (None, None)
     with on_device_of(dy):
         _grad_b_and_t_kernel[(column_blocks, runs)](
-            dy, s, b, t_parts, db_parts, bias_parts, t_scale, db_scale, rows, columns, rank, run,
-            *dy.stride(), *b.stride(),
+            dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *dy.stride(), *b.stride(),
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=rank_block(rank), WITH_BIAS=with_bias,
             **settings,
         )  # fmt: skip
@@ -378,22 +376,22 @@ def grad_columns(
     fuse = tail_of is not None and rank <= FUSED_TAIL_RANK[settings["MODE"]]
     fused, tail_out = (tail_of, torch.empty(rows, columns, dtype=x.dtype, device=device)) if fuse else (None, None)
     column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
+    run, runs = split_evenly(rows, tiles.rows, 2 * processor_count(x) // column_blocks)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     product = parts = total = total_parts = None
-    sums, factor = [], 1.0
+    sums, scale = [], scale * keep_scale
     if t is not None:
         shape = (columns, rank) if transposed else (rank, columns)
-        product, parts, factor = share(runs, shape, dtype, device, scale * keep_scale, sums)
+        product, parts = shares_or_whole(runs, shape, dtype, device, scale, sums)
     if with_sum:
-        total, total_parts, _ = share(runs, (columns,), torch.float32, device, 1.0, sums)
+        total, total_parts = shares_or_whole(runs, (columns,), torch.float32, device, 1.0, sums)
     with on_device_of(x):
         _grad_columns_kernel[(column_blocks, runs)](
-            t, x, fused, parts, tail_out, total_parts, seed, factor, keep_scale, threshold,
+            t, x, fused, parts, tail_out, total_parts, seed, scale, keep_scale, threshold,
             rows, columns, rank, run, *x.stride(),
             *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(rank), WITH_PRODUCT=t is not None,
-            WITH_TAIL=fuse, WITH_SUM=with_sum, DROPOUT=dropout is not None,
+            WITH_TAIL=fuse, WITH_SUM=with_sum, WHOLE=runs == 1, DROPOUT=dropout is not None,
             **settings,
         )  # fmt: skip
     if tail_of is not None and not fuse:

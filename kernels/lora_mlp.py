@@ -33,7 +33,7 @@ from fastpeft.kernels._common import (
     split_evenly,
 )
 from fastpeft.kernels._mlp_tiles import FUSED_RANK, mlp_tiles
-from fastpeft.kernels._partials import Sum, add_up, share
+from fastpeft.kernels._partials import Sum, add_up, shares, shares_or_whole
 from fastpeft.kernels._tiles import Tiles
 from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, _mask_arguments
 
@@ -115,30 +115,29 @@ def _by_rows(p, rows, M, R, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _one_side(
-    grad, b, db, s_ptr, t_ptr, t_scale, rows, column_block, M, R,
+    grad, b, db, s_ptr, t_ptr, rows, column_block, M, R,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, MODE: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """db + gradᵀ s of one of gate and up; its share of T is written to t [column blocks, M, R]."""
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     t = dot(grad, tl.trans(b), tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32), MODE, HALF, UPCAST)
     mask = (rows < M)[:, None] & (ranks < R)[None, :]
-    tl.store(t_ptr + (column_block * M + rows)[:, None] * R + ranks[None, :], t * t_scale, mask=mask)
+    tl.store(t_ptr + (column_block * M + rows)[:, None] * R + ranks[None, :], t, mask=mask)
     return dot(_by_rows(s_ptr, rows, M, R, BLOCK_R), grad, db, MODE, HALF, UPCAST)
 
 
 @triton.jit
-def _store_sum(p, acc, scale, row_run, columns, H, R, stride_h, stride_r, BLOCK_R: tl.constexpr):
-    """scale·acc [BLOCK_R, BLOCK_H] into the run's part of p [row runs, H·R]."""
+def _store_sum(p, acc, row_run, columns, H, R, stride_h, stride_r, BLOCK_R: tl.constexpr):
+    """acc [BLOCK_R, BLOCK_H] into the run's part of p [row runs, H·R]."""
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     mask = (ranks < R)[:, None] & (columns < H)[None, :]
-    tl.store(p + row_run * H * R + columns[None, :] * stride_h + ranks[:, None] * stride_r, acc * scale, mask=mask)
+    tl.store(p + row_run * H * R + columns[None, :] * stride_h + ranks[:, None] * stride_r, acc, mask=mask)
 
 
 @triton.jit
 def _gated_backward_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, t_ptr, a_ptr, da_ptr, seed_ptr, keep_scale, threshold,
-    da_scale, gate_s_ptr, gate_b_ptr, gate_t_ptr, gate_db_ptr, gate_t_scale, gate_db_scale,
-    up_s_ptr, up_b_ptr, up_t_ptr, up_db_ptr, up_t_scale, up_db_scale,
+    gate_s_ptr, gate_b_ptr, gate_t_ptr, gate_db_ptr, up_s_ptr, up_b_ptr, up_t_ptr, up_db_ptr,
     M, H, R_DOWN, R_GATE, R_UP, rows_per_program,
     stride_ar, stride_ah, stride_gn, stride_gr, stride_un, stride_ur,
     NAME: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DOWN: tl.constexpr,
@@ -150,7 +149,7 @@ def _gated_backward_kernel(
 
     WITH_DOWN: dh is that of the base product, to which the rank-r term of down is added, and dA of down is summed;
     WITH_GATE, WITH_UP: T and dB are; WITH_H: h is written. dA [row runs, R, H], dB [row runs, H, R] and T [column
-    blocks, M, R], where these are several, are fp32 partial sums for `_partials`.
+    blocks, M, R] are fp32 partial sums for `_partials`.
     """
     R_DOWN, R_GATE = _known_multiple(R_DOWN, UNIT_DOWN), _known_multiple(R_GATE, UNIT_GATE)
     R_UP = _known_multiple(R_UP, UNIT_UP)
@@ -192,22 +191,22 @@ def _gated_backward_kernel(
         tl.store(dgate_ptr + places, dgate, mask=m_h)
         if WITH_GATE:
             gate_db = _one_side(
-                dgate, gate_b, gate_db, gate_s_ptr, gate_t_ptr, gate_t_scale, rows, column_block, M, R_GATE,
+                dgate, gate_b, gate_db, gate_s_ptr, gate_t_ptr, rows, column_block, M, R_GATE,
                 BLOCK_M, BLOCK_GATE, MODE, HALF, UPCAST,
             )  # fmt: skip
         dup = (dh * act).to(HALF)
         tl.store(dup_ptr + places, dup, mask=m_h)
         if WITH_UP:
             up_db = _one_side(
-                dup, up_b, up_db, up_s_ptr, up_t_ptr, up_t_scale, rows, column_block, M, R_UP,
+                dup, up_b, up_db, up_s_ptr, up_t_ptr, rows, column_block, M, R_UP,
                 BLOCK_M, BLOCK_UP, MODE, HALF, UPCAST,
             )  # fmt: skip
     if WITH_DOWN:
-        _store_sum(da_ptr, da, da_scale, row_run, columns, H, R_DOWN, 1, H, BLOCK_DOWN)
+        _store_sum(da_ptr, da, row_run, columns, H, R_DOWN, 1, H, BLOCK_DOWN)
     if WITH_GATE:
-        _store_sum(gate_db_ptr, gate_db, gate_db_scale, row_run, columns, H, R_GATE, R_GATE, 1, BLOCK_GATE)
+        _store_sum(gate_db_ptr, gate_db, row_run, columns, H, R_GATE, R_GATE, 1, BLOCK_GATE)
     if WITH_UP:
-        _store_sum(up_db_ptr, up_db, up_db_scale, row_run, columns, H, R_UP, R_UP, 1, BLOCK_UP)
+        _store_sum(up_db_ptr, up_db, row_run, columns, H, R_UP, R_UP, 1, BLOCK_UP)
 
 
 class Side(NamedTuple):
@@ -218,22 +217,14 @@ class Side(NamedTuple):
     scale: float
 
 
-class _Shares(NamedTuple):
-    """Of a side, or without one: T and dB when all is added up, and the kernel's arguments."""
-
-    t: Tensor | None
-    db: Tensor | None
-    arguments: tuple
-
-
-def _shares_of(side: Side | None, column_blocks: int, rows: int, runs: int, columns: int, sums: list[Sum]) -> _Shares:
+def _shares_of(side: Side | None, column_blocks: int, rows: int, runs: int, columns: int, sums: list[Sum]) -> tuple:
+    """(T, dB, what programs write their shares of these into), each None without a side."""
     if side is None:
-        return _Shares(None, None, (None, None, None, None, 1.0, 1.0))
-    s, b, scale = side
-    rank, dtype, device = b.shape[1], b.dtype, b.device
-    t, t_parts, t_scale = share(column_blocks, (rows, rank), dtype, device, scale, sums)
-    db, db_parts, db_scale = share(runs, (columns, rank), dtype, device, scale, sums)
-    return _Shares(t, db, (s, b, t_parts, db_parts, t_scale, db_scale))
+        return None, None, None, None
+    rank, dtype, device = side.b.shape[1], side.b.dtype, side.b.device
+    t, t_parts = shares(column_blocks, (rows, rank), dtype, device, side.scale, sums)
+    db, db_parts = shares(runs, (columns, rank), dtype, device, side.scale, sums)
+    return t, db, t_parts, db_parts
 
 
 class Grads(NamedTuple):
@@ -260,11 +251,11 @@ def gated_forward(
     modes = _modes(gate.dtype, gate.dtype if a is None else a.dtype)
     tiles = tiles or mlp_tiles("gated_forward", rank, modes["MODE"], dropout is not None, gate.device)
     row_blocks = cdiv(rows, tiles.rows)
-    run, runs = split_evenly(columns, tiles.columns, max(1, 4 * processor_count(gate) // row_blocks))
+    run, runs = split_evenly(columns, tiles.columns, 4 * processor_count(gate) // row_blocks)
     h = torch.empty_like(gate)
     sums, s, s_parts = [], None, None
     if a is not None:
-        s, s_parts, _ = share(runs, (rows, rank), a.dtype, gate.device, 1.0, sums)
+        s, s_parts = shares_or_whole(runs, (rows, rank), a.dtype, gate.device, 1.0, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(gate):
         _gated_forward_kernel[(row_blocks, runs)](
@@ -295,18 +286,22 @@ def gated_backward(
     ranks = [1 if down is None else down[1].shape[0], *(1 if b is None else b.shape[1] for b in matrices)]
     tiles = tiles or mlp_tiles("gated_backward", max(ranks) if given else 0, modes["MODE"], len(given) < 3, dh.device)
     column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, max(1, processor_count(dh) // column_blocks))
+    run, runs = split_evenly(rows, tiles.rows, processor_count(dh) // column_blocks)
     dgate, h, sums = torch.empty_like(dh), torch.empty_like(dh) if with_h else None, []
-    per_side = [_shares_of(side, column_blocks, rows, runs, columns, sums) for side in sides]
+    made = [_shares_of(side, column_blocks, rows, runs, columns, sums) for side in sides]
+    per_side = [
+        (None if side is None else side.s, b, t_parts, db_parts)
+        for side, b, (_, _, t_parts, db_parts) in zip(sides, matrices, made, strict=True)
+    ]
     t_down, a = down or (None, None)
     seed, keep_scale, threshold = _mask_arguments(dropout)
-    da, da_parts, da_scale = None, None, 1.0
+    da = da_parts = None
     if down is not None:
-        da, da_parts, da_scale = share(runs, (ranks[0], columns), a.dtype, dh.device, keep_scale, sums)
+        da, da_parts = shares(runs, (ranks[0], columns), a.dtype, dh.device, keep_scale, sums)
     with on_device_of(dh):
         _gated_backward_kernel[(column_blocks, runs)](
-            dh, gate, up, dgate, dh, h, t_down, a, da_parts, seed, keep_scale, threshold, da_scale,
-            *per_side[0].arguments, *per_side[1].arguments,
+            dh, gate, up, dgate, dh, h, t_down, a, da_parts, seed, keep_scale, threshold,
+            *per_side[0], *per_side[1],
             rows, columns, *ranks, run, *((0, 0) if a is None else a.stride()),
             *((0, 0) if matrices[0] is None else matrices[0].stride()),
             *((0, 0) if matrices[1] is None else matrices[1].stride()),
@@ -317,4 +312,4 @@ def gated_backward(
             **modes, **tiles.options,
         )  # fmt: skip
     add_up(sums)
-    return Grads(dgate, dh, h, [each.t for each in per_side], [each.db for each in per_side], da)
+    return Grads(dgate, dh, h, [t for t, *_ in made], [db for _, db, *_ in made], da)

@@ -10,15 +10,14 @@ K], A_p [R_p, K] contiguous, S_p and T_p [M, R_p] contiguous. Masks are independ
 element's fate is a function of that and its place. Offsets are computed in 64 bits.
 """
 
+import functools
 import math
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from fastpeft.kernels._common import (
-    UPCAST,
     Dropout,
     cdiv,
     dot,
@@ -30,9 +29,9 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
-from fastpeft.kernels._partials import add_up, share
+from fastpeft.kernels._partials import add_up, shares_or_whole
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK, SINGLE, Tiles, family_of, table_of, tiles_for
-from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple
+from fastpeft.kernels.lora_linear import _known_multiple, constants
 
 MOST = 4  # projections of one launch
 MOST_RANKS = 256  # of a projection, which registers hold
@@ -303,21 +302,17 @@ def _four(values: list, rest) -> list:
     return [*values, *(rest for _ in range(MOST - len(values)))]
 
 
+_NO_MASKS = [None] * MOST, [1.0] * MOST, [0] * MOST, 0
+
+
 def _mask_arguments(dropouts: list[Dropout | None]) -> tuple[list, list, list, int]:
     """(seeds, keep_scales, thresholds, DROPS) of a launch."""
+    if not any(dropouts):
+        return _NO_MASKS
     seeds = _four([None if each is None else each.seed for each in dropouts], None)
     scales = _four([1.0 if each is None else each.keep_scale for each in dropouts], 1.0)
     thresholds = _four([0 if each is None else each.threshold for each in dropouts], 0)
     return seeds, scales, thresholds, sum(1 << p for p, each in enumerate(dropouts) if each is not None)
-
-
-def _modes(ranks: list[int], data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
-    return {
-        "RANK_UNIT": math.gcd(16, *ranks),
-        "MODE": dot_mode(data_dtype, adapter_dtype),
-        "HALF": TRITON_TYPES[data_dtype],
-        "UPCAST": UPCAST,
-    }
 
 
 def _block_and_rank(ranks: list[int]) -> tuple[int, int]:
@@ -326,13 +321,18 @@ def _block_and_rank(ranks: list[int]) -> tuple[int, int]:
     return block, block * next_power_of_2(len(ranks))
 
 
-def _tiles(kernel: str, rank: int, mode: str, burden: bool, drops: bool, x: torch.Tensor) -> Tiles:
-    """Those of one adapter of that rank, with less in registers where several masks, or several parts of a product, are
-    there at once, and fewer stages where several wide A are in shared memory."""
-    tiles = tiles_for(kernel, rank, mode, burden, table_of(x.device))
+def _tiles(kernel: str, rank: int, mode: str, burden: bool, drops: bool, device: torch.device) -> Tiles:
+    """Those of one adapter of that rank, `_made_for_several`."""
+    tiles = tiles_for(kernel, rank, mode, burden, table_of(device))
+    return _made_for_several(tiles, kernel, rank, mode, drops, family_of(device))
+
+
+@functools.cache
+def _made_for_several(tiles: Tiles, kernel: str, rank: int, mode: str, drops: bool, family: str) -> Tiles:
+    """With less in registers where several masks, or several parts of a product, are there at once, and fewer stages
+    where several wide A are in shared memory."""
     rows, columns, depth, stages = tiles.rows, tiles.columns, tiles.depth, tiles.stages
-    family, wide = family_of(x.device), rank > MOST_RANKS
-    spills = family == "sm_100"  # a few bytes, in the tiles of the others
+    wide, spills = rank > MOST_RANKS, family == "sm_100"  # spills: a few bytes, in the tiles of the others
     if kernel == "shrink":
         shallow = spills or rank == MOST_RANKS or (wide and family != "sm_90")
         rows, stages = min(64, rows // (4 if wide else 2) if drops else rows), min(stages, 2) if wide else stages
@@ -345,7 +345,17 @@ def _tiles(kernel: str, rank: int, mode: str, burden: bool, drops: bool, x: torc
             columns, stages = (min(columns, 32), stages) if mode == "split" else (min(columns, 64), min(stages, 2))
     elif kernel == "expand" and drops:
         rows = min(64, rows // 2 if mode in SINGLE else rows)
-    return replace(tiles, rows=max(16, rows), columns=columns, depth=depth, stages=stages)
+    return tiles._replace(rows=max(16, rows), columns=columns, depth=depth, stages=stages)
+
+
+def _behind_one_another(whole: torch.Tensor, length: int, ranks: list[int], by_rank: bool) -> list[torch.Tensor]:
+    """Of `whole`, flat, a matrix for each rank: [rank, length] with `by_rank`, or else [length, rank]."""
+    matrices, start = [], whole.storage_offset()
+    for rank in ranks:
+        shape, row = ((rank, length), length) if by_rank else ((length, rank), rank)
+        matrices.append(whole.as_strided(shape, (row, 1), start))
+        start += rank * length
+    return matrices
 
 
 def shrink_all(
@@ -358,22 +368,22 @@ def shrink_all(
     """[drop_p(x) a_pᵀ, ...]: x [M, K] (any strides), a_p [R_p, K] -> [M, R_p] each, in `dtype`; up to MOST of them."""
     (rows, depth), ranks = x.shape, [each.shape[0] for each in a]
     block, rank = _block_and_rank(ranks)
-    modes = _modes(ranks, x.dtype, a[0].dtype)
+    mode = dot_mode(x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
-    tiles = tiles or _tiles("shrink", rank, modes["MODE"], bool(drops), bool(drops), x)
+    tiles = tiles or _tiles("shrink", rank, mode, bool(drops), bool(drops), x.device)
     row_blocks = cdiv(rows, tiles.rows)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
     sums = []
-    out, parts, _ = share(runs, (rows * sum(ranks),), dtype, x.device, 1.0, sums)
+    out, parts = shares_or_whole(runs, (rows * sum(ranks),), dtype, x.device, 1.0, sums)
     with on_device_of(x):
         _shrink_all_kernel[(row_blocks, runs)](
             x, *_four([each.contiguous() for each in a], None), parts, *seeds, *scales, *thresholds,
             rows, depth, *_four(ranks, 0), run, *x.stride(),
             COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=block, DROPS=drops,
-            **modes, **tiles.options,
+            **constants(math.gcd(16, *ranks), mode, x.dtype, tiles),
         )  # fmt: skip
     add_up(sums)
-    return [part.view(rows, -1) for part in out.split([rows * each for each in ranks])]
+    return _behind_one_another(out, rows, ranks, by_rank=False)
 
 
 def grad_all_columns(
@@ -388,24 +398,24 @@ def grad_all_columns(
     a_p [R_p, K]; up to MOST of them. The second is None too where registers do not suffice for it, see `holds_tail`."""
     (rows, columns), ranks = x.shape, [each.shape[0] for each in a]
     block, rank = _block_and_rank(ranks)
-    modes = _modes(ranks, x.dtype, a[0].dtype)
+    mode = dot_mode(x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
     with_tail = with_tail and holds_tail(a, x.dtype)
     tail = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if with_tail else None
-    tiles = tiles or _tiles("grad_columns", rank, modes["MODE"], bool(drops), bool(drops), x)
+    tiles = tiles or _tiles("grad_columns", rank, mode, bool(drops), bool(drops), x.device)
     column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, max(1, 2 * processor_count(x) // column_blocks))
+    run, runs = split_evenly(rows, tiles.rows, 2 * processor_count(x) // column_blocks)
     sums = []
-    grads, parts, _ = share(runs, (sum(ranks) * columns,), a[0].dtype, x.device, 1.0, sums)
+    grads, parts = shares_or_whole(runs, (sum(ranks) * columns,), a[0].dtype, x.device, 1.0, sums)
     with on_device_of(x):
         _grad_all_columns_kernel[(column_blocks, runs)](
             x, *_four(ts, None), *_four([each.contiguous() for each in a], None), parts, tail,
             *seeds, *scales, *thresholds, rows, columns, *_four(ranks, 0), run, *x.stride(),
             COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=block, DROPS=drops, WITH_TAIL=with_tail,
-            **modes, **tiles.options,
+            **constants(math.gcd(16, *ranks), mode, x.dtype, tiles),
         )  # fmt: skip
     add_up(sums)
-    return [grad.view(-1, columns) for grad in grads.split([each * columns for each in ranks])], tail
+    return _behind_one_another(grads, columns, ranks, by_rank=True), tail
 
 
 def tail_all(
@@ -420,17 +430,17 @@ def tail_all(
     """Σ mask_p⊙(t_p a_p) [M, K] in `out_dtype`, or added to `onto` in place: t_p [M, R_p], a_p [R_p, K]; up to MOST of
     them. `data_dtype` is what the products are made for."""
     rows, columns, ranks = ts[0].shape[0], a[0].shape[1], [each.shape[0] for each in a]
-    modes = _modes(ranks, data_dtype, a[0].dtype)
+    mode = dot_mode(data_dtype, a[0].dtype)
     seeds, scales, thresholds, drops = _mask_arguments(dropouts)
     out = torch.empty(rows, columns, dtype=out_dtype, device=a[0].device) if onto is None else onto
     burden = bool(drops) or out.dtype != data_dtype
-    tiles = tiles or _tiles("expand", rank_block(max(ranks)), modes["MODE"], burden, bool(drops), out)
+    tiles = tiles or _tiles("expand", rank_block(max(ranks)), mode, burden, bool(drops), out.device)
     with on_device_of(out):
         _tail_all_kernel[(cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)](
             *_four(ts, None), *_four([each.contiguous() for each in a], None), out, *seeds, *scales, *thresholds,
             rows, columns, *_four(ranks, 0), COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns,
             BLOCK_R=min(rank_block(max(ranks)), tiles.ranks), DROPS=drops, ONTO=onto is not None,
-            **modes, **tiles.options,
+            **constants(math.gcd(16, *ranks), mode, data_dtype, tiles),
         )  # fmt: skip
     return out
 

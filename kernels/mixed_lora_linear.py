@@ -33,10 +33,10 @@ from fastpeft.kernels._common import (
     split_evenly,
 )
 from fastpeft.kernels._mixed_tiles import mixed_tiles
-from fastpeft.kernels._partials import add_up, share
+from fastpeft.kernels._partials import add_up, shares_or_whole
 from fastpeft.kernels._segments import Layout
 from fastpeft.kernels._tiles import Tiles
-from fastpeft.kernels.lora_linear import TRITON_TYPES
+from fastpeft.kernels.lora_linear import constants
 
 # Fields of a segment, see `_segments.segments`.
 FIELDS = tl.constexpr(6)
@@ -216,15 +216,6 @@ def _mixed_sum_kernel(
     tl.store(out_ptr + start + places, acc, mask=mask)
 
 
-def _modes(layout: Layout, data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
-    return {
-        "RANK_UNIT": layout.rank_unit,
-        "MODE": dot_mode(data_dtype, adapter_dtype),
-        "HALF": TRITON_TYPES[data_dtype],
-        "UPCAST": UPCAST,
-    }
-
-
 def _tiles(kernel: str, layout: Layout, mode: str, burden: bool, data: torch.Tensor) -> Tiles:
     return mixed_tiles(kernel, max(layout.ranks), mode, burden, data.device)
 
@@ -236,18 +227,18 @@ def shrink(
     """drop(x) aᵀ of every adapter's rows, [elements] in the matrices' dtype: x [M, K]; matrices, one behind the other,
     (r, K) each, or with of_b (K, r), and then times the scaling. `seed` None: nothing is dropped."""
     depth, device, dropout = x.shape[1], x.device, seed is not None
-    modes = _modes(layout, x.dtype, matrices.dtype)
-    tiles = tiles or _tiles("shrink", layout, modes["MODE"], dropout, x)
+    mode = dot_mode(x.dtype, matrices.dtype)
+    tiles = tiles or _tiles("shrink", layout, mode, dropout, x)
     blocks = _segments.blocks(layout.counts, tiles.rows, device)
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, len(blocks)))
     sums = []
-    out, parts, _ = share(runs, (layout.elements,), matrices.dtype, device, 1.0, sums)
+    out, parts = shares_or_whole(runs, (layout.elements,), matrices.dtype, device, 1.0, sums)
     with on_device_of(x):
         _mixed_shrink_kernel[(len(blocks), runs)](
             x, matrices, parts, seed, _segments.order(layout, device), blocks, _segments.segments(layout, device),
             _segments.factors(layout, device), layout.tokens, depth, layout.elements, run, *x.stride(),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(max(layout.ranks)), OF_B=of_b,
-            DROPOUT=dropout, **modes, **tiles.options,
+            DROPOUT=dropout, **constants(layout.rank_unit, mode, x.dtype, tiles),
         )  # fmt: skip
     add_up(sums)
     return out
@@ -265,8 +256,8 @@ def expand(
     Where the residual is `out` itself, rows of no adapter are not touched.
     """
     columns, device, dropout = out.shape[1], out.device, seed is not None
-    modes = _modes(layout, dtype, matrices.dtype)
-    tiles = tiles or _tiles("expand", layout, modes["MODE"], dropout or out.dtype != dtype, out)
+    mode = dot_mode(dtype, matrices.dtype)
+    tiles = tiles or _tiles("expand", layout, mode, dropout or out.dtype != dtype, out)
     rest = () if residual is out else (len(layout.rest) * layout.tokens,)
     blocks = _segments.blocks((*layout.counts, *rest), tiles.rows, device)
     with on_device_of(out):
@@ -275,7 +266,8 @@ def expand(
             _segments.segments(layout, device), _segments.factors(layout, device), layout.tokens, columns,
             *(residual.stride() if residual is not None else (0, 0)),
             BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(max(layout.ranks)), tiles.ranks),
-            OF_B=of_b, HAS_RESIDUAL=residual is not None, DROPOUT=dropout, **modes, **tiles.options,
+            OF_B=of_b, HAS_RESIDUAL=residual is not None, DROPOUT=dropout,
+            **constants(layout.rank_unit, mode, dtype, tiles),
         )  # fmt: skip
     return out
 
@@ -287,8 +279,8 @@ def grad_columns(
     """tᵀ drop(x) of every adapter's rows, in t's dtype: matrices one behind the other, (r, K) each, or with of_b
     (K, r), and then times the scaling; t [elements], x [M, K]."""
     columns, device, dropout = x.shape[1], x.device, seed is not None
-    modes = _modes(layout, x.dtype, t.dtype)
-    tiles = tiles or _tiles("grad_columns", layout, modes["MODE"], dropout, x)
+    mode = dot_mode(x.dtype, t.dtype)
+    tiles = tiles or _tiles("grad_columns", layout, mode, dropout, x)
     column_blocks = cdiv(columns, tiles.columns)
     parts = max(1, 2 * processor_count(x) // column_blocks)
     runs, firsts, count = _segments.runs(layout.counts, tiles.rows, parts, device)
@@ -300,7 +292,7 @@ def grad_columns(
         _mixed_grad_columns_kernel[(column_blocks, count)](
             t, x, sums, seed, _segments.order(layout, device), runs, segments, layout.tokens, columns, size,
             *x.stride(), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(max(layout.ranks)),
-            OF_B=of_b, DROPOUT=dropout, **modes, **tiles.options,
+            OF_B=of_b, DROPOUT=dropout, **constants(layout.rank_unit, mode, x.dtype, tiles),
         )  # fmt: skip
         _mixed_sum_kernel[(cdiv(size, block), len(layout.ranks))](
             sums, out, firsts, segments, _segments.factors(layout, device), columns, size, block, of_b,

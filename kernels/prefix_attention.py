@@ -31,7 +31,7 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
-from fastpeft.kernels._partials import Sum, add_up
+from fastpeft.kernels._partials import add_up
 from fastpeft.kernels._tiles import table_of
 
 
@@ -328,7 +328,7 @@ def grad_keys(
     if runs == 1:
         return dk[0], dv[0]
     out = torch.empty(2, *shape[2:], dtype=k.dtype, device=q.device)
-    add_up([Sum(parts, each) for parts, each in zip(gradients, out, strict=True)])
+    add_up([(parts, each, runs, 1.0) for parts, each in zip(gradients, out, strict=True)])
     return out[0], out[1]
 
 

@@ -49,22 +49,24 @@ KIB = 1024
 
 
 class Target(NamedTuple):
-    """What a launch is compiled for, and the shared memory (LDS) a block may have there.
+    """What a launch is compiled for, the shared memory (LDS) a block may have there, and its processors.
 
     Triton compiles what no card could launch. sm_80's code also runs on sm_86 and sm_89, so it must fit those.
     """
 
     gpu: GPUTarget
     shared: int
+    processors: int
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 99 * KIB),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * KIB),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * KIB),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * KIB),
-    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * KIB),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 99 * KIB, 108),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * KIB, 132),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * KIB, 148),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * KIB, 304),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * KIB, 188),
 }
+PROCESSORS = {target.gpu: target.processors for target in TARGETS.values()}
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 CUDA_REGISTERS = 65536  # of a processor; a block that wants more cannot start
 
@@ -151,13 +153,15 @@ def recorded_launches(run: Callable[[], object], gpu: GPUTarget) -> list[Launch]
 
     hip = gpu.backend == "hip"
     capability = (0, 0) if hip else divmod(gpu.arch, 10)
-    families = importlib.import_module("fastpeft.kernels._tiles").family_of
+    families, common = (importlib.import_module(f"fastpeft.kernels.{name}") for name in ("_tiles", "_common"))
+    families = families.family_of
     families.cache_clear()
     with (
         mock.patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: gpu)),
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(torch.version, "hip", "6" if hip else None),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
+        mock.patch.object(common, "_processors", lambda device: PROCESSORS[gpu]),
     ):
         run()
     families.cache_clear()

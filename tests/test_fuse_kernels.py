@@ -45,12 +45,10 @@ TOTALS = {
     "prewrite": {"alone": 28, "projections": 23, "all": 21},
 }
 LENGTHS = {"few rows": 4, "more rows": 40}
-# What adds it up, forward and backward. Few rows are one block of every kernel's, and what it makes of them is whole,
-# but for an input so wide that several programs share it (down's S) and outputs so wide (T of gate and up); more rows
-# are shared, but for a wide input alone. What a pass shares is added up in one launch, and so are dB and T of all
-# outputs of one input.
+# What adds it up, forward and backward: all that a pass makes in one launch, and dB and T of all outputs of one input.
+# Few rows are shared by several programs where the input is wide (down's S); a dA of few rows one program has whole.
 PARTIAL = {
-    "few rows": {"alone": (1, 2), "projections": (1, 1), "all": (1, 1)},
+    "few rows": {"alone": (1, 7), "projections": (1, 4), "all": (1, 4)},
     "more rows": {"alone": (0, 7 + 7), "projections": (0, 4 + 4), "all": (1, 4 + 3)},
 }
 

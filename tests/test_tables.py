@@ -61,7 +61,7 @@ def test_what_is_written_is_read(tmp_path):
     prefix = tables.prefix_bucket(*problem(dtype=HALF)[:2], 0.0)
     written = table(
         entry(), entry(prefix, {"forward": "decode", "backward": "fused"}), entry(TILES, OTHER),
-        entry(AttentionTileBucket("decode", 128, "half", True), vars(_attention_tiles.SMALL)),
+        entry(AttentionTileBucket("decode", 128, "half", True), _attention_tiles.SMALL._asdict()),
     )  # fmt: skip
     assert table_file.write(str(tmp_path / "new" / "t.json"), written) == written
     assert table_file.read(str(tmp_path / "new" / "t.json")) == written
@@ -190,14 +190,14 @@ def shrink_tiles(rank=16, dropout=False):
 def test_measured_tiles_stand_before_the_predicted(gpu):
     predicted = {case: shrink_tiles(*case) for case in ((16,), (8,), (17,), (64,), (16, True))}
     decode = AttentionTileBucket("decode", 128, "half", True)
-    few = vars(_attention_tiles.AttentionTiles(16, 64))
+    few = _attention_tiles.AttentionTiles(16, 64)._asdict()
     table_file.write(str(gpu / "t.json"), table(entry(TILES, OTHER), entry(decode, few)))
     lora_plan()
     assert shrink_tiles(16) == shrink_tiles(8) == _tiles.Tiles(**OTHER) != predicted[16,]
     for case in ((17,), (64,), (16, True)):
         assert shrink_tiles(*case) == predicted[case]
     family = _tiles.table_of(GPU)
-    assert vars(_attention_tiles.attention_tiles(*decode, family)) == few
+    assert _attention_tiles.attention_tiles(*decode, family)._asdict() == few
     assert _attention_tiles.attention_tiles("decode", 64, "half", True, family) == _attention_tiles.attention_tiles(
         "decode", 64, "half", True, "sm_90"
     )

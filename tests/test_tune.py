@@ -266,10 +266,10 @@ def test_the_tiles_that_run_are_those_on_trial():
     shrink = TileBucket("shrink", 16, "ieee", False)
     assert shrink in asked and {each.kernel for each in asked} == {"shrink", "grad_b_and_t", "grad_columns"}
     first, other = tuning_tasks.candidates(shrink, CPU).values()
-    assert first == vars(_tiles.SMALL) and other["rows"] == 32
+    assert first == _tiles.SMALL._asdict() and other["rows"] == 32
     trial = tuning_tasks.with_tiles(call, CPU, {shrink: other})
     with trial.context():
-        assert vars(_tiles.tiles_for("shrink", 8, "ieee", False, _tiles.table_of(CPU))) == other
+        assert _tiles.tiles_for("shrink", 8, "ieee", False, _tiles.table_of(CPU))._asdict() == other
         assert _tiles.tiles_for("tail", 8, "ieee", False, _tiles.table_of(CPU)) == _tiles.SMALL
     assert _tiles.table_of(CPU) == "interpreter"
     assert made.problems(trial, "addmm") == []

@@ -68,7 +68,9 @@ def expand(s, x, weight, bias, b, scale, plan: Plan, shared: dict | None = None)
 
 def whole_product(strategy: str):
     """The kernel that computes the base product and the rank-r term in one, if that is the strategy."""
-    return {"fused": kernels.tail, "persistent": lora_gemm.tail}.get(strategy)
+    if strategy == "fused":
+        return kernels.tail
+    return lora_gemm.tail if strategy == "persistent" else None
 
 
 def _in_its_room(strategy: str, weight: torch.Tensor, rank: int, fewer: bool) -> str:

@@ -167,34 +167,48 @@ def _mask(seed, call: Call, shape: tuple[int, int], device, needed: bool):
 
 def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs: tuple[bool, ...]):
     """(dX, dW, dbias, dA, dB), each None where `needs` (in this order) does not ask for it."""
-    need_x, need_w, need_bias, need_a, need_b = needs
     dy, x, weight = cast(dy_MN, call.dtype), cast(x_MK, call.dtype), cast(weight_NK, call.dtype)
-
-    def by_torch(seed):
-        db, t_MR = torch_path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a)
-        da, dx = torch_path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, call.dx_dtype, need_a, need_x)
-        return db, dy.sum(0) if need_bias else None, da, dx
-
-    def by_torch_as_kernels():
-        if not (need_x or need_a):
-            return by_torch(None)
-        return by_torch(_mask(seed, call, (len(dy), a_RK.shape[1]), dy.device, not call.fell_back))
-
-    def by_kernels():
-        path, needs_of = _path(True), (need_b, need_x or need_a, need_bias)
-        db, t_MR, dbias = path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, *needs_of, call.plan.reads)
-        arguments = (dy, x, t_MR, weight, a_RK, seed, call.dropout, call.plan, call.dx_dtype)
-        return db, dbias, *path.grad_a_and_x(*arguments, need_a, need_x)
-
+    given = dy, x, weight, a_RK, b_NR, s_MR
     if call.plan is None:
-        db, dbias, da, dx = by_torch(seed)
+        dx, dbias, da, db = _grads_by_torch(*given, seed, call, needs)
     elif call.fell_back:
-        db, dbias, da, dx = by_torch_as_kernels()
+        dx, dbias, da, db = _grads_by_torch_as_kernels(*given, seed, call, needs)
     else:
-        (db, dbias, da, dx), _ = kernels_or_torch(
-            lambda: _kind("backward", call, dy, a_RK, b_NR), call.demanded, by_kernels, by_torch_as_kernels
+        (dx, dbias, da, db), _ = kernels_or_torch(
+            lambda: _kind("backward", call, dy, a_RK, b_NR),
+            call.demanded,
+            lambda: _grads_by_kernels(*given, seed, call, needs),
+            lambda: _grads_by_torch_as_kernels(*given, seed, call, needs),
         )
-    return dx, dy.t() @ x if need_w else None, dbias, da, db
+    return dx, dy.t() @ x if needs[1] else None, dbias, da, db
+
+
+def _grads_by_torch(dy, x, weight, a_RK, b_NR, s_MR, seed, call: Call, needs):
+    """(dX, dbias, dA, dB)"""
+    need_x, _, need_bias, need_a, need_b = needs
+    db, t_MR = torch_path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a)
+    da, dx = torch_path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, call.dx_dtype, need_a, need_x)
+    return dx, dy.sum(0) if need_bias else None, da, db
+
+
+def _grads_by_torch_as_kernels(dy, x, weight, a_RK, b_NR, s_MR, seed, call: Call, needs):
+    """The same under the kernels' mask, where that plays a part."""
+    masked = needs[0] or needs[3]
+    mask = _mask(seed, call, (len(dy), a_RK.shape[1]), dy.device, not call.fell_back) if masked else None
+    return _grads_by_torch(dy, x, weight, a_RK, b_NR, s_MR, mask, call, needs)
+
+
+def _grads_by_kernels(dy, x, weight, a_RK, b_NR, s_MR, seed, call: Call, needs):
+    """(dX, dbias, dA, dB)"""
+    need_x, _, need_bias, need_a, need_b = needs
+    path, plan = _path(True), call.plan
+    db, t_MR, dbias = path.grad_b_and_t(
+        dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a, need_bias, plan.reads
+    )  # fmt: skip
+    da, dx = path.grad_a_and_x(
+        dy, x, t_MR, weight, a_RK, seed, call.dropout, plan, call.dx_dtype, need_a, need_x
+    )  # fmt: skip
+    return dx, dbias, da, db
 
 
 def of_rows(y_MN: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -238,7 +238,10 @@ def decide(x: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str
     """The call's numbers, and its backend by `dispatch`, as in `lora_linear`."""
     elements = x.numel() * min(map(Tensor.numel, b))
     triton = elements > 0 and choose_backend(x, dtype, patched=patched).backend == "triton"
-    plans = tuple(map(lambda *each: lora_linear_plan(as_rows(x), dtype, *each), a, b, dropouts)) if triton else None
+    rows = as_rows(x)
+    plans = (
+        tuple([lora_linear_plan(rows, dtype, *each) for each in zip(a, b, dropouts, strict=True)]) if triton else None
+    )
     dx_dtype = widest(dtype, x)
     demanded = triton and is_demanded(patched)
     return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, demanded, based=based)
@@ -260,7 +263,7 @@ def apply_lora_projections(
             raise OpError(f"lora_projections: x is {dtype} but a weight is {weight.dtype}; cast one, or use autocast")
     wide = widest(dtype, *a, *b)
     a, b = ([cast(matrix, wide) for matrix in each] for each in (a, b))
-    scalings = list(map(float, scalings))
+    scalings = tuple(map(float, scalings))
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_projections_compiled import compiled_lora_projections
 

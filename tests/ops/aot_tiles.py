@@ -18,7 +18,7 @@ def _with_each(module, launch, key: tuple) -> None:
     family = _tiles.family_of(META)
     for kernel in (*module.KERNELS, *getattr(module, "OPTIONAL", ())):
         for tiles in module.candidates(kernel, *key, family)[1:]:
-            row = module.measured_row(kernel, *key, vars(tiles), family)
+            row = module.measured_row(kernel, *key, tiles._asdict(), family)
             for each in (_tiles, _attention_tiles):
                 each.register("candidate", family, [row] if each is module else [])
             _tiles.adopt(META, "candidate")

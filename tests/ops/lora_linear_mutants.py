@@ -91,8 +91,6 @@ GRAD_B_AND_T = [
     ("grad_b_and_t", "no scale of dB", "b.dtype, device, scale,", "b.dtype, device, 1.0,"),
     ("grad_b_and_t", "scale of dB off by 1 %", "b.dtype, device, scale,", "b.dtype, device, scale * 0.99,"),
     ("grad_b_and_t", "sums not added up", "add_up(own)", "own.clear()"),
-    ("_grad_b_and_t_kernel", "no scale of the whole T", "t * t_scale", "t"),
-    ("_grad_b_and_t_kernel", "no scale of the whole dB", "acc * db_scale", "acc"),
 ]
 
 GRAD_COLUMNS = [
@@ -119,10 +117,11 @@ GRAD_COLUMNS = [
     ("_grad_columns_kernel", "dA of one run", "row_run * R * K", "row_run * 0"),
     ("_grad_columns_kernel", "bias' sum forgotten", "total += ", "total = "),
     ("_grad_columns_kernel", "fp16 sums", "x, acc, MODE, HALF, UPCAST)", f"x, acc, MODE, HALF, UPCAST){ROUND_TO_HALF}"),
-    ("grad_columns", "kept values not scaled", "scale * keep_scale,", "scale,"),
-    ("grad_columns", "no scale", "scale * keep_scale,", "keep_scale,"),
+    ("grad_columns", "kept values not scaled", "[], scale * keep_scale", "[], scale"),
+    ("grad_columns", "no scale", "[], scale * keep_scale", "[], keep_scale"),
     ("grad_columns", "sums not added up", "add_up(sums)", "sums.clear()"),
-    ("_grad_columns_kernel", "no scale of the whole dA", "acc * out_scale", "acc"),
+    ("_grad_columns_kernel", "no scale of the whole dA", "acc *= out_scale", "acc *= 1"),
+    ("_grad_columns_kernel", "shares scaled too", "if WHOLE:", "if True:"),
     ("grad_columns", "dB not transposed", "(1, rank) if transposed", "(columns, 1) if transposed"),
 ]
 
@@ -161,10 +160,10 @@ SUM_PARTIALS = [
     ("_sum_partials_kernel", "another's size", "scale_1, count_1, size_1", "scale_1, count_1, size_0"),
     ("add_up", "last block", "cdiv(max(sizes), BLOCK)", "max(1, max(sizes) // BLOCK)"),
     ("add_up", "blocks of the smallest sum", "cdiv(max(sizes), BLOCK)", "cdiv(min(sizes), BLOCK)"),
-    ("add_up", "one sum too few", "BLOCK), len(few))", "BLOCK), max(1, len(few) - 1))"),
-    ("add_up", "one part too few", "*map(len, parts)", "*(len(each) - 1 for each in parts)"),
-    ("share", "scaled twice", "return out, parts, 1.0", "return out, parts, scale"),
-    ("share", "of a single one not scaled", "return out, out, scale", "return out, out, 1.0"),
+    ("add_up", "one sum too few", "BLOCK), number)", "BLOCK), max(1, number - 1))"),
+    ("add_up", "one part too few", "*counts, *zeros", "*(each - 1 for each in counts), *zeros"),
+    ("shares_or_whole", "a whole one added up", "if runs > 1:", "if runs > 0:"),
+    ("shares", "not scaled", "runs, scale))", "runs, 1.0))"),
 ]
 
 SHARED = [
@@ -211,7 +210,6 @@ SOONEST = {
             "T of one block of columns", "sign of T", "row stride of B", "column stride of B", "no scale of T",
             "scale of T off by 1 %",
         ),
-        (6, ("lora_A", "lora_B")): ("no scale of the whole T", "no scale of the whole dB"),
     },
     "grad_columns": {
         (0, ("lora_A",)): (),
@@ -222,7 +220,7 @@ SOONEST = {
     "sum_partials": {
         (0, ("bias", "lora_A", "lora_B")): (),
         (0, ("lora_A",)): ("every second block", "last block"),
-        (6, ("lora_A", "lora_B")): ("of a single one not scaled",),
+        (6, ("lora_A",)): ("a whole one added up",),
     },
     "shared": {
         (0, ()): (),

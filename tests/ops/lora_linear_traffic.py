@@ -26,15 +26,14 @@ def runs(length: int, block: int, parts: int) -> int:
 
 
 def share(parts: int, size: int, out: int) -> int:
-    """What `parts` programs write of a result of `size` elements of `out` bytes."""
+    """What `parts` programs write of a result of `size` elements of `out` bytes, where a single one writes it whole."""
     return size * out if parts == 1 else parts * size * FP32
 
 
 def sums(*shares: tuple[int, int, int]):
-    """What adds up the shares, each (parts, size, out): those of several programs, all in one launch."""
-    several = list(enumerate(each for each in shares if each[0] > 1))
-    loads = {f"parts_{number}": parts * size * FP32 for number, (parts, size, _) in several}
-    return loads, {f"out_{number}": size * out for number, (_, size, out) in several}
+    """What adds up the shares, each (parts, size, out), all in one launch."""
+    loads = {f"parts_{number}": parts * size * FP32 for number, (parts, size, _) in enumerate(shares)}
+    return loads, {f"out_{number}": size * out for number, (_, size, out) in enumerate(shares)}
 
 
 def shrink(m, k, r, tiles, data, adapter, out, processors, dropout=False):
@@ -72,7 +71,7 @@ def grad_b_and_t(m, n, r, tiles, sizes: Sizes, processors, bias=False):
         "s_ptr": blocks_n * m * r * sizes.adapter,
         "b_ptr": parts * n * r * sizes.adapter,
     }
-    stores = {"t_ptr": share(blocks_n, m * r, sizes.adapter), "db_ptr": share(parts, n * r, sizes.adapter)}
+    stores = {"t_ptr": blocks_n * m * r * FP32, "db_ptr": parts * n * r * FP32}
     if bias:
         stores["dbias_ptr"] = parts * n * FP32
     return loads, stores

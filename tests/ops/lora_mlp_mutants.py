@@ -88,14 +88,10 @@ BACKWARD = [
     ("_one_side", "sign of T", "dot(grad, tl.trans(b)", "dot(-grad, tl.trans(b)"),
     ("_store_sum", "the first run's place", "row_run * H * R", "row_run * 0"),
     ("_store_sum", "last rank", "ranks < R", "ranks < R - 1"),
-    ("_shares_of", "T not scaled", "(rows, rank), dtype, device, scale", "(rows, rank), dtype, device, 1.0"),
-    ("_shares_of", "dB not scaled", "(columns, rank), dtype, device, scale", "(columns, rank), dtype, device, 1.0"),
+    ("_shares_of", "T not scaled", "(rows, rank), dtype, device, side.scale", "(rows, rank), dtype, device, 1"),
+    ("_shares_of", "dB not scaled", "(columns, rank), dtype, device, side.scale", "(columns, rank), dtype, device, 1"),
     ("gated_backward", "dA's kept values not scaled", "dh.device, keep_scale,", "dh.device, 1.0,"),
     ("gated_backward", "runs not added up", "add_up(sums)", "sums.clear()"),
-    ("_one_side", "the whole T not scaled", "t * t_scale", "t"),
-    ("_store_sum", "whole sums not scaled", "acc * scale", "acc"),
-    ("_gated_backward_kernel", "dB of gate scaled as up's", "gate_db, gate_db_scale", "gate_db, up_db_scale"),
-    ("_gated_backward_kernel", "T of up scaled as gate's", "up_t_scale, rows", "gate_t_scale, rows"),
 ]  # fmt: skip
 
 KERNELS = {"activation": ACTIVATION, "forward": FORWARD, "backward": BACKWARD}

@@ -7,7 +7,7 @@ run of rows, S and T once for each block of columns. Each function returns (load
 
 from math import ceil
 
-from tests.ops.lora_linear_traffic import SEED, runs, share
+from tests.ops.lora_linear_traffic import FP32, SEED, runs, share
 from tests.ops.mixed_lora_linear_traffic import without_nothing
 
 
@@ -43,10 +43,9 @@ def gated_backward(m, h, ranks, tiles, data, adapter, processors, dropout=False,
         "dh_ptr": m * h * data,
         "dgate_ptr": m * h * data,
         "h_ptr": m * h * data * with_h,
-        "da_ptr": share(parts, down * h, adapter),
+        "da_ptr": parts * down * h * FP32,
     }
     for side, rank in (("gate", gate), ("up", up)):
         loads |= {f"{side}_s_ptr": blocks * m * rank * adapter, f"{side}_b_ptr": parts * h * rank * adapter}
-        stores[f"{side}_t_ptr"] = share(blocks, m * rank, adapter)
-        stores[f"{side}_db_ptr"] = share(parts, h * rank, adapter)
+        stores |= {f"{side}_t_ptr": blocks * m * rank * FP32, f"{side}_db_ptr": parts * h * rank * FP32}
     return without_nothing(loads, stores)

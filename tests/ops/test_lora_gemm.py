@@ -188,7 +188,7 @@ def test_devices(family, served, monkeypatch):
         expect = served and data != torch.float32
         assert lora_gemm.serves(x.to(data), w.to(data), adapter) is expect, (data, adapter)
     assert bool(_tiles.candidates("persistent", 16, "half", False, family)) is served
-    numbers = vars(Tiles(128, 256, depth=64, ranks=32))
+    numbers = Tiles(128, 256, depth=64, ranks=32)._asdict()
     assert (_tiles.measured_row("persistent", 16, "half", False, numbers, family) is not None) is served
     with mock.patch.object(lora_gemm, "by_pointers", return_value=None) as stood_in:
         if not served:

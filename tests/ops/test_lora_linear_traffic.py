@@ -50,7 +50,7 @@ def test_shrink_reads_x_once(inputs, outputs, rank, dropout, processors, monkeyp
     loads, stores = expected.shrink(ROWS, inputs, rank, TILES, 2, 4, 2, processors, dropout is not None)
     assert traffic.of("_shrink_kernel") == (loads, stores)
     parts = expected.runs(inputs, TILES.depth, processors // -(-ROWS // TILES.rows))
-    assert traffic.of("_sum_partials_kernel") == expected.sums((parts, ROWS * rank, 2))
+    assert traffic.of("_sum_partials_kernel") == expected.sums(*[(parts, ROWS * rank, 2)] * (parts > 1))
     assert traffic.atomics == 0
 
 
@@ -90,18 +90,6 @@ def test_grad_b_and_t_reads_dy_once(inputs, outputs, rank, processors, bias, mon
     assert traffic.kernels() == ["_grad_b_and_t_kernel", "_sum_partials_kernel"] and traffic.atomics == 0
 
 
-def test_what_one_program_has_is_whole_and_what_several_have_is_added_up_in_one_launch():
-    """Few rows make one run, and few outputs one block of columns."""
-    for rows, outputs, shares in ((16, 32, 0), (16, 33, 1), (17, 32, 1), (17, 33, 2)):
-        with count_traffic() as traffic:
-            kernels.grad_b_and_t(data(rows, outputs), adapter(rows, 8), adapter(outputs, 8), 0.5, True, TILES)
-        found = expected.shares_of_grad_b_and_t(rows, outputs, 8, TILES, SIZES, 4, True)
-        assert sum(parts > 1 for parts, *_ in found[:2]) == shares
-        assert traffic.of("_grad_b_and_t_kernel") == expected.grad_b_and_t(rows, outputs, 8, TILES, SIZES, 4, True)
-        assert traffic.of("_sum_partials_kernel") == expected.sums(*found)
-        assert traffic.kernels()[1:] == ["_sum_partials_kernel"] * (shares > 0)
-
-
 @shapes
 @ranks
 @dropouts
@@ -120,25 +108,24 @@ def test_grad_columns_reads_x_once_and_writes_the_tail_once(
     assert traffic.of("_grad_columns_kernel") == (loads, stores)
     parts = expected.runs(ROWS, TILES.rows, 2 * processors // -(-inputs // TILES.columns))
     shares = [(parts, rank * inputs, 4), *[(parts, inputs, 4)] * (kind == "sum")]
-    assert traffic.of("_sum_partials_kernel") == expected.sums(*shares)
+    assert traffic.of("_sum_partials_kernel") == expected.sums(*shares * (parts > 1))  # one program writes the whole
     assert traffic.atomics == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, _partials.MOST, _partials.MOST + 1])
 def test_sums_are_added_up_in_one_launch_up_to_a_number(count):
-    sums = [
-        _partials.Sum(torch.randn(1 + number, 31, 17 + 40 * number), torch.empty(31, 17 + 40 * number, dtype=DATA), 0.5)
-        for number in range(count)
-    ]
-    left, truth = list(sums), [each.parts.double().sum(0) * 0.5 for each in sums]
+    parts = [torch.randn(1 + number, 31, 17 + 40 * number) for number in range(count)]
+    outs = [torch.empty(each.shape[1:], dtype=DATA) for each in parts]
+    left = [(each, out, len(each), 0.5) for each, out in zip(parts, outs, strict=True)]
     with count_traffic() as traffic:
         _partials.add_up(left)
     loads, stores = traffic.of("_sum_partials_kernel")
-    assert sum(loads.values()) == sum(each.parts.nbytes for each in sums)
-    assert sum(stores.values()) == sum(each.out.nbytes for each in sums)
+    assert sum(loads.values()) == sum(each.nbytes for each in parts)
+    assert sum(stores.values()) == sum(out.nbytes for out in outs)
     assert left == [] and len(traffic.launches) == -(-count // _partials.MOST)
-    for each, expected_sum in zip(sums, truth, strict=True):
-        assert (each.out - expected_sum).abs().max() <= 2e-3 * expected_sum.abs().max()
+    for each, out in zip(parts, outs, strict=True):
+        truth = each.double().sum(0) * 0.5
+        assert (out - truth).abs().max() <= 2e-3 * truth.abs().max()
 
 
 @shapes
