@@ -126,13 +126,17 @@ def steps_of(action: Callable[[], object]) -> list[Callable[[], object]]:
     return [each if callable(each) else functools.partial(_launch, *each) for each in steps]
 
 
+def again(steps: list[Callable[[], object]]) -> None:
+    for step in steps:
+        step()
+
+
 class Least(torch.autograd.Function):
     """Does what is known before in forward and in backward, saves tensors, and gives what it is given."""
 
     @staticmethod
     def forward(ctx, steps, steps_back, outs, grads, *tensors):
-        for step in steps:
-            step()
+        again(steps)
         ctx.save_for_backward(*tensors)
         ctx.known = steps_back, grads
         return tuple(out.detach() for out in outs)
@@ -141,8 +145,7 @@ class Least(torch.autograd.Function):
     def backward(ctx, *dys):
         _ = ctx.saved_tensors
         steps, grads = ctx.known
-        for step in steps:
-            step()
+        again(steps)
         return None, None, None, None, *grads
 
 
@@ -229,8 +232,8 @@ def measured(
 
 
 class OnKernels(NamedTuple):
-    """Of a case: microseconds and launches of a forward and of a backward, microseconds of `Least` in their place, and
-    Python functions that each enters beyond it."""
+    """Of a case, of a forward without a gradient, one with, and a backward: microseconds, those of what makes the same
+    steps alone, launches, and Python functions that each enters beyond that."""
 
     name: str
     times: list[float]
@@ -246,14 +249,17 @@ def measured_on_kernels(calls: int = CALLS, repeats: int = REPEATS) -> list[OnKe
             out = forward()
             backward = functools.partial(torch.autograd.grad, out, wanted, dys, retain_graph=True)
             grads, outs = backward(), [out] if isinstance(out, torch.Tensor) else out
-            steps = [steps_of(action) for action in (forward, backward)]
-            least = functools.partial(Least.apply, *steps, outs, grads, *wanted)
+            steps = [steps_of(action) for action in (forward, forward, backward)]
+            least = functools.partial(Least.apply, *steps[1:], outs, grads, *wanted)
             least_back = functools.partial(torch.autograd.grad, least(), wanted, dys, retain_graph=True)
-            actions = forward, least, backward, least_back
-            times, entered = microseconds(actions, calls, repeats), list(map(python_calls, actions))
-            counts = [sum(step.func is _launch for step in each) for each in steps]
-            beyond = [each - beside for each, beside in zip(entered[::2], entered[1::2], strict=True)]
-            rows.append(OnKernels(name, times[::2], times[1::2], counts, beyond))
+            actions = forward, backward, functools.partial(again, steps[0]), least, least_back
+            with torch.no_grad():
+                alone, alone_least = microseconds([actions[0], actions[2]], calls, repeats)
+                entered = [python_calls(actions[0]) - python_calls(actions[2])]
+            times = microseconds(actions, calls, repeats)
+            entered += [python_calls(actions[n]) - python_calls(actions[n + 3]) for n in (0, 1)]
+            launches = [sum(step.func is _launch for step in each) for each in steps]
+            rows.append(OnKernels(name, [alone, *times[:2]], [alone_least, *times[3:]], launches, entered))
         return rows
 
 
@@ -263,13 +269,12 @@ def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALL
         cold = f"{cold_forward:15.1f}  {cold_backward:16.1f}"
         print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {cold}  {entered:16}")
     if not torch.cuda.is_available():
-        print(f"\n{'on kernels':27}  forward us  the least  own   backward us  the least  own   launches")
+        columns = "".join(f"{words:>15}  least   own" for words in ("no gradient us", "forward us", "backward us"))
+        print(f"\n{'on kernels':27}{columns}  launches")
         for name, times, least, launches, _ in measured_on_kernels(calls, repeats):
-            (forward, backward), (beside, beside_back) = times, least
-            print(
-                f"{name:27}  {forward:10.1f}  {beside:9.1f}  {forward - beside:4.1f}  {backward:11.1f}"
-                f"  {beside_back:9.1f}  {backward - beside_back:4.1f}  {launches[0]:3} and {launches[1]}"
-            )
+            pairs = zip(times, least, strict=True)
+            columns = "".join(f"{found:15.1f}  {each:5.1f}  {found - each:4.1f}" for found, each in pairs)
+            print(f"{name:27}{columns}  {', '.join(map(str, launches))}")
     return 0
 
 

@@ -12,17 +12,17 @@ from fastpeft.kernels import _common
 
 def test_an_op_enters_few_functions_beside_those_of_autograd():
     rows = {name: entered for name, *_, entered in overhead.measured(calls=1, repeats=1, cold_calls=1)}
-    assert rows["lora_linear"] - rows["a bare Function"] <= 15
+    assert rows["lora_linear"] - rows["a bare Function"] <= 16
     assert rows["a patched layer"] - rows["lora_linear"] <= 30
 
 
-ON_KERNELS = {  # launches forward and backward, and functions entered beyond what makes these alone
-    "lora_linear": (3, 5, 66, 98),
-    "three projections": (5, 9, 228, 362),
-    "a gated MLP": (7, 6, 254, 258),
-    "lora_linear, few rows": (2, 4, 66, 98),
-    "three projections, few rows": (4, 8, 228, 362),
-    "a gated MLP, few rows": (5, 5, 254, 258),
+ON_KERNELS = {  # launches, and functions entered beyond what makes these: without a gradient, forward, backward
+    "lora_linear": ([3, 3, 5], [70, 65, 80]),
+    "three projections": ([5, 5, 9], [155, 180, 250]),
+    "a gated MLP": ([7, 7, 6], [210, 215, 170]),
+    "lora_linear, few rows": ([2, 2, 4], [65, 60, 75]),
+    "three projections, few rows": ([4, 4, 8], [150, 175, 245]),
+    "a gated MLP, few rows": ([5, 5, 5], [200, 205, 165]),
 }
 
 
@@ -30,9 +30,9 @@ ON_KERNELS = {  # launches forward and backward, and functions entered beyond wh
 def test_an_op_on_kernels_enters_few_functions_for_a_launch():
     rows = {row.name: row for row in overhead.measured_on_kernels(calls=1, repeats=1)}
     assert rows.keys() == ON_KERNELS.keys()
-    for name, (*launches, entered, entered_back) in ON_KERNELS.items():
+    for name, (launches, entered) in ON_KERNELS.items():
         assert rows[name].launches == launches, name
-        assert 0 < rows[name].entered[0] <= entered and 0 < rows[name].entered[1] <= entered_back, rows[name]
+        assert all(0 < found <= most for found, most in zip(rows[name].entered, entered, strict=True)), rows[name]
 
 
 def test_the_times_are_of_calls(capsys):
@@ -40,10 +40,10 @@ def test_the_times_are_of_calls(capsys):
     lines, _, on_kernels = capsys.readouterr().out.partition("\n\n")
     lines = lines.splitlines()
     assert [line[:16].strip() for line in lines[1:]] == ["a bare Function", "lora_linear", "a patched layer"]
-    kernels = {line[:27].strip(): list(map(float, line[27:].split()[:6])) for line in on_kernels.splitlines()[1:]}
+    kernels = {line[:27].strip(): list(map(float, line[27:].split()[:9])) for line in on_kernels.splitlines()[1:]}
     assert kernels.keys() == ON_KERNELS.keys()
-    for forward, least, own, *back in kernels.values():
-        assert 0 < least < forward and own > 0 and 0 < back[1] < back[0] and back[2] > 0
+    for row in kernels.values():
+        assert all(0 < least < took for took, least in zip(row[::3], row[1::3], strict=True)) and min(row[2::3]) > 0
     numbers = [list(map(float, line[16:].split())) for line in lines[1:]]
     bare, op, layer = (each[0] for each in numbers)
     assert 0 < bare < op < layer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _dora_linear_torch as torch_path
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, widest
 from fastpeft.ops.lora_linear import _kind as kind_of_lora
 from fastpeft.ops.lora_linear import _path as path_of_lora
@@ -131,7 +131,7 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     x_MK, a, b = as_rows(x), cast(lora_A, wide), cast(lora_B, wide)
     call = decide(x_MK, dtype, a, b, float(scaling), dropout, patched)
     with torch.autocast(device, enabled=False):
-        y_MN = DoraLinearFunction.apply(x_MK, weight, bias, a, b, cast(factor, wide), call)
+        y_MN = applied(DoraLinearFunction, x_MK, weight, bias, a, b, cast(factor, wide), call)
     return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 
 

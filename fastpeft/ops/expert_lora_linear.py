@@ -22,7 +22,7 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _expert_lora_linear_torch as torch_path
 from fastpeft.ops._autocast import without_autocast
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import DTYPES
 
 # Letters of the shape suffixes: M rows, sorted by expert; E experts, K inputs, N outputs, R rank.
@@ -140,7 +140,7 @@ def apply_expert_lora(
     rows = torch_path.segments(ends_E, len(x_MK)) if rows is None else rows
     call = decide(x_MK, a, rows, scalings, patched_backend)
     with without_autocast(x_MK):
-        return ExpertLoraLinearFunction.apply(x_MK, weight_ENK, bias_EN, ends_E, call, *a, *b)
+        return applied(ExpertLoraLinearFunction, x_MK, weight_ENK, bias_EN, ends_E, call, *a, *b)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, ends) -> None:

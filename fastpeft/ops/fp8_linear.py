@@ -17,7 +17,7 @@ is exact in fp32, and multiplied: the same numbers up to the rounding of sums.
 import torch
 
 from fastpeft.errors import OpError
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import DTYPES, as_rows, cast, of_rows
 
 FP8 = torch.float8_e4m3fn
@@ -131,7 +131,7 @@ def apply_fp8(x, weight, weight_scale, bias):
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        y_MN = Fp8LinearFunction.apply(as_rows(x), weight, weight_scale, bias, dtype)
+        y_MN = applied(Fp8LinearFunction, as_rows(x), weight, weight_scale, bias, dtype)
     return of_rows(y_MN, x)
 
 

@@ -17,7 +17,7 @@ from fastpeft.dispatch import prefix_attention_plan
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch
 from fastpeft.ops import _gated_prompt_attention_torch as torch_path
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, check_tensors, make_scores, of_prompt, of_sequence
 from fastpeft.ops.prefix_attention import Call, in_common_dtype, kind_of, mask_of, prefix_attention_reference
 
@@ -164,4 +164,4 @@ def gated_prompt_attention(
         return compiled_attention(gate.reshape(-1), tensors, scores, dropout, patched_backend)
     plan = prefix_attention_plan(tensors, scores, dropout, patched_backend, gated=True)
     call = Call(scores, dropout, plan, plan is not None and is_demanded(patched_backend))
-    return GatedPromptAttentionFunction.apply(call, gate.reshape(-1), *tensors)
+    return applied(GatedPromptAttentionFunction, call, gate.reshape(-1), *tensors)

@@ -22,7 +22,7 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_linear_torch as torch_path
 from fastpeft.ops._autocast import device_type_of, without_autocast
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import as_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -270,8 +270,8 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     call = decide(x, dtype, a_RK, b_NR, float(scaling), dropout, patched_backend)
     if autocast:
         with without_autocast(x):
-            return LoraLinearFunction.apply(x, weight, bias, residual, a_RK, b_NR, call)
-    return LoraLinearFunction.apply(x, weight, bias, residual, a_RK, b_NR, call)
+            return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call)
+    return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):

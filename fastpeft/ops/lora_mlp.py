@@ -25,7 +25,7 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_mlp_torch as torch_path
 from fastpeft.ops._autocast import device_type_of, without_autocast
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import given_mask
 from fastpeft.ops.lora_linear import DTYPES, Projection, _is_number, as_rows, cast, lora_linear_reference, widest
 
@@ -132,6 +132,8 @@ class LoraMlpFunction(torch.autograd.Function):
         if not call.triton:
             seeds = list(map(torch_path.keeping, seeds, call.dropouts, [x_MK.device] * 3))
         y_MN, gate_MH, up_MH, s, call = run_forward(x_MK, flat, seeds, call, needs)
+        if not any(ctx.needs_input_grad):
+            return y_MN
         ctx.save_for_backward(*kept(x_MK, gate_MH, up_MH, s, flat, list(map(torch_path.kept, seeds)), call, needs))
         ctx.call, ctx.needs = call, needs
         ctx.input_dtype = x_MK.dtype
@@ -282,7 +284,7 @@ def apply_lora_mlp(
         return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
     call = decide(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
     with without_autocast(x):
-        y_MN = LoraMlpFunction.apply(x_MK, call, *flat)
+        y_MN = applied(LoraMlpFunction, x_MK, call, *flat)
     return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 
 

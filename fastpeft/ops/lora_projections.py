@@ -24,7 +24,7 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
 from fastpeft.ops._autocast import device_type_of, without_autocast
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import keeping, kept
 from fastpeft.ops.lora_linear import (
     Projection,
@@ -102,6 +102,8 @@ class LoraProjectionsFunction(torch.autograd.Function):
         if call.plans is None and seeds is not None:
             seeds = list(map(keeping, seeds, call.dropouts, [x.device] * len(a)))
         ys, ss, call = run_forward(x, bases, biases, a, b, seeds, call)
+        if not any(ctx.needs_input_grad):
+            return ys
         needs = _needs(ctx.needs_input_grad)
         for_x_or_a, with_weights = needs.x or any(needs.a), not call.based
         ctx.save_for_backward(
@@ -273,8 +275,8 @@ def apply_lora_projections(
     call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
     if autocast:
         with without_autocast(x):
-            return list(LoraProjectionsFunction.apply(x, call, *bases, *biases, *a, *b))
-    return list(LoraProjectionsFunction.apply(x, call, *bases, *biases, *a, *b))
+            return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b))
+    return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b))
 
 
 def lora_projections(

@@ -23,7 +23,7 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _mixed_lora_linear_torch as torch_path
 from fastpeft.ops._autocast import without_autocast
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import _check as check_lora
 from fastpeft.ops.lora_linear import as_rows
 
@@ -256,7 +256,7 @@ def apply_mixed_lora(
         return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
     call = decide(x_MK, dtype, rows, matrices[1], *numbers, patched_backend)
     with without_autocast(x):
-        y_MN = MixedLoraLinearFunction.apply(*tensors, call, *matrices[0], *matrices[1])
+        y_MN = applied(MixedLoraLinearFunction, *tensors, call, *matrices[0], *matrices[1])
     return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 
 

@@ -24,7 +24,7 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _prefix_attention_torch as torch_path
 from fastpeft.ops._autocast import without_autocast
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._prefix_attention_scores import (
     Scores,
     Tensors,
@@ -258,7 +258,7 @@ def apply_prefix_attention(tensors: Tensors, scores: Scores, dropout: float, pat
         return compiled_attention(None, tensors, scores, dropout, patched_backend)
     plan = prefix_attention_plan(tensors, scores, dropout, patched_backend)
     call = Call(scores, dropout, plan, plan is not None and is_demanded(patched_backend))
-    return PrefixAttentionFunction.apply(call, *tensors)
+    return applied(PrefixAttentionFunction, call, *tensors)
 
 
 def in_common_dtype(tensors: Tensors) -> Tensors:

@@ -19,7 +19,7 @@ from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch
 from fastpeft.ops import _prompt_embedding_torch as torch_path
-from fastpeft.ops._first_order import first_order
+from fastpeft.ops._first_order import applied, first_order
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
@@ -150,7 +150,7 @@ def _apply(prompt: Tensor, rows: Tensor, ids: Tensor | None, start: Tensor | Non
 
         return compiled_prompt_embedding(prompt, rows, ids, start, padding, patched)
     call = decide(rows, ids, prompt, padding, patched)
-    return PromptEmbeddingFunction.apply(prompt, rows, ids, start, call)
+    return applied(PromptEmbeddingFunction, prompt, rows, ids, start, call)
 
 
 def _check_tensor(op: str, name: str, tensor, dtypes: tuple[torch.dtype, ...], like: tuple[str, Tensor]) -> None:
