@@ -184,8 +184,7 @@ def _grad_b_and_t_kernel(
 
 @triton.jit
 def _grad_columns_kernel(
-    t_ptr, x_ptr, a_ptr, out_ptr, tail_ptr, sum_ptr, seed_ptr, out_scale, keep_scale, threshold,
-    M, K, R, rows_per_program,
+    t_ptr, x_ptr, a_ptr, out_ptr, tail_ptr, sum_ptr, seed_ptr, keep_scale, threshold, M, K, R, rows_per_program,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_or, stride_ok,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     WITH_PRODUCT: tl.constexpr, WITH_TAIL: tl.constexpr, WITH_SUM: tl.constexpr, WHOLE: tl.constexpr,
@@ -194,7 +193,7 @@ def _grad_columns_kernel(
     """One program reads BLOCK_K columns of x over rows_per_program rows, once, and keeps tᵀ drop(x) in registers.
 
     WITH_TAIL also writes mask⊙(t a)·keep_scale, for which t is in hand; WITH_SUM also sums x's columns. out [row
-    runs, R·K] and sum [row runs, K] are fp32 partial sums for `_partials`; WHOLE: of a single one, and out is scaled.
+    runs, R·K] and sum [row runs, K] are fp32 partial sums for `_partials`; WHOLE: of a single one, out·keep_scale.
     """
     R = _known_multiple(R, RANK_UNIT)
     row_run = tl.program_id(1).to(tl.int64)
@@ -230,7 +229,7 @@ def _grad_columns_kernel(
     if WITH_PRODUCT:
         p_out = out_ptr + row_run * R * K + columns[None, :] * stride_ok + ranks[:, None] * stride_or
         if WHOLE:
-            acc *= out_scale
+            acc *= keep_scale
         tl.store(p_out, acc, mask=m_r[:, None] & m_k[None, :])
     if WITH_SUM:
         tl.store(sum_ptr + row_run * K + columns, total, mask=m_k)
@@ -379,19 +378,21 @@ def grad_columns(
     run, runs = split_evenly(rows, tiles.rows, 2 * processor_count(x) // column_blocks)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     product = parts = total = total_parts = None
-    sums, scale = [], scale * keep_scale
+    whole = runs == 1 and (dropout is None or scale == 1.0)
+    share, factor = shares_or_whole if whole else shares, scale * keep_scale
+    sums = []
     if t is not None:
         shape = (columns, rank) if transposed else (rank, columns)
-        product, parts = shares_or_whole(runs, shape, dtype, device, scale, sums)
+        product, parts = share(runs, shape, dtype, device, factor, sums)
     if with_sum:
-        total, total_parts = shares_or_whole(runs, (columns,), torch.float32, device, 1.0, sums)
+        total, total_parts = share(runs, (columns,), torch.float32, device, 1.0, sums)
     with on_device_of(x):
         _grad_columns_kernel[(column_blocks, runs)](
-            t, x, fused, parts, tail_out, total_parts, seed, scale, keep_scale, threshold,
+            t, x, fused, parts, tail_out, total_parts, seed, factor if whole else keep_scale, threshold,
             rows, columns, rank, run, *x.stride(),
             *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)),
             BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(rank), WITH_PRODUCT=t is not None,
-            WITH_TAIL=fuse, WITH_SUM=with_sum, WHOLE=runs == 1, DROPOUT=dropout is not None,
+            WITH_TAIL=fuse, WITH_SUM=with_sum, WHOLE=whole, DROPOUT=dropout is not None,
             **settings,
         )  # fmt: skip
     if tail_of is not None and not fuse:

@@ -117,10 +117,10 @@ GRAD_COLUMNS = [
     ("_grad_columns_kernel", "dA of one run", "row_run * R * K", "row_run * 0"),
     ("_grad_columns_kernel", "bias' sum forgotten", "total += ", "total = "),
     ("_grad_columns_kernel", "fp16 sums", "x, acc, MODE, HALF, UPCAST)", f"x, acc, MODE, HALF, UPCAST){ROUND_TO_HALF}"),
-    ("grad_columns", "kept values not scaled", "[], scale * keep_scale", "[], scale"),
-    ("grad_columns", "no scale", "[], scale * keep_scale", "[], keep_scale"),
+    ("grad_columns", "kept values not scaled", "shares, scale * keep_scale", "shares, scale"),
+    ("grad_columns", "no scale", "shares, scale * keep_scale", "shares, keep_scale"),
     ("grad_columns", "sums not added up", "add_up(sums)", "sums.clear()"),
-    ("_grad_columns_kernel", "no scale of the whole dA", "acc *= out_scale", "acc *= 1"),
+    ("_grad_columns_kernel", "no scale of the whole dA", "acc *= keep_scale", "acc *= 1"),
     ("_grad_columns_kernel", "shares scaled too", "if WHOLE:", "if True:"),
     ("grad_columns", "dB not transposed", "(1, rank) if transposed", "(columns, 1) if transposed"),
 ]
