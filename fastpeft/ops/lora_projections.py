@@ -187,15 +187,16 @@ def run_backward(dys, x_MK, weights, a, b, ss, seeds, call: Call, needs: Needs):
     which not all may be."""
     count = len(dys)
     have = [p for p in range(count) if dys[p] is not None]
-    dy, weight, a, b, s = ([each[p] for p in have] for each in (dys, weights, a, b, ss))
-    dy = [cast(each, call.dtype) for each in dy]
-    weight = [cast(each, call.dtype) for each in weight]
+    if len(have) < count:
+        dy, *tensors = ([each[p] for p in have] for each in (dys, weights, a, b, ss, seeds))
+        some = Needs(needs.x, *(tuple(each[p] for p in have) for each in needs[1:]))
+        dx, *found = run_backward(dy, x_MK, *tensors, call.only(have), some)
+        return dx, *(_put([None] * count, have, each) for each in found)
+    dy, weight = [cast(each, call.dtype) for each in dys], [cast(each, call.dtype) for each in weights]
     x = cast(x_MK, call.dtype)
-    some = Needs(needs.x, *(tuple(each[p] for p in have) for each in needs[1:]))
-    dx, dbias, da, db = _rank_grads(dy, x, weight, a, b, s, seeds, call.only(have), some, have)
-    dw = [_grad_of_base(dys[p], each, x, call) if needs.weight[p] else None for p, each in zip(have, dy, strict=True)]
-    grads = ([None] * count for _ in range(4))
-    return dx, *(_put(into, have, found) for into, found in zip(grads, (dw, dbias, da, db), strict=True))
+    dx, dbias, da, db = _rank_grads(dy, x, weight, a, b, ss, seeds, call, needs)
+    dw = [_grad_of_base(*each, x, call) if need else None for *each, need in zip(dys, dy, needs.weight, strict=True)]
+    return dx, dw, dbias, da, db
 
 
 def _grad_of_base(given, dy, x, call: Call) -> Tensor:
@@ -209,9 +210,9 @@ def _put(into: list, places: Sequence[int], values: Sequence) -> list:
     return into
 
 
-def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs, have: list[int]):
-    """(dX, [dbias, ...], [dA, ...], [dB, ...]) of the projections `have`, on the call's backend."""
-    seeds = [seeds[p] for p in have] if any(call.dropouts) else None
+def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs):
+    """(dX, [dbias, ...], [dA, ...], [dB, ...]) on the call's backend."""
+    seeds = seeds if any(call.dropouts) else None
     for_x_or_a = needs.x or any(needs.a)
 
     def by_torch(seeds):
