@@ -378,7 +378,8 @@ def grad_columns(
     run, runs = split_evenly(rows, tiles.rows, 2 * processor_count(x) // column_blocks)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     product = parts = total = total_parts = None
-    whole = runs == 1 and (dropout is None or scale == 1.0)
+    # Registers do not suffice for rounding here too beside a term of rank 64 (sm_100), or for another scale.
+    whole = runs == 1 and not (fuse and rank > 32) and (dropout is None or scale == 1.0)
     share, factor = shares_or_whole if whole else shares, scale * keep_scale
     sums = []
     if t is not None:

@@ -72,7 +72,7 @@ COLUMNS = [
         "p_out + K_64 * R_0,",
     ),
     ("_grad_all_columns_kernel", "runs over one another", "row_run * K_64 * (", "row_run * 0 * ("),
-    ("grad_all_columns", "the parts of another", "sum(ranks) * columns, dtype", "max(ranks) * columns, dtype"),
+    ("grad_all_columns", "the parts of another", "(sum(ranks) * columns,)", "(max(ranks) * columns,)"),
 ]  # fmt: skip
 
 TAIL = [
