@@ -95,6 +95,7 @@ def empty_launches(launches: list | None = None):
 
 MADE_OF = {
     torch.ops.aten.empty.memory_format: torch.empty,
+    torch.ops.aten.empty_like.default: torch.empty_like,
     torch.ops.aten.mm.default: torch.mm,
     torch.ops.aten.addmm_.default: torch.Tensor.addmm_,
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastpeft.kernels._common import UPCAST, cdiv, on_device_of
 
 MOST = 6  # sums of one launch
+WAITING = 8 << 20  # bytes of shares that may wait for those of other outputs, so that one launch adds up all
 BLOCK = 256 if UPCAST else 1024
 _NOTHING = [(None,) * (MOST - count) for count in range(MOST + 1)]  # in the place of the other sums
 _ZEROS = [(0,) * (MOST - count) for count in range(MOST + 1)]
@@ -79,8 +80,11 @@ def shares_or_whole(
     return out, out
 
 
-def add_up(sums: list[Sum]) -> None:
-    """All of them, MOST in a launch, after which the list is empty."""
+def add_up(sums: list[Sum], beyond: int = 0) -> None:
+    """All of them, MOST in a launch, after which the list is empty; or none, while their shares take no more than
+    `beyond` bytes."""
+    if beyond and sum(parts.nbytes for parts, *_ in sums) <= beyond:
+        return
     while sums:
         parts, outs, counts, scales = zip(*sums[:MOST], strict=True)
         sizes, number = [out.numel() for out in outs], len(outs)

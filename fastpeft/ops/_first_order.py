@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from fastpeft.errors import OpError
 
@@ -24,8 +25,9 @@ class _Nothing:
 
 def applied(function: type[torch.autograd.Function], *arguments):
     """function.apply(*arguments). While gradients are off it is its forward alone: autograd, which would find that out
-    in five microseconds, is not asked."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    in five microseconds, is not asked. What else it refuses, tangents and transforms, it is shown."""
+    tangents = forward_ad._current_level >= 0
+    if torch.is_grad_enabled() or tangents or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return function.forward(_Nothing(len(arguments)), *arguments)
 

@@ -11,7 +11,7 @@ from fastpeft.kernels import lora_linear as linear_kernels
 from fastpeft.kernels import lora_mlp as kernels
 from fastpeft.kernels import lora_projections as shared_kernels
 from fastpeft.kernels._common import Dropout
-from fastpeft.kernels._partials import add_up
+from fastpeft.kernels._partials import WAITING, add_up
 from fastpeft.ops import _lora_linear_triton as single
 from fastpeft.ops._cpu_products import add_through
 from fastpeft.ops._lora_linear_triton import draw_seed as draw_seed
@@ -76,6 +76,7 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
         if each.a is not None and t[i] is None and (need_t or needs.b[i]):
             numbers = call.scalings[i], needs.b[i], need_t, False
             db[i], t[i], _ = single.grad_b_and_t(grad, s[i], each.b, *numbers, sums=sums)
+            add_up(sums, beyond=WAITING)
     add_up(sums)
     dx, da_gate, da_up = _to_x(x, t, (grads.dgate, grads.dup), projections, dropouts, call, needs)
     return dx, (da_gate, da_up, da_down), db, grads.dgate, grads.dup

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.kernels import lora_projections as kernels
-from fastpeft.kernels._partials import add_up
+from fastpeft.kernels._partials import WAITING, add_up
 from fastpeft.kernels.lora_linear import grad_columns, shrink
 from fastpeft.ops import _lora_linear_triton as single
 from fastpeft.ops._lora_linear_triton import honoured as honoured
@@ -63,6 +63,7 @@ def grads(dy, x, weight, a, b, s, seeds, call, needs):
             db[p], ts[p], dbias[p] = single.grad_b_and_t(
                 dy[p], s[p], b[p], call.scalings[p], *needs_of, call.plans[p].reads, sums
             )
+            add_up(sums, beyond=WAITING)
     add_up(sums)
     if not (needs.x or any(needs.a)):
         return dbias, None, [None] * count, db

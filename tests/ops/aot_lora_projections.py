@@ -7,6 +7,7 @@ import torch
 
 from fastpeft.kernels import lora_projections as kernels
 from fastpeft.kernels._common import Dropout
+from fastpeft.kernels._partials import MOST, add_up
 from tests.aot import Case
 from tests.ops.aot_lora_linear import DTYPES, MANY, _meta
 
@@ -26,6 +27,13 @@ def launch_all(dtypes: str, ranks: tuple[int, ...], dropout: float, size: int = 
         for out in dict.fromkeys((data, torch.float32)):  # x was fp32
             dx = kernels.tail_all(ts, a, seeds, data, out)
         kernels.tail_all(ts, a, seeds, data, out, onto=dx)
+    launch_sums(adapter, range(1, MOST + 1))
+
+
+def launch_sums(adapter: torch.dtype, counts) -> None:
+    """What adds up dB and T of several outputs."""
+    for count in counts:
+        add_up([(_meta(8, 4096, 16, dtype=torch.float32), _meta(4096, 16, dtype=adapter), 8, 2.0)] * count)
 
 
 def launch_few() -> None:
@@ -36,6 +44,7 @@ def launch_few() -> None:
     ts = kernels.shrink_all(x, a, torch.bfloat16, seeds)
     kernels.grad_all_columns(ts, x, a, seeds, with_tail=True)
     kernels.tail_all(ts, a, seeds, torch.bfloat16, torch.bfloat16)
+    launch_sums(torch.bfloat16, (4, MOST))
 
 
 def _case(dtypes: str, ranks: tuple[int, ...], dropout: float, bounded=True, **shape) -> Case:

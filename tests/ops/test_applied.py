@@ -1,7 +1,8 @@
-"""Every op's Function while gradients are off: its forward alone, with the same bits and the same draws."""
+"""An op's Function while gradients are off: its forward alone, with the same bits and the same draws."""
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastpeft.dispatch import backend
 from fastpeft.ops import lora_linear, lora_projections
@@ -53,6 +54,13 @@ def test_gradients_are_had_where_they_are_on():
     assert torch.equal(torch.autograd.grad(y, x, torch.ones(3))[0], torch.full((3,), 2.0))
     with torch.inference_mode():
         assert torch.equal(applied(Doubled, x, 1.0), 2 * x)
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_a_tangent_is_refused_as_with_gradients(path):
+    x, weight, a, b = (torch.randn(shape) for shape in ((M, K), (N, K), (R, K), (N, R)))
+    with torch.no_grad(), forward_ad.dual_level(), backend(path), pytest.raises(NotImplementedError, match="jvp"):
+        one(forward_ad.make_dual(x, torch.ones_like(x)), weight, a, b)
 
 
 def test_a_transform_of_torch_s_is_told_what_it_was_told():

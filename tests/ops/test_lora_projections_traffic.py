@@ -11,10 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.dispatch import Plan, backend, override_plan
+from fastpeft.kernels import lora_linear as single_kernels
 from fastpeft.kernels import lora_projections as kernels
 from fastpeft.kernels._common import Dropout
 from fastpeft.kernels._tiles import SMALL
-from fastpeft.ops import lora_linear
+from fastpeft.ops import _lora_projections_triton, lora_linear
 from tests.memory import saved_for_backward
 from tests.ops import lora_projections_traffic as expected
 from tests.ops.lora_linear_traffic import Sizes, runs, sums
@@ -111,6 +112,20 @@ def test_a_training_step_reads_x_twice_and_each_gradient_once(dtypes, ranks, hol
     own = 3 * ["_tail_kernel", "_grad_b_and_t_kernel"]  # each projection's
     shared = ["_shrink_all_kernel", "_grad_all_columns_kernel", *([] if holds else ["_tail_all_kernel"])]
     assert sorted(found) == sorted(own + shared)
+
+
+@pytest.mark.parametrize(("waiting", "launches"), [(None, 1 + 1), (0.5, 3 + 1), (1.5, 2 + 1)])
+def test_shares_of_several_outputs_wait_for_one_launch_while_they_are_small(waiting, launches, monkeypatch):
+    """In units of one output's; the launch after them adds up dA."""
+    shares = 4 * 4 * (64 * 2 + 4 * 64)  # T of two blocks of columns, dB of four runs of rows, at rank 4
+    if waiting:
+        monkeypatch.setattr(_lora_projections_triton, "WAITING", int(waiting * shares))
+    problem = draw("fp16", shape=(64, 40), outputs=(64, 64, 64), ranks=(4, 4, 4))
+    leaves = {name: leaf.requires_grad_(name[0] in "xAB") for name, leaf in problem.leaves().items()}
+    monkeypatch.setattr(single_kernels, "processor_count", lambda tensor: 8)
+    with backend("triton"), count_traffic() as traffic:
+        torch.autograd.backward(call(problem, leaves), problem.dy)
+    assert traffic.kernels().count("_sum_partials_kernel") == launches
 
 
 def test_single_layers_read_x_once_each():
