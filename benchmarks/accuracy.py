@@ -5,26 +5,33 @@ projection on the truth (the gain) must be 1 to within 0.002, for the whole and 
 alone: a wrong scale of 1 % hides in an rms tolerance, and behind what the frozen model computes anyway.
 
 Of a single row, what goes through rank r has been rounded r times in all: such errors do not average out, and bounds
-that hold for many rows are exceeded by chance. Three standard deviations are allowed there.
+that hold for many rows are exceeded by chance. The bounds stay what they are: such a call is measured again and again,
+x and dY in another order each time, and all that came out is judged as one output.
 
 What the truth of an op is stands in `<op>_truth.py`; how an output is judged stands here.
 """
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import torch
 
-from .harness import Call
+from .harness import Call, Outputs
 
 MAX_RMS_RATIO = 1.1
 PEER_RMS_RATIO = 2.0  # a peer is taken as it is; twice eager's error would mean that it computes something else
 MAX_GAIN_ERROR = 0.002
-FEW, DEVIATIONS = 64, 3.0  # numbers that are rounded, and how far chance may lead where they are no more
+FEW_NUMBERS = 64  # that are rounded on the way: where they are no more, chance may exceed the bounds
+# The root mean square of n such errors is off by about 1/sqrt(n) of itself, a ratio of two by 1.5/sqrt(n): of 4096 by
+# 2.3 %, a quarter of what it may be above 1. Most that is right needs no more than 1024.
+POOLED_NUMBERS = 1024, 4096
 SEED = 20_431
 
 Tensors = dict[str, torch.Tensor]
+Given = tuple[torch.Tensor, ...]
 
 
 @dataclass
@@ -50,8 +57,7 @@ class Truth(Protocol):
 @dataclass(frozen=True)
 class Expected:
     """One output: eager's, and the truth as `tail`, or as `base` + `tail` where the adapter adds to what is there.
-    `floor`: a relative error that is small enough whatever eager's is. `gain_error`: how far from 1 a gain may be.
-    `numbers`: of how many roundings the error is made, None for many."""
+    `floor`: a relative error that is small enough whatever eager's is. `gain_error`: how far from 1 a gain may be."""
 
     label: str
     eager: torch.Tensor
@@ -59,15 +65,21 @@ class Expected:
     base: torch.Tensor | None = None
     floor: float = 0.0
     gain_error: float = MAX_GAIN_ERROR
-    numbers: int | None = None
 
-    @property
-    def chance(self) -> float:
-        """What the rms of few errors may exceed its expectation by, and their sum its own rms, relative. Errors are
-        relative to numbers, and the mean of fourth powers of normal ones is three times their square's: a third counts.
-        """
-        few = self.numbers is not None and self.numbers <= FEW
-        return DEVIATIONS * math.sqrt(3 / self.numbers) if few else 0.0
+
+@dataclass(frozen=True)
+class Trial:
+    """A call of an op with LoRA and what judges it. `given`: the truth's own x and dY. `eager()`: the plain form's
+    results of them as they stand. `exact(given)`: the truth as base and tail, of x and dY with any number of draws in
+    front of their rows, or of what stands where that is None. `numbers`: how many are rounded on the way, of one draw.
+    `floor`: of results in fp32."""
+
+    call: Call
+    given: Given
+    eager: Callable[[], Tensors]
+    exact: Callable[[Given | None], tuple[Tensors, Tensors]]
+    numbers: int
+    floor: float
 
 
 def poison(like: list[torch.Tensor]) -> None:
@@ -101,14 +113,99 @@ def judge(verdict: Verdict, name: str, out: torch.Tensor, expected: Expected, ma
     truth = tail if base is None else base + tail
     error, allowed = _rms(out - truth), _rms(eager.double() - truth)
     verdict.rms_ratio[name] = error / allowed if allowed else (0.0 if error == 0 else math.inf)
-    most = max_rms_ratio * (1 + expected.chance)
-    if error > max(most * allowed, expected.floor * _rms(truth)):
+    if error > max(max_rms_ratio * allowed, expected.floor * _rms(truth)):
         ratio = verdict.rms_ratio[name]
-        verdict.problems.append(f"{label}: rms error {ratio:.3g} times eager's, allowed {most:.3g}")
+        verdict.problems.append(f"{label}: rms error {ratio:.3g} times eager's, allowed {max_rms_ratio}")
     verdict.gain[name] = _projection(out, truth)
     if base is not None:
         verdict.tail_gain[name] = _projection(out - base, tail)
-    for what, gains, of in (("gain", verdict.gain, truth), (f"gain of {part}", verdict.tail_gain, tail)):
-        most = max(expected.gain_error, expected.chance and expected.chance * allowed / _rms(of))
-        if name in gains and not abs(gains[name] - 1) <= most:
-            verdict.problems.append(f"{label}: {what} {gains[name]:.4f}, expected 1 ± {most:.2g}")
+    for what, gains in (("gain", verdict.gain), (f"gain of {part}", verdict.tail_gain)):
+        if name in gains and not abs(gains[name] - 1) <= expected.gain_error:
+            verdict.problems.append(f"{label}: {what} {gains[name]:.4f}, expected 1 ± {expected.gain_error:.2g}")
+
+
+def named(y: Outputs, leaves: Tensors, gradients: Sequence[torch.Tensor]) -> Tensors:
+    """Results by name: y, or y0, y1, ... of several, and of each leaf its gradient."""
+    outputs = {f"y{i}": each for i, each in enumerate(y)} if isinstance(y, tuple) else {"y": y}
+    return {name: each.detach() for name, each in (outputs | dict(zip(leaves, gradients, strict=True))).items()}
+
+
+def verify_trial(trial: Trial, max_rms_ratio: float) -> Verdict:
+    """One draw, by the strict bounds; where it is beyond them and so few numbers were rounded that chance may be why,
+    many draws, by the same."""
+    eager, found = _measured(trial)
+    verdict = _judged(trial, eager, found, None, max_rms_ratio)
+    if verdict.problems and trial.numbers <= FEW_NUMBERS:
+        return _pooled(trial, (eager, found), max_rms_ratio)
+    return verdict
+
+
+def _measured(trial: Trial) -> tuple[Tensors, Tensors]:
+    """Eager's results and the call's, of x and dY as they stand. The seed makes any mask the same in every draw."""
+    eager = trial.eager()
+    poison(list(eager.values()))
+    torch.manual_seed(SEED)
+    y, gradients = trial.call.run()
+    return eager, named(y, trial.call.leaves, gradients)
+
+
+def _judged(trial: Trial, eager: Tensors, found: Tensors, given: Given | None, max_rms_ratio: float) -> Verdict:
+    verdict = Verdict()
+    base, tail = trial.exact(given)
+    for name, out in found.items():
+        label = name if name[0] == "y" else f"d{name.upper()}"
+        floor = trial.floor if eager[name].dtype == torch.float32 else 0.0
+        expected = Expected(label, eager[name], tail.pop(name), base.get(name), floor)
+        judge(verdict, name, out, expected, max_rms_ratio, "the low-rank part")
+    return verdict
+
+
+def _pooled(trial: Trial, first: tuple[Tensors, Tensors], max_rms_ratio: float) -> Verdict:
+    """The verdict of what was measured and of more draws, as if they were one output; of the most where fewer are not
+    within the bounds."""
+    call, draws = trial.call, [_copied(trial.given, *first)]
+    grads = call.grad if isinstance(call.grad, tuple) else (call.grad,)
+    with shuffled([*trial.given, call.leaves["x"], *grads]) as shuffle:
+        for numbers in POOLED_NUMBERS:
+            while len(draws) * trial.numbers < numbers:
+                shuffle()
+                draws.append(_copied(trial.given, *_measured(trial)))
+            given, eager, found = (_stacked(each) for each in zip(*draws, strict=True))
+            verdict = _judged(trial, eager, found, tuple(given.values()), max_rms_ratio)
+            if not verdict.problems:
+                break
+    return verdict
+
+
+def _copied(given: Given, eager: Tensors, found: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+    """What the next draw overwrites: x and dY, and what a replayed call returns."""
+    return {str(i): each.clone() for i, each in enumerate(given)}, eager, {n: each.clone() for n, each in found.items()}
+
+
+def _stacked(draws: Sequence[Tensors]) -> Tensors:
+    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+
+@contextlib.contextmanager
+def shuffled(tensors: Sequence[torch.Tensor]) -> Iterator[Callable[[], None]]:
+    """Yields what puts the columns of all these into another order, in place and alike where they are as many: the same
+    values meet others, and what is rounded is new. Afterwards the tensors are what they were. The orders are the same
+    every time, and torch's generators are not asked."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    generator = torch.Generator().manual_seed(SEED)
+
+    @torch.no_grad()
+    def shuffle() -> None:
+        orders: dict[int, torch.Tensor] = {}
+        for tensor, original in zip(tensors, before, strict=True):
+            width = tensor.shape[-1]
+            if width not in orders:
+                orders[width] = torch.randperm(width, generator=generator).to(tensor.device)
+            tensor.copy_(original[..., orders[width]])
+
+    try:
+        yield shuffle
+    finally:
+        with torch.no_grad():
+            for tensor, original in zip(tensors, before, strict=True):
+                tensor.copy_(original)

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .accuracy import MAX_RMS_RATIO, SEED, Expected, Tensors, Verdict, judge, poison
+from .accuracy import MAX_RMS_RATIO, SEED, Given, Tensors, Trial, Verdict, named, verify_trial
 from .harness import Call
 
 # fp32 adapters on 16-bit data: taken apart into two bf16 halves they keep 16 bits (2**-17 = 8e-6), which is enough for
@@ -25,12 +25,18 @@ class LoraTruth:
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, scaling: float, dropout: float):
         self.x, self.weight, self.grad = x, weight, grad
         self.scaling, self.dropout = scaling, dropout
-        self.base = {"y": x.double() @ weight.double().T, "x": grad.double() @ weight.double()}
+        self.base = self.frozen(x, grad)
 
-    def tail(self, a: torch.Tensor, b: torch.Tensor, keep: torch.Tensor | None) -> Tensors:
-        """The low-rank part of y and dX, and all of dA and dB. With u = m⊙x/(1-p): y += s·u Aᵀ Bᵀ, T = s·dY B,
-        dX += m⊙(T A)/(1-p), dA = Tᵀ u, dB = s·dYᵀ (u Aᵀ)."""
-        a, b, grad, u = a.double(), b.double(), self.grad.double(), self.x.double()
+    def frozen(self, x: torch.Tensor, grad: torch.Tensor) -> Tensors:
+        """y and dX without adapters."""
+        weight = self.weight.double()
+        return {"y": x.double() @ weight.T, "x": grad.double() @ weight}
+
+    def tail(self, a: torch.Tensor, b: torch.Tensor, keep: torch.Tensor | None, given: Given | None = None) -> Tensors:
+        """The low-rank part of y and dX, and all of dA and dB, of x and dY or of given ones, (..., M, K) and (..., M,
+        N). With u = m⊙x/(1-p): y += s·u Aᵀ Bᵀ, T = s·dY B, dX += m⊙(T A)/(1-p), dA = Tᵀ u, dB = s·dYᵀ (u Aᵀ)."""
+        a, b = a.double(), b.double()
+        u, grad = (each.double() for each in given or (self.x, self.grad))
         if keep is not None:
             u = u * keep / (1 - self.dropout)
         shrunk = self.scaling * (u @ a.T)
@@ -38,7 +44,7 @@ class LoraTruth:
         dx = t @ a
         if keep is not None:
             dx = dx * keep / (1 - self.dropout)
-        return {"y": shrunk @ b.T, "x": dx, "A": t.T @ u, "B": grad.T @ shrunk}
+        return {"y": shrunk @ b.T, "x": dx, "A": t.mT @ u, "B": grad.mT @ shrunk}
 
     def eager(self, a: torch.Tensor, b: torch.Tensor, keep: torch.Tensor | None) -> Tensors:
         """The plain form in the given dtypes, op by op as peft's Linear writes it, with its gradients."""
@@ -48,29 +54,27 @@ class LoraTruth:
             u = (u.float() * keep / (1 - self.dropout)).to(a.dtype)
         result = F.linear(x, self.weight)
         y = (result + F.linear(F.linear(u, a), b) * self.scaling).to(result.dtype)
-        dx, da, db = torch.autograd.grad(y, (x, a, b), self.grad)
-        return {"y": y.detach(), "x": dx, "A": da, "B": db}
+        return named(y, {"x": x, "A": a, "B": b}, torch.autograd.grad(y, (x, a, b), self.grad))
 
     def verify(self, call: Call, max_rms_ratio: float = MAX_RMS_RATIO) -> Verdict:
         """Output, dX, dA and dB of `call` (leaves x, A, B), which must be bound to these tensors."""
         verdict = Verdict()
-        a, b = call.leaves["A"].detach(), call.leaves["B"].detach()
+        a, b = (call.leaves[name].detach().clone() for name in "AB")  # what the call writes there is not the truth
         keep = None
         if self.dropout:
             keep = check_dropout(call, self.scaling, self.dropout, verdict)
             if keep is None:
                 return verdict
-        tail = self.tail(a, b, keep)
-        eager = self.eager(a, b, keep)
-        poison([eager["y"], eager["x"], a, b])
-        torch.manual_seed(SEED)
-        y, grads = call.run()
-        for name, out in {"y": y.detach(), **dict(zip(call.leaves, grads, strict=True))}.items():
-            floor = FP32_FLOOR if eager[name].dtype == torch.float32 else 0.0
-            of = (eager[name], tail.pop(name), self.base.get(name))
-            expected = Expected(LABELS[name], *of, floor, numbers=len(self.x) * len(a))
-            judge(verdict, name, out, expected, max_rms_ratio, "the low-rank part")
-        return verdict
+
+        def exact(given: Given | None) -> tuple[Tensors, Tensors]:
+            return self.frozen(*given) if given else self.base, self.tail(a, b, keep, given)
+
+        of_call = Trial(
+            call, (self.x, self.grad), lambda: self.eager(a, b, keep), exact, len(self.x) * len(a), FP32_FLOOR
+        )
+        found = verify_trial(of_call, max_rms_ratio)
+        found.keep_rate, found.problems = verdict.keep_rate, verdict.problems + found.problems
+        return found
 
 
 def read_mask(call: Call, scaling: float, dropout: float, seed: int) -> tuple[torch.Tensor | None, str]:

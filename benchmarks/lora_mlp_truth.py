@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .accuracy import MAX_RMS_RATIO, Expected, Tensors, Verdict, judge, poison
+from .accuracy import MAX_RMS_RATIO, Given, Tensors, Trial, Verdict, named, verify_trial
 from .harness import Call
 from .lora_linear_truth import FP32_FLOOR
 
@@ -42,18 +42,17 @@ def by_layers(leaves: Tensors, weights: list[torch.Tensor], layer) -> torch.Tens
 
 
 def plain_layer(scaling: float):
-    """HF peft's algebra."""
+    """HF peft's algebra, of draws with adapters of their own too."""
 
     def layer(z, weight, a, b):
-        return (F.linear(z, weight) + F.linear(F.linear(z.to(a.dtype), a), b) * scaling).to(z.dtype)
+        return (F.linear(z, weight) + z.to(a.dtype) @ a.mT @ b.mT * scaling).to(z.dtype)
 
     return layer
 
 
-def _results(inputs: Inputs, leaves: Tensors, weights: list[torch.Tensor], scaling: float) -> Tensors:
+def _results(leaves: Tensors, weights: list[torch.Tensor], scaling: float, grad: torch.Tensor) -> Tensors:
     y = by_layers(leaves, weights, plain_layer(scaling))
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.grad.to(y.dtype))
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    return named(y, leaves, torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype)))
 
 
 class MlpTruth:
@@ -63,28 +62,37 @@ class MlpTruth:
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
         self.weights = [weight.double() for weight in inputs.weights]
-        found = _results(inputs, self._wide(inputs.leaves(None)), self.weights, 0.0)
-        self.base = {name: found[name] for name in ("y", "x")}
+        self.base = self.frozen(inputs.x, inputs.grad)
 
-    def _wide(self, leaves: Tensors) -> Tensors:
-        return {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    def frozen(self, x: torch.Tensor, grad: torch.Tensor) -> Tensors:
+        """y and dX without adapters."""
+        x = x.detach().double().requires_grad_()
+        gate, up, down = self.weights
+        y = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        return named(y, {"x": x}, torch.autograd.grad(y, (x,), grad.double()))
 
-    def tail(self, leaves: Tensors) -> Tensors:
-        """The adapters' part of y and of dX, and all of dA and dB."""
-        found = _results(self.inputs, self._wide(leaves), self.weights, self.inputs.scaling)
-        return {name: each - self.base[name] if name in self.base else each for name, each in found.items()}
+    def exact(self, leaves: Tensors, given: Given | None = None) -> tuple[Tensors, Tensors]:
+        """y and dX without adapters; the adapters' part of both, and all of dA and dB. Of given x and dY, (..., M, K)
+        and (..., M, N), every draw has adapters of its own, or their gradients would be its sums with others'."""
+        x, grad = given or (self.inputs.x, self.inputs.grad)
+        base = self.frozen(x, grad) if given else self.base
+        wide = {name: leaf.detach().double().expand(*x.shape[:-2], *leaf.shape) for name, leaf in leaves.items()}
+        wide = {name: leaf.requires_grad_() for name, leaf in (wide | {"x": x.detach().double()}).items()}
+        found = _results(wide, self.weights, self.inputs.scaling, grad)
+        return base, {name: each - base[name] if name in base else each for name, each in found.items()}
 
     def verify(self, call: Call, max_rms_ratio: float = MAX_RMS_RATIO) -> Verdict:
         """Output and gradients of `call` (leaves x, A0, B0, ...), which must be bound to these tensors."""
-        verdict, inputs = Verdict(), self.inputs
-        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in call.leaves.items()}
-        eager, tail = _results(inputs, leaves, inputs.weights, inputs.scaling), self.tail(leaves)
-        poison([eager["y"], eager["x"]])
-        y, gradients = call.run()
-        for name, out in {"y": y.detach(), **dict(zip(call.leaves, gradients, strict=True))}.items():
-            floor = FP32_FLOOR if eager[name].dtype == torch.float32 else 0.0
-            label = name if name == "y" else f"d{name.upper()}"
-            numbers = len(inputs.x) * len(inputs.lora_a[0])
-            expected = Expected(label, eager[name], tail.pop(name), self.base.get(name), floor, numbers=numbers)
-            judge(verdict, name, out, expected, max_rms_ratio, "the low-rank part")
-        return verdict
+        inputs = self.inputs
+        # Copies: what the call writes there is not the truth.
+        adapters = {name: leaf.detach().clone() for name, leaf in call.leaves.items() if name != "x"}
+
+        def eager() -> Tensors:
+            leaves = {name: leaf.clone().requires_grad_() for name, leaf in {"x": inputs.x, **adapters}.items()}
+            return _results(leaves, inputs.weights, inputs.scaling, inputs.grad)
+
+        def exact(given: Given | None) -> tuple[Tensors, Tensors]:
+            return self.exact(adapters, given)
+
+        numbers = len(inputs.x) * len(inputs.lora_a[0])
+        return verify_trial(Trial(call, (inputs.x, inputs.grad), eager, exact, numbers, FP32_FLOOR), max_rms_ratio)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .accuracy import MAX_RMS_RATIO, Expected, Tensors, Verdict, judge, poison
+from .accuracy import MAX_RMS_RATIO, Given, Tensors, Trial, Verdict, named, verify_trial
 from .harness import Call
 from .lora_linear_truth import FP32_FLOOR
 
@@ -53,36 +53,40 @@ class ProjectionsTruth:
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        x, weights = inputs.x.double(), [weight.double() for weight in inputs.weights]
-        self.base = {f"y{i}": F.linear(x, weight) for i, weight in enumerate(weights)}
-        self.base["x"] = sum(grad.double() @ weight for grad, weight in zip(inputs.grads, weights, strict=True))
+        self.base = self.frozen(inputs.x, *inputs.grads)
 
-    def tail(self, leaves: Tensors) -> Tensors:
-        """The low-rank part of every y and of dX, and all of dA and dB."""
-        inputs, x = self.inputs, self.inputs.x.double()
-        out = {"x": torch.zeros_like(self.base["x"])}
-        for i, grad in enumerate(inputs.grads):
-            a, b, grad = leaves[f"A{i}"].detach().double(), leaves[f"B{i}"].detach().double(), grad.double()
+    def frozen(self, x: torch.Tensor, *grads: torch.Tensor) -> Tensors:
+        """Every y and dX without adapters."""
+        x, weights = x.double(), [weight.double() for weight in self.inputs.weights]
+        base = {f"y{i}": F.linear(x, weight) for i, weight in enumerate(weights)}
+        return base | {"x": sum(grad.double() @ weight for grad, weight in zip(grads, weights, strict=True))}
+
+    def tail(self, leaves: Tensors, given: Given | None = None) -> Tensors:
+        """The low-rank part of every y and of dX, and all of dA and dB, of x and dYs or of given ones, (..., M, K) and
+        (..., M, N)."""
+        inputs = self.inputs
+        x, *grads = (each.double() for each in given or (inputs.x, *inputs.grads))
+        out = {"x": torch.zeros_like(x)}
+        for i, grad in enumerate(grads):
+            a, b = leaves[f"A{i}"].detach().double(), leaves[f"B{i}"].detach().double()
             shrunk, t = inputs.scaling * (x @ a.T), inputs.scaling * (grad @ b)
-            out |= {f"y{i}": shrunk @ b.T, f"A{i}": t.T @ x, f"B{i}": grad.T @ shrunk}
+            out |= {f"y{i}": shrunk @ b.T, f"A{i}": t.mT @ x, f"B{i}": grad.mT @ shrunk}
             out["x"] += t @ a
         return out
 
     def verify(self, call: Call, max_rms_ratio: float = MAX_RMS_RATIO) -> Verdict:
         """Outputs and gradients of `call` (leaves x, A0, B0, ...), which must be bound to these tensors."""
-        verdict, inputs = Verdict(), self.inputs
-        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in call.leaves.items()}
-        ys = one_by_one(leaves, inputs.weights, inputs.scaling)
-        gradients = torch.autograd.grad(ys, list(leaves.values()), inputs.grads)
-        eager = {f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(leaves, gradients, strict=True))
-        tail = self.tail(leaves)
-        poison([eager["y0"], eager["x"]])
-        ys, gradients = call.run()
-        found = {f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(call.leaves, gradients, strict=True))
-        for name, out in found.items():
-            floor = FP32_FLOOR if eager[name].dtype == torch.float32 else 0.0
-            label = name if name[0] == "y" else f"d{name.upper()}"
-            numbers = len(inputs.x) * len(inputs.lora_a[0])
-            expected = Expected(label, eager[name], tail.pop(name), self.base.get(name), floor, numbers=numbers)
-            judge(verdict, name, out, expected, max_rms_ratio, "the low-rank part")
-        return verdict
+        inputs = self.inputs
+        # Copies: what the call writes there is not the truth.
+        adapters = {name: leaf.detach().clone() for name, leaf in call.leaves.items() if name != "x"}
+
+        def eager() -> Tensors:
+            leaves = {name: leaf.clone().requires_grad_() for name, leaf in {"x": inputs.x, **adapters}.items()}
+            ys = one_by_one(leaves, inputs.weights, inputs.scaling)
+            return named(ys, leaves, torch.autograd.grad(ys, list(leaves.values()), inputs.grads))
+
+        def exact(given: Given | None) -> tuple[Tensors, Tensors]:
+            return self.frozen(*given) if given else self.base, self.tail(adapters, given)
+
+        given, numbers = (inputs.x, *inputs.grads), len(inputs.x) * len(inputs.lora_a[0])
+        return verify_trial(Trial(call, given, eager, exact, numbers, FP32_FLOOR), max_rms_ratio)

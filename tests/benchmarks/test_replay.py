@@ -196,7 +196,7 @@ def test_few_rows_by_numbers_are_replayed_and_eager_on_a_gpu(bench, shape):
     ids=["qkv", "mlp"],
 )
 def test_few_rows_are_judged(bench, cell, rows):
-    """The check says something of one row of a model's width too: right ones pass, a scale that is 3 % off does not."""
+    """The check says something of one row of a model's width too: right ones pass, a scale that is 1 % off does not."""
     cell = replace(cell, M=rows)
     inputs = bench.inputs_of(cell, CPU)
     truth = bench.BENCH.truth(inputs)
@@ -204,7 +204,7 @@ def test_few_rows_are_judged(bench, cell, rows):
         if each.name != FLOOR and not each.compiled:
             assert truth.verify(each.build(inputs), each.rms_bound).problems == [], each.name
     (ours,) = [each for each in bench.BENCH.implementations if each.name == "fastpeft"]
-    assert truth.verify(ours.build(replace(inputs, scaling=0.97 * inputs.scaling)), ours.rms_bound).problems
+    assert truth.verify(ours.build(replace(inputs, scaling=0.99 * inputs.scaling)), ours.rms_bound).problems
 
 
 def test_decoding_comes_behind_rank_16():
