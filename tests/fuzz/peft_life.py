@@ -5,6 +5,7 @@ import copy
 import io
 import itertools
 import pickle
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -123,9 +124,9 @@ class Twins(RuleBasedStateMachine):
         assert (type(own), str(own)) == (type(error), str(error)), f"ours: {own!r}, peft's: {error!r}"
         return None if error else (expected, found)
 
-    def agree(self, action, bound: float, in_fp32=None) -> bool:
-        """Whether peft does it; then the results, tensors by name, are the same up to rounding. Where peft's own may
-        be farther off than `bound`, `in_fp32` gives them of a model without it, and ours are no farther from them."""
+    def agree(self, action, bound: float, as_near=None) -> bool:
+        """Whether peft does it; then the results, tensors by name, are the same up to rounding. Where both may be
+        farther off than `bound`, `as_near` says whether ours are as near to the truth as peft's."""
         results = self.both(action)
         if results is None:
             return False
@@ -135,11 +136,22 @@ class Twins(RuleBasedStateMachine):
         for name, each in expected.items():
             if each.numel() and not (self.is_nothing(each, greatest) and self.is_nothing(found[name], greatest)):
                 distance = far(found[name], each)
-                if distance > bound and in_fp32 is not None:
-                    truth = in_fp32(self.theirs)[name]
-                    distance = bound * far(found[name], truth) / far(each, truth)
-                assert distance <= bound, f"{name}: {distance:.2g} of the greatest value away, above {bound}"
+                near = distance <= bound or (as_near is not None and as_near())
+                assert near, f"{name}: {distance:.2g} of the greatest value away, above {bound}"
         return True
+
+    def as_near(self, gradients, half: str) -> bool:
+        """Whether in half precision the gradients of ours are in most batches as near to those in fp32 as peft's. Of
+        one batch it is chance which are nearer, as the forward's roundings decide, and one may be several times the
+        other."""
+        models, distances = [copy.deepcopy(each) for each in self.pair], []
+        for length in range(4, 25):
+            truth = gradients(models[0], None, length)
+            names = [name for name, each in truth.items() if each.any()]
+            both = (gradients(model, half, length) for model in models)
+            distances.append([sum(far(each[name], truth[name]) for name in names) for each in both])
+        expected, found = map(statistics.median, zip(*distances, strict=True))
+        return found <= 1.5 * expected
 
     @staticmethod
     def is_nothing(each: torch.Tensor, greatest: float) -> bool:
@@ -225,7 +237,7 @@ class Twins(RuleBasedStateMachine):
         """A step, of both by peft's gradients, so that rounding does not add up."""
         drops = any(getattr(each, "lora_dropout", 0) for each in self.theirs.peft_config.values())
 
-        def gradients(model, half=half):
+        def gradients(model, half=half, length=length):
             model.train(training and not drops)
             model.zero_grad()
             with autocast_to(HALVES[half]):
@@ -236,7 +248,7 @@ class Twins(RuleBasedStateMachine):
             grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             return {"loss": loss.detach(), **grads}
 
-        if self.agree(gradients, GRADIENTS[half], half and (lambda model: gradients(copy.deepcopy(model), None))):
+        if self.agree(gradients, GRADIENTS[half], half and (lambda: self.as_near(gradients, half))):
             for own, other in zip(self.ours.parameters(), self.theirs.parameters(), strict=True):
                 own.grad = None if other.grad is None else other.grad.clone()
             self.both(self.step)

@@ -55,6 +55,18 @@ def test_a_life_shows_a_factor_that_is_off(life, monkeypatch):
         life.call(length=9, half=None)
 
 
+def test_of_half_precision_chance_is_passed_over_and_a_factor_that_is_off_is_shown(monkeypatch):
+    life = type("TwinsT5", (Twins,), {"family": "t5"})()
+    life.begin(kind="rank-stabilised", name="a")
+    for half, length in (("fp16", 4), (None, 4), (None, 9), ("bf16", 4)):  # in the last ours are farther than peft's
+        life.train(half=half, length=length, training=False)
+    right = FusedLora.factors
+    monkeypatch.setattr(FusedLora, "factors", lambda self, name: (right(self, name)[0], 1.2 * right(self, name)[1]))
+    with pytest.raises(AssertionError, match="of the greatest value away"):
+        life.train(half="bf16", length=4, training=False)
+    life.teardown()
+
+
 def test_a_life_shows_layers_that_are_peft_s_own(life):
     life.the_same_but_for_classes()
     life.unpatch()
