@@ -42,6 +42,7 @@ from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
 # Registers hold a block of ranks up to the one; beyond, a kernel that holds ranks takes them in slices of the other,
 # and reads what it streams once for each. In slices of 256 it would read it half as often, and spill.
 MOST_RANKS, SLICE = 256, 128
+WHOLE_RANK = 32  # up to which a dA of few rows is written whole
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -378,8 +379,8 @@ def grad_columns(
     run, runs = split_evenly(rows, tiles.rows, 2 * processor_count(x) // column_blocks)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     product = parts = total = total_parts = None
-    # Registers do not suffice for rounding here too beside a term of rank 64 (sm_100), or for another scale.
-    whole = runs == 1 and not (fuse and rank > 32) and (dropout is None or scale == 1.0)
+    # Registers do not suffice for rounding more ranks too, or for another scale.
+    whole = runs == 1 and rank <= WHOLE_RANK and (dropout is None or scale == 1.0)
     share, factor = shares_or_whole if whole else shares, scale * keep_scale
     sums = []
     if t is not None:

@@ -29,7 +29,7 @@ from fastpeft.kernels._common import (
     rank_block,
     split_evenly,
 )
-from fastpeft.kernels._partials import add_up, shares_or_whole
+from fastpeft.kernels._partials import add_up, shares, shares_or_whole
 from fastpeft.kernels._tiles import FUSED_TAIL_RANK, SINGLE, Tiles, family_of, table_of, tiles_for
 from fastpeft.kernels.lora_linear import _known_multiple, constants
 
@@ -405,8 +405,8 @@ def grad_all_columns(
     tiles = tiles or _tiles("grad_columns", rank, mode, bool(drops), bool(drops), x.device)
     column_blocks = cdiv(columns, tiles.columns)
     run, runs = split_evenly(rows, tiles.rows, 2 * processor_count(x) // column_blocks)
-    sums = []
-    grads, parts = shares_or_whole(runs, (sum(ranks) * columns,), a[0].dtype, x.device, 1.0, sums)
+    sums, share = [], shares_or_whole if len(a) < MOST else shares  # of so many registers do not suffice for rounding
+    grads, parts = share(runs, (sum(ranks) * columns,), a[0].dtype, x.device, 1.0, sums)
     with on_device_of(x):
         _grad_all_columns_kernel[(column_blocks, runs)](
             x, *_four(ts, None), *_four([each.contiguous() for each in a], None), parts, tail,
