@@ -68,7 +68,7 @@ def _elementwise(kernel, **options):
 
 def _shrink(tiles):
     a = _meta(128, 4096, dtype=torch.float32)
-    return lambda: lora_linear.shrink(_meta(8192, 4096), a, 1.0, torch.float32, tiles=tiles)
+    return lambda: lora_linear.shrink(_meta(32768, 4096), a, 1.0, torch.float32, tiles=tiles)  # by one launch
 
 
 def _tail(tiles):

@@ -17,6 +17,7 @@ from fastpeft.kernels import (
     _attention_decode,
     _attention_kernels,
     _attention_tiles,
+    _partials,
     _tiles,
     dora_linear,
     lora_linear,
@@ -35,7 +36,7 @@ KERNELS = {
     name.strip("_")
     for module in (
         *(lora_linear, lora_mlp, mixed_lora_linear, lora_projections, dora_linear, row_norms),
-        *(_attention_kernels, _attention_decode, prompt_embedding),
+        *(_attention_kernels, _attention_decode, _partials, prompt_embedding),
     )
     for name in vars(module)
     if name.startswith("_") and name.endswith("_kernel")
