@@ -76,6 +76,7 @@ def cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
     }
 
 
+@contextlib.contextmanager
 def empty_launches(launches: list | None = None):
     """Within it ops take the Triton path, and a launch does nothing, or joins `launches`."""
     from triton.runtime.interpreter import InterpretedFunction
@@ -85,12 +86,13 @@ def empty_launches(launches: list | None = None):
             return lambda *arguments, **options: None
         return lambda *arguments, **options: launches.append((kernel, grid, arguments, options))
 
-    stack = contextlib.ExitStack()
-    stack.enter_context(fastpeft.backend("triton"))
-    stack.enter_context(mock.patch.object(InterpretedFunction, "__getitem__", launcher))
     mlp = importlib.import_module("fastpeft.ops._lora_mlp_triton")
-    stack.enter_context(mock.patch.object(mlp, "add_through", torch.Tensor.addmm_))  # a CPU has other ways
-    return stack
+    with (
+        fastpeft.backend("triton"),
+        mock.patch.object(InterpretedFunction, "__getitem__", launcher),
+        mock.patch.object(mlp, "add_through", torch.Tensor.addmm_),  # a CPU has other ways
+    ):
+        yield
 
 
 MADE_OF = {

@@ -258,13 +258,12 @@ def lora_linear_plan_for(
     device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, sizes: tuple[int, ...], dropout: float
 ) -> Plan:
     """The strategy for sizes (M, K, N, R)."""
-    on_gpu = device.type == "cuda"
-    measured = tables.measured(device) if on_gpu else None
+    measured = tables.measured(device) if device.type == "cuda" else None
     if (plan := _plan.get()) is not None and plan.forward in LORA_STRATEGIES:
         return plan
     if measured and (found := measured.get(tables.lora_bucket(dtype, adapter_dtype, *sizes, dropout))):
         return found
-    return predicted_lora_plan(device, sizes[0]) if on_gpu else FUSED
+    return predicted_lora_plan(device, sizes[0])
 
 
 def predicted_lora_plan(device: torch.device, rows: int) -> Plan:

@@ -153,8 +153,8 @@ def recorded_launches(run: Callable[[], object], gpu: GPUTarget) -> list[Launch]
 
     hip = gpu.backend == "hip"
     capability = (0, 0) if hip else divmod(gpu.arch, 10)
-    families, common = (importlib.import_module(f"fastpeft.kernels.{name}") for name in ("_tiles", "_common"))
-    families = families.family_of
+    tiles, common = (importlib.import_module(f"fastpeft.kernels.{name}") for name in ("_tiles", "_common"))
+    families = tiles.family_of
     families.cache_clear()
     with (
         mock.patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: gpu)),

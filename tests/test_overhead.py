@@ -12,7 +12,7 @@ from fastpeft.kernels import _common
 
 def test_an_op_enters_few_functions_beside_those_of_autograd():
     rows = {name: entered for name, *_, entered in overhead.measured(calls=1, repeats=1, cold_calls=1)}
-    assert rows["lora_linear"] - rows["a bare Function"] <= 16
+    assert rows["lora_linear"] - rows["a bare Function"] <= 15
     assert rows["a patched layer"] - rows["lora_linear"] <= 30
 
 

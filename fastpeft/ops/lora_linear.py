@@ -241,10 +241,11 @@ def decide(x: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, drop
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
     no rows are zeros: without elements, or a rank, it is the torch path."""
     elements = x.numel() * b_NR.numel()
+    dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
     if not elements or choose_backend(x, dtype, patched=patched).backend != "triton":
-        return Call(scaling, dropout, dtype, widest(dtype, x), None)
+        return Call(scaling, dropout, dtype, dx_dtype, None)
     plan = lora_linear_plan(as_rows(x), dtype, a_RK, b_NR, dropout)
-    return Call(scaling, dropout, dtype, widest(dtype, x), plan, is_demanded(patched))
+    return Call(scaling, dropout, dtype, dx_dtype, plan, is_demanded(patched))
 
 
 def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patched_backend=None):

@@ -14,7 +14,6 @@ M, K, N, R = 21, 24, 19, 4
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):
-        ctx.wanted = ctx.needs_input_grad
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         return 2 * factor * x
