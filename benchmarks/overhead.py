@@ -4,9 +4,10 @@ nothing, beside a bare torch.autograd.Function of the same tensors, which is the
     python -m benchmarks.overhead
 
 In a loop of nothing else, and cold: between large products, as in a step on a CPU, where the interpreter's code and
-objects have left the caches each time and cost ten times as much. And on the Triton path, as a GPU's calls go, with
-launches that launch nothing, without what Triton's own launcher takes: there beside a Function that makes the same
-allocations and the same launches with everything known before.
+objects have left the caches each time and cost ten times as much. And on the Triton path, by the plans that a GPU has
+where no table knows better, with launches and vendor's products that compute nothing, and without what Triton's own
+launcher takes: there beside a Function that has as many arguments, saves the same and makes the same allocations and
+launches with everything known before.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpeft
+from fastpeft import dispatch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its path serves CPU tensors then
@@ -33,6 +35,7 @@ CALLS, REPEATS = 2000, 7
 COLD_CALLS = 40
 ROWS, WIDTH, RANK = 6, 8, 4
 FEW, SHARED = (16, 32), (20, 40)  # rows and width for kernels: one program has all, or several a share of every sum
+PLANS = {FEW[0]: dispatch.SHORT, SHARED[0]: dispatch.PREWRITE}
 
 
 class Bare(torch.autograd.Function):
@@ -76,9 +79,21 @@ def cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
     }
 
 
+def no_linear(x: torch.Tensor, weight: torch.Tensor, bias=None) -> torch.Tensor:
+    return torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+
+
+def no_matmul(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return torch.empty(p.shape[0], q.shape[1], dtype=p.dtype)
+
+
+def no_addmm_(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    return out
+
+
 @contextlib.contextmanager
 def empty_launches(launches: list | None = None):
-    """Within it ops take the Triton path, and a launch does nothing, or joins `launches`."""
+    """Within it ops take the Triton path as on a GPU, no product is computed, and a launch joins `launches` at most."""
     from triton.runtime.interpreter import InterpretedFunction
 
     def launcher(kernel, grid):
@@ -86,25 +101,25 @@ def empty_launches(launches: list | None = None):
             return lambda *arguments, **options: None
         return lambda *arguments, **options: launches.append((kernel, grid, arguments, options))
 
-    mlp = importlib.import_module("fastpeft.ops._lora_mlp_triton")
+    cpu = importlib.import_module("fastpeft.ops._cpu_products")
     with (
         fastpeft.backend("triton"),
         mock.patch.object(InterpretedFunction, "__getitem__", launcher),
-        mock.patch.object(mlp, "add_through", torch.Tensor.addmm_),  # a CPU has other ways
+        mock.patch.object(dispatch, "predicted_lora_plan", lambda device, rows: PLANS[rows]),
+        mock.patch.object(cpu, "lacks_half", lambda dtype: False),  # a CPU's ways round that are no GPU's
+        mock.patch.object(torch.nn.functional, "linear", no_linear),
+        mock.patch.multiple(torch.Tensor, __matmul__=no_matmul, addmm_=no_addmm_),
     ):
         yield
 
 
-MADE_OF = {
-    torch.ops.aten.empty.memory_format: torch.empty,
-    torch.ops.aten.empty_like.default: torch.empty_like,
-    torch.ops.aten.mm.default: torch.mm,
-    torch.ops.aten.addmm_.default: torch.Tensor.addmm_,
-}
+aten = torch.ops.aten
+MADE_OF = {aten.empty.memory_format: torch.empty, aten.empty_like.default: torch.empty_like}
+VIEWS = {aten.t.default, aten.as_strided.default, aten.unbind.int, aten.view.default, aten.detach.default}
 
 
 class Recorded(TorchDispatchMode):
-    """Within it what torch allocates and multiplies joins `steps`, in order."""
+    """Within it what torch allocates joins `steps`, in order; of anything but views beside that it knows nothing."""
 
     def __init__(self, steps: list):
         super().__init__()
@@ -112,7 +127,7 @@ class Recorded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
-        if func in MADE_OF:
+        if func not in VIEWS:  # which are known before
             self.steps.append(functools.partial(MADE_OF[func], *args, **kwargs))
         return func(*args, **kwargs)
 
@@ -122,34 +137,33 @@ def _launch(kernel, grid, arguments, options):
 
 
 def steps_of(action: Callable[[], object]) -> list[Callable[[], object]]:
-    """What the action launches, allocates and multiplies, in order, to be done again."""
+    """What the action launches and allocates, in order, to be done again."""
     steps = []
     with empty_launches(steps), Recorded(steps):
         action()
     return [each if callable(each) else functools.partial(_launch, *each) for each in steps]
 
 
-def again(steps: list[Callable[[], object]]) -> None:
-    for step in steps:
-        step()
+def again(steps: list[Callable[[], object]]) -> list:
+    """What the steps give, which is there together, as what an op makes is."""
+    return [step() for step in steps]
 
 
 class Least(torch.autograd.Function):
-    """Does what is known before in forward and in backward, saves tensors, and gives what it is given."""
+    """Does what is known before in forward and in backward, saves what it is told, and gives what it is given."""
 
     @staticmethod
-    def forward(ctx, steps, steps_back, outs, grads, *tensors):
-        again(steps)
-        ctx.save_for_backward(*tensors)
-        ctx.known = steps_back, grads
+    def forward(ctx, known, *tensors):
+        steps, _, outs, saved, _ = known
+        _ = again(steps)
+        ctx.save_for_backward(*saved)
+        ctx.known = known
         return tuple(out.detach() for out in outs)
 
     @staticmethod
     def backward(ctx, *dys):
-        _ = ctx.saved_tensors
-        steps, grads = ctx.known
-        again(steps)
-        return None, None, None, None, *grads
+        _ = ctx.saved_tensors, again(ctx.known[1])
+        return ctx.known[4]
 
 
 def cases_on_kernels() -> dict[str, tuple[Callable, list[torch.Tensor], list[torch.Tensor]]]:
@@ -253,7 +267,10 @@ def measured_on_kernels(calls: int = CALLS, repeats: int = REPEATS) -> list[OnKe
             backward = functools.partial(torch.autograd.grad, out, wanted, dys, retain_graph=True)
             grads, outs = backward(), [out] if isinstance(out, torch.Tensor) else out
             steps = [steps_of(action) for action in (forward, forward, backward)]
-            least = functools.partial(Least.apply, *steps[1:], outs, grads, *wanted)
+            node = outs[0].grad_fn
+            others = [None] * (len(node.next_functions) - 1 - len(wanted))
+            known = *steps[1:], outs, node.saved_tensors, (None, *grads, *others)
+            least = functools.partial(Least.apply, known, *wanted, *others)
             least_back = functools.partial(torch.autograd.grad, least(), wanted, dys, retain_graph=True)
             actions = forward, backward, functools.partial(again, steps[0]), least, least_back
             with torch.no_grad():

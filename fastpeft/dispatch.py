@@ -250,8 +250,29 @@ def predicted_attention_plan(tensors, scores, dropout: float, *, gated: bool = F
 def lora_linear_plan(rows: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, dropout: float) -> Plan:
     """The strategy for x [M, K] (or dY [M, N]: `rows`) whose base product is in `dtype`, A [R, K] and B [N, R], on the
     Triton backend."""
+    return lora_linear_plans(rows, dtype, (a,), (b,), (dropout,))[0]
+
+
+def lora_linear_plans(rows: torch.Tensor, dtype: torch.dtype, a, b, dropouts) -> tuple[Plan, ...]:
+    """The same for each A and B on as many rows; of no A, as of one that no table knows. Sizes are asked for where a
+    table might know them."""
+    device = rows.device
+    if device.type == "cuda" and tables.measured(device):
+        return tuple(map(functools.partial(_plan_of, rows, dtype), a, b, dropouts))
+    return (_overriding_lora_plan() or predicted_lora_plan(device, rows.shape[0]),) * len(a)
+
+
+def _plan_of(rows: torch.Tensor, dtype: torch.dtype, a, b, dropout: float) -> Plan:
+    if a is None:
+        return predicted_lora_plan(rows.device, rows.shape[0])
     sizes = rows.shape[0], a.shape[1], b.shape[0], a.shape[0]
     return lora_linear_plan_for(rows.device, dtype, a.dtype, sizes, dropout)
+
+
+def _overriding_lora_plan() -> Plan | None:
+    """That of `override_plan`, if it is one for `lora_linear`."""
+    plan = _plan.get()
+    return plan if plan is not None and plan.forward in LORA_STRATEGIES else None
 
 
 def lora_linear_plan_for(
@@ -259,7 +280,7 @@ def lora_linear_plan_for(
 ) -> Plan:
     """The strategy for sizes (M, K, N, R)."""
     measured = tables.measured(device) if device.type == "cuda" else None
-    if (plan := _plan.get()) is not None and plan.forward in LORA_STRATEGIES:
+    if (plan := _overriding_lora_plan()) is not None:
         return plan
     if measured and (found := measured.get(tables.lora_bucket(dtype, adapter_dtype, *sizes, dropout))):
         return found

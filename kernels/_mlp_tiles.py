@@ -7,8 +7,6 @@ rank 0, and every rank-r product has a pass of its own (`FUSED_RANK`).
 
 import functools
 
-import torch
-
 from fastpeft.kernels._tiles import (
     ALL,
     ANY,
@@ -20,7 +18,6 @@ from fastpeft.kernels._tiles import (
     Row,
     Tiles,
     _serves,
-    family_of,
 )
 
 # Beside the bytes of dh, g, u, dg and du (10·M·H in half precision) the partial sums of T, written and read, are
@@ -28,7 +25,8 @@ from fastpeft.kernels._tiles import (
 # dg and du that they save; registers do not hold more columns.
 CUDA = (
     Row("gated_forward", HALF, 32, Tiles(32, 64)),
-    Row("gated_forward", HALF, 128, Tiles(64, 64)),
+    Row("gated_forward", HALF, 64, Tiles(64, 64)),
+    Row("gated_forward", HALF, 128, Tiles(64, 32)),
     Row("gated_forward", HALF, ANY, Tiles(32, 64)),
     Row("gated_forward", SPLIT + TF32X3, 32, Tiles(32, 64)),
     Row("gated_forward", SPLIT + TF32X3, ANY, Tiles(32, 32)),
@@ -51,28 +49,27 @@ HIP = (
     Row("gated_backward", SPLIT, 16, Tiles(16, 64, warps=4, stages=2)),
     Row("gated_backward", ALL, 32, Tiles(16, 32, warps=4, stages=2)),
 )
+# What spills on sm_80 alone.
+SM_90 = (Row("gated_forward", HALF, 128, Tiles(64, 64), above=64),)
 INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL, above=-1) for kernel in ("gated_forward", "gated_backward"))
 # What spills there in the tiles of the others.
 SM_100 = (
+    *SM_90,
     Row("gated_forward", SPLIT, 32, Tiles(32, 32)),
     Row("gated_backward", HALF, 16, Tiles(32, 128), dropout=False),
     Row("gated_backward", HALF, 32, Tiles(32, 64), dropout=True, above=16),
     Row("gated_backward", SINGLE, 16, Tiles(16, 32, warps=4, stages=2)),
 )
-FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_100": (*SM_100, *CUDA)}
+FAMILIES = {"interpreter": INTERPRETER, "hip": HIP, "sm_90": (*SM_90, *CUDA), "sm_100": (*SM_100, *CUDA)}
 
 # Up to this rank the backward kernel holds every rank-r product.
 FUSED_RANK = {"half": 32, "split": 32, "tf32x3": 16, "tf32": 16, "ieee": 16}
 
 
-def mlp_tiles(kernel: str, rank: int, mode: str, burden: bool, device: torch.device) -> Tiles:
+@functools.cache
+def mlp_tiles(kernel: str, rank: int, mode: str, burden: bool, family: str) -> Tiles:
     """The tiles of the kernel of this name at a rank, 0 if it has no rank-r products. burden: of forward dropout, of
     backward that one of the three has no LoRA there, which leaves the compiler other choices, not better ones."""
-    return _of_family(kernel, rank, mode, burden, family_of(device))
-
-
-@functools.cache
-def _of_family(kernel: str, rank: int, mode: str, burden: bool, family: str) -> Tiles:
     for row in FAMILIES.get(family, CUDA):
         if _serves(row, kernel, rank, mode, burden):
             return row.tiles

@@ -12,12 +12,12 @@ from fastpeft.kernels._common import UPCAST, cdiv, on_device_of
 MOST = 6  # sums of one launch
 WAITING = 8 << 20  # bytes of shares that may wait for those of other outputs, so that one launch adds up all
 BLOCK = 256 if UPCAST else 1024
-_NOTHING = [(None,) * (MOST - count) for count in range(MOST + 1)]  # in the place of the other sums
-_ZEROS = [(0,) * (MOST - count) for count in range(MOST + 1)]
+_REST = [((None,) * (MOST - count), (0,) * (MOST - count)) for count in range(MOST + 1)]  # in the other sums' place
 
 
-# (parts, out, count, scale): out = scale·Σ parts over their first dimension, of `count`, in fp32, rounded once.
-Sum = tuple[Tensor, Tensor, int, float]
+# (parts, out, scale, count, size): out, of `size` numbers, is scale·Σ parts over their first dimension, of `count`, in
+# fp32, rounded once.
+Sum = tuple[Tensor, Tensor, float, int, int]
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def shares(
     result is there when these are added up."""
     out = torch.empty(shape, dtype=dtype, device=device)
     parts = torch.empty((runs, *shape), dtype=torch.float32, device=device)
-    sums.append((parts, out, runs, scale))
+    sums.append((parts, out, scale, runs, out.numel()))
     return out, parts
 
 
@@ -83,12 +83,12 @@ def shares_or_whole(
 def add_up(sums: list[Sum], beyond: int = 0) -> None:
     """All of them, MOST in a launch, after which the list is empty; or none, while their shares take no more than
     `beyond` bytes."""
-    if beyond and sum(parts.nbytes for parts, *_ in sums) <= beyond:
+    if beyond and sum([each[0].nbytes for each in sums]) <= beyond:
         return
     while sums:
-        parts, outs, counts, scales = zip(*sums[:MOST], strict=True)
-        sizes, number = [out.numel() for out in outs], len(outs)
-        nothing, zeros = _NOTHING[number], _ZEROS[number]
+        parts, outs, scales, counts, sizes = zip(*sums[:MOST], strict=True)
+        number = len(sizes)
+        nothing, zeros = _REST[number]
         with on_device_of(outs[0]):
             _sum_partials_kernel[(cdiv(max(sizes), BLOCK), number)](
                 *parts, *nothing, *outs, *nothing, *scales, *zeros, *counts, *zeros, *sizes, *zeros,

@@ -11,6 +11,7 @@ processor and more, which is an H100's bandwidth times its latency (25 bytes/ns,
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -238,10 +239,27 @@ def adopt(device: torch.device, name: str | None) -> None:
         _own[device] = name
 
 
+PREPARED = 256  # launches of one kind that are kept, those of the last sizes: a kilobyte each
+_by_tiles: list = []
+
+
+def by_tiles(prepare: Callable) -> Callable:
+    """Keeps what `prepare` gives for its last arguments, as long as tables are what they were: what hangs on sizes and
+    tables alone is worked out once, which takes longer than to find it again. Not to be changed."""
+    _by_tiles.append(functools.lru_cache(PREPARED)(prepare))
+    return _by_tiles[-1]
+
+
+def forget() -> None:
+    """What was worked out by tables that have changed."""
+    for kept in _by_tiles:
+        kept.cache_clear()
+
+
 def register(name: str, family: str, rows: list[Row]) -> None:
     """Makes `name` a family: these rows, and behind them those of `family`."""
     FAMILIES[name] = (*rows, *FAMILIES.get(family, CUDA))
-    optional_tiles.cache_clear()
+    forget()
 
 
 def tiles_for(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> Tiles:
@@ -252,7 +270,7 @@ def tiles_for(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> 
     return tiles
 
 
-@functools.cache
+@by_tiles
 def optional_tiles(kernel: str, rank: int, mode: str, dropout: bool, family: str) -> Tiles | None:
     """As `tiles_for`; None for one of OPTIONAL on a family that it does not serve."""
     rows = FAMILIES.get(family, CUDA)

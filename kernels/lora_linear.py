@@ -37,7 +37,7 @@ from fastpeft.kernels._common import (
     split_evenly,
 )
 from fastpeft.kernels._partials import Sum, add_up, shares, shares_or_whole
-from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, table_of, tiles_for
+from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, by_tiles, table_of, tiles_for
 
 # Registers hold a block of ranks up to the one; beyond, a kernel that holds ranks takes them in slices of the other,
 # and reads what it streams once for each. In slices of 256 it would read it half as often, and spill.
@@ -243,13 +243,9 @@ def constants(rank_unit: int, mode: str, data_dtype: torch.dtype, tiles: Tiles) 
     return {"RANK_UNIT": rank_unit, "MODE": mode, "HALF": half, "UPCAST": UPCAST, **tiles.options}
 
 
-def _settings(
-    kernel: str, rank: int, dtype: torch.dtype, adapter_dtype: torch.dtype, burden: bool, device, tiles: Tiles | None
-) -> tuple[Tiles, dict]:
-    """(the tiles, if none are given those of the tables, and `constants`)."""
-    mode = dot_mode(dtype, adapter_dtype)
-    tiles = tiles or tiles_for(kernel, rank, mode, burden, table_of(device))
-    return tiles, constants(math.gcd(rank, 16), mode, dtype, tiles)
+def _launched_on(x: torch.Tensor) -> tuple[str, int]:
+    """What else a launch hangs on: (the table of tiles, the processors) of x's device."""
+    return table_of(x.device), processor_count(x)
 
 
 def _mask_arguments(dropout: Dropout | None) -> tuple:
@@ -264,20 +260,30 @@ def shrink(
     (rows, depth), rank, device = x.shape, a.shape[0], x.device
     if rank > MOST_RANKS:
         return torch.cat([shrink(x, each, scale, dtype, dropout, tiles) for each in a.split(SLICE)], 1)
-    tiles, settings = _settings("shrink", rank, x.dtype, a.dtype, dropout is not None, device, tiles)
-    row_blocks = cdiv(rows, tiles.rows)
-    run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
+    drops = dropout is not None
+    grid, run, options = _shrink_launch(
+        rows, depth, rank, x.dtype, dot_mode(x.dtype, a.dtype), drops, tiles, *_launched_on(x)
+    )
     sums = []
-    out, parts = shares_or_whole(runs, (rows, rank), dtype, device, 1.0, sums)
+    out, parts = shares_or_whole(grid[1], (rows, rank), dtype, device, 1.0, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(x):
-        _shrink_kernel[(row_blocks, runs)](
+        _shrink_kernel[grid](
             x, a, parts, seed, scale * keep_scale, threshold, rows, depth, rank, run, *x.stride(), *a.stride(),
-            BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(rank), DROPOUT=dropout is not None,
-            **settings,
+            **options,
         )  # fmt: skip
     add_up(sums)
     return out
+
+
+@by_tiles
+def _shrink_launch(rows, depth, rank, dtype, mode, drops, tiles, table, processors) -> tuple[tuple, int, dict]:
+    """(the grid, columns of a program, and what the kernel is compiled for)."""
+    tiles = tiles or tiles_for("shrink", rank, mode, drops, table)
+    row_blocks = cdiv(rows, tiles.rows)
+    run, runs = split_evenly(depth, tiles.depth, processors // max(1, row_blocks))
+    blocks = dict(BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(rank))
+    return (row_blocks, runs), run, dict(**blocks, DROPOUT=drops, **constants(math.gcd(rank, 16), mode, dtype, tiles))
 
 
 def tail(
@@ -298,24 +304,36 @@ def tail(
     `dtype` is the data's, which is what the products are made for; the result is of that type or of `out_dtype`.
     """
     (rows, rank), columns = p.shape, q.shape[0]
-    burden = dropout is not None or out_dtype not in (None, dtype)
-    tiles, settings = _settings("tail" if base else "expand", rank, dtype, q.dtype, burden, p.device, tiles)
     x, w = base or (None, None)
     bias = None if bias is None else bias.contiguous()
+    drops, has = dropout is not None, (base is not None, bias is not None, residual is not None)
+    wide = out_dtype not in (None, dtype)
+    modes = dot_mode(dtype, q.dtype), dot_mode(dtype, dtype)
+    grid, options = _tail_launch(rows, columns, rank, dtype, *modes, drops, wide, *has, tiles, table_of(p.device))
     seed, keep_scale, threshold = _mask_arguments(dropout)
     out = torch.empty(rows, columns, dtype=out_dtype or dtype, device=p.device)
-    grid = (cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)
     with on_device_of(p):
         _tail_kernel[grid](
             x, w, bias, residual, p, q, out, seed, scale * keep_scale, threshold,
             rows, columns, x.shape[1] if base else 0, rank,
             *(x.stride() if base else (0, 0)), *(w.stride() if base else (0, 0)), *q.stride(),
-            *(residual.stride() if residual is not None else (0, 0)),
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, BLOCK_R=min(rank_block(rank), tiles.ranks),
-            GROUP=8, HAS_BASE=base is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            DROPOUT=dropout is not None, BASE_MODE=dot_mode(dtype, dtype), **settings,
+            *(residual.stride() if residual is not None else (0, 0)), **options,
         )  # fmt: skip
     return out
+
+
+@by_tiles
+def _tail_launch(
+    rows, columns, rank, dtype, mode, base_mode, drops, wide, has_base, has_bias, has_residual, tiles, table
+):
+    """(the grid, and what the kernel is compiled for)."""
+    tiles = tiles or tiles_for("tail" if has_base else "expand", rank, mode, drops or wide, table)
+    options = dict(
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, BLOCK_R=min(rank_block(rank), tiles.ranks),
+        GROUP=8, HAS_BASE=has_base, HAS_BIAS=has_bias, HAS_RESIDUAL=has_residual, DROPOUT=drops, BASE_MODE=base_mode,
+        **constants(math.gcd(rank, 16), mode, dtype, tiles),
+    )  # fmt: skip
+    return (cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),), options
 
 
 def grad_b_and_t(
@@ -330,22 +348,31 @@ def grad_b_and_t(
     """(dB = scale·dyᵀ s [N, R] like b, T = scale·dy b [M, R] like s, Σ dy [N] in fp32 or None) from one read of dy
     [M, N]. With `sums` they are there when these are added up."""
     (rows, columns), rank, device = dy.shape, b.shape[1], dy.device
-    tiles, settings = _settings("grad_b_and_t", rank, dy.dtype, b.dtype, False, device, tiles)
-    column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, processor_count(dy) // column_blocks)
+    mode = dot_mode(dy.dtype, b.dtype)
+    grid, run, options = _grad_b_and_t_launch(rows, columns, rank, dy.dtype, mode, with_bias, tiles, *_launched_on(dy))
+    column_blocks, runs = grid
     own = [] if sums is None else sums
     t, t_parts = shares(column_blocks, (rows, rank), s.dtype, device, scale, own)
     db, db_parts = shares(runs, (columns, rank), b.dtype, device, scale, own)
     dbias, bias_parts = shares(runs, (columns,), torch.float32, device, 1.0, own) if with_bias else (None, None)
     with on_device_of(dy):
-        _grad_b_and_t_kernel[(column_blocks, runs)](
-            dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *dy.stride(), *b.stride(),
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=rank_block(rank), WITH_BIAS=with_bias,
-            **settings,
-        )  # fmt: skip
+        _grad_b_and_t_kernel[grid](
+            dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *dy.stride(), *b.stride(), **options
+        )
     if sums is None:
         add_up(own)
     return db, t, dbias
+
+
+@by_tiles
+def _grad_b_and_t_launch(rows, columns, rank, dtype, mode, with_bias, tiles, table, processors):
+    """(the grid, rows of a program, and what the kernel is compiled for)."""
+    tiles = tiles or tiles_for("grad_b_and_t", rank, mode, False, table)
+    column_blocks = cdiv(columns, tiles.columns)
+    run, runs = split_evenly(rows, tiles.rows, processors // column_blocks)
+    blocks = dict(BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=rank_block(rank))
+    options = dict(**blocks, WITH_BIAS=with_bias, **constants(math.gcd(rank, 16), mode, dtype, tiles))
+    return (column_blocks, runs), run, options
 
 
 def grad_columns(
@@ -371,33 +398,46 @@ def grad_columns(
         found = [grad_columns(each, x, dtype, with_sum=summed, **options) for each, summed in slices]
         tail_out = None if tail_of is None else tail(t, tail_of.t(), x.dtype, dropout=dropout)
         return torch.cat([product for product, _, _ in found], int(transposed)), tail_out, found[0][2]
-    adapter_dtype = x.dtype if t is None else t.dtype
-    tiles, settings = _settings("grad_columns", rank, x.dtype, adapter_dtype, dropout is not None, device, tiles)
-    fuse = tail_of is not None and rank <= FUSED_TAIL_RANK[settings["MODE"]]
+    has, drops, mode = t is not None, dropout is not None, dot_mode(x.dtype, x.dtype if t is None else t.dtype)
+    flags = has, tail_of is not None, with_sum, drops, scale == 1.0
+    grid, run, fuse, whole, options = _grad_columns_launch(
+        rows, columns, rank, x.dtype, mode, *flags, tiles, *_launched_on(x)
+    )
     fused, tail_out = (tail_of, torch.empty(rows, columns, dtype=x.dtype, device=device)) if fuse else (None, None)
-    column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, 2 * processor_count(x) // column_blocks)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     product = parts = total = total_parts = None
-    # Registers do not suffice for rounding more ranks too, or for another scale.
-    whole = runs == 1 and rank <= WHOLE_RANK and (dropout is None or scale == 1.0)
     share, factor = shares_or_whole if whole else shares, scale * keep_scale
     sums = []
-    if t is not None:
+    if has:
         shape = (columns, rank) if transposed else (rank, columns)
-        product, parts = share(runs, shape, dtype, device, factor, sums)
+        product, parts = share(grid[1], shape, dtype, device, factor, sums)
     if with_sum:
-        total, total_parts = share(runs, (columns,), torch.float32, device, 1.0, sums)
+        total, total_parts = share(grid[1], (columns,), torch.float32, device, 1.0, sums)
     with on_device_of(x):
-        _grad_columns_kernel[(column_blocks, runs)](
+        _grad_columns_kernel[grid](
             t, x, fused, parts, tail_out, total_parts, seed, factor if whole else keep_scale, threshold,
             rows, columns, rank, run, *x.stride(),
-            *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)),
-            BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(rank), WITH_PRODUCT=t is not None,
-            WITH_TAIL=fuse, WITH_SUM=with_sum, WHOLE=whole, DROPOUT=dropout is not None,
-            **settings,
+            *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)), **options,
         )  # fmt: skip
     if tail_of is not None and not fuse:
         tail_out = tail(t, tail_of.t(), x.dtype, dropout=dropout)
     add_up(sums)
     return product, tail_out, total
+
+
+@by_tiles
+def _grad_columns_launch(
+    rows, columns, rank, dtype, mode, has_product, wants_tail, with_sum, drops, unscaled, tiles, table, processors
+):
+    """(the grid, rows of a program, whether it has the tail, whether one writes all, what the kernel is compiled for).
+    Registers do not suffice for rounding many ranks too, or for another scale."""
+    tiles = tiles or tiles_for("grad_columns", rank, mode, drops, table)
+    fuse = wants_tail and rank <= FUSED_TAIL_RANK[mode]
+    column_blocks = cdiv(columns, tiles.columns)
+    run, runs = split_evenly(rows, tiles.rows, 2 * processors // column_blocks)
+    whole = runs == 1 and rank <= WHOLE_RANK and (unscaled or not drops)
+    options = dict(
+        BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(rank), WITH_PRODUCT=has_product, WITH_TAIL=fuse,
+        WITH_SUM=with_sum, WHOLE=whole, DROPOUT=drops, **constants(math.gcd(rank, 16), mode, dtype, tiles),
+    )  # fmt: skip
+    return (column_blocks, runs), run, fuse, whole, options

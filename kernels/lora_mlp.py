@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels._common import (
-    UPCAST,
     Dropout,
     cdiv,
     dot,
@@ -34,8 +33,8 @@ from fastpeft.kernels._common import (
 )
 from fastpeft.kernels._mlp_tiles import FUSED_RANK, mlp_tiles
 from fastpeft.kernels._partials import Sum, add_up, shares, shares_or_whole
-from fastpeft.kernels._tiles import Tiles
-from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, _mask_arguments
+from fastpeft.kernels._tiles import Tiles, by_tiles, family_of
+from fastpeft.kernels.lora_linear import _known_multiple, _mask_arguments, constants
 
 
 @triton.jit
@@ -217,14 +216,23 @@ class Side(NamedTuple):
     scale: float
 
 
-def _shares_of(side: Side | None, column_blocks: int, rows: int, runs: int, columns: int, sums: list[Sum]) -> tuple:
-    """(T, dB, what programs write their shares of these into), each None without a side."""
+def _strides(matrix: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if matrix is None else matrix.stride()
+
+
+_NO_SIDE = (None,) * 6
+
+
+def _side(side: Side | None, grid: tuple[int, int], rows: int, columns: int, sums: list[Sum]) -> tuple:
+    """(T, dB, and what the kernel is given: S, B, and what programs write their shares of T and dB into), each None
+    without a side."""
     if side is None:
-        return None, None, None, None
+        return _NO_SIDE
+    column_blocks, runs = grid
     rank, dtype, device = side.b.shape[1], side.b.dtype, side.b.device
     t, t_parts = shares(column_blocks, (rows, rank), dtype, device, side.scale, sums)
     db, db_parts = shares(runs, (columns, rank), dtype, device, side.scale, sums)
-    return t, db, t_parts, db_parts
+    return t, db, side.s, side.b, t_parts, db_parts
 
 
 class Grads(NamedTuple):
@@ -238,8 +246,9 @@ class Grads(NamedTuple):
     da: Tensor | None
 
 
-def _modes(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict:
-    return {"MODE": dot_mode(data_dtype, adapter_dtype), "HALF": TRITON_TYPES[data_dtype], "UPCAST": UPCAST}
+def _launched_on(x: Tensor) -> tuple[str, int]:
+    """What else a launch hangs on: (the family, the processors) of x's device."""
+    return family_of(x.device), processor_count(x)
 
 
 def gated_forward(
@@ -247,25 +256,36 @@ def gated_forward(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(h = act(gate)⊙up [M, H], S = drop(h) aᵀ [M, R] in a's dtype, or None without a [R, H])."""
-    (rows, columns), rank = gate.shape, 1 if a is None else a.shape[0]
-    modes = _modes(gate.dtype, gate.dtype if a is None else a.dtype)
-    tiles = tiles or mlp_tiles("gated_forward", rank, modes["MODE"], dropout is not None, gate.device)
-    row_blocks = cdiv(rows, tiles.rows)
-    run, runs = split_evenly(columns, tiles.columns, 4 * processor_count(gate) // row_blocks)
+    (rows, columns), rank, has, drops = gate.shape, 1 if a is None else a.shape[0], a is not None, dropout is not None
+    mode = dot_mode(gate.dtype, gate.dtype if a is None else a.dtype)
+    grid, run, options = _gated_forward_launch(
+        rows, columns, rank, gate.dtype, mode, activation, has, drops, tiles, *_launched_on(gate)
+    )
     h = torch.empty_like(gate)
     sums, s, s_parts = [], None, None
-    if a is not None:
-        s, s_parts = shares_or_whole(runs, (rows, rank), a.dtype, gate.device, 1.0, sums)
+    if has:
+        s, s_parts = shares_or_whole(grid[1], (rows, rank), a.dtype, gate.device, 1.0, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(gate):
-        _gated_forward_kernel[(row_blocks, runs)](
+        _gated_forward_kernel[grid](
             gate, up, a, h, s_parts, seed, keep_scale, threshold, rows, columns, rank, run,
-            *((0, 0) if a is None else a.stride()),
-            NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, BLOCK_R=rank_block(rank), WITH_S=a is not None,
-            DROPOUT=dropout is not None, RANK_UNIT=math.gcd(rank, 16), **modes, **tiles.options,
+            *_strides(a), **options,
         )  # fmt: skip
     add_up(sums)
     return h, s
+
+
+@by_tiles
+def _gated_forward_launch(rows, columns, rank, dtype, mode, activation, with_s, drops, tiles, family, processors):
+    """(the grid, columns of a program, what the kernel is compiled for)."""
+    tiles = tiles or mlp_tiles("gated_forward", rank, mode, drops, family)
+    row_blocks = cdiv(rows, tiles.rows)
+    run, runs = split_evenly(columns, tiles.columns, 4 * processors // row_blocks)
+    options = dict(
+        NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, BLOCK_R=rank_block(rank), WITH_S=with_s,
+        DROPOUT=drops, **constants(math.gcd(rank, 16), mode, dtype, tiles),
+    )  # fmt: skip
+    return (row_blocks, runs), run, options
 
 
 def fused_rank(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> int:
@@ -280,36 +300,48 @@ def gated_backward(
 ) -> Grads:  # fmt: skip
     """What becomes of dh [M, H], which is used up: du is in its place. down: its T [M, R] and A [R, H], whose term dh
     does not have yet. All ranks at most `fused_rank`."""
-    (rows, columns), matrices = dh.shape, [None if each is None else each.b for each in sides]
-    given = [m for m in (*matrices, None if down is None else down[1]) if m is not None]
-    modes = _modes(dh.dtype, given[0].dtype if given else dh.dtype)
-    ranks = [1 if down is None else down[1].shape[0], *(1 if b is None else b.shape[1] for b in matrices)]
-    tiles = tiles or mlp_tiles("gated_backward", max(ranks) if given else 0, modes["MODE"], len(given) < 3, dh.device)
-    column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, processor_count(dh) // column_blocks)
-    dgate, h, sums = torch.empty_like(dh), torch.empty_like(dh) if with_h else None, []
-    made = [_shares_of(side, column_blocks, rows, runs, columns, sums) for side in sides]
-    per_side = [
-        (None if side is None else side.s, b, t_parts, db_parts)
-        for side, b, (_, _, t_parts, db_parts) in zip(sides, matrices, made, strict=True)
-    ]
+    (rows, columns), (gate_side, up_side) = dh.shape, sides
     t_down, a = down or (None, None)
+    matrices = [None if each is None else each.b for each in sides]
+    ranks = [0 if a is None else a.shape[0], *[0 if b is None else b.shape[1] for b in matrices]]
+    adapter_dtype = next((each.dtype for each in (a, *matrices) if each is not None), dh.dtype)
+    drops, mode = dropout is not None, dot_mode(dh.dtype, adapter_dtype)
+    grid, run, sizes, options = _gated_backward_launch(
+        rows, columns, *ranks, dh.dtype, mode, activation, with_h, drops, tiles, *_launched_on(dh)
+    )
+    dgate, h, sums = torch.empty_like(dh), torch.empty_like(dh) if with_h else None, []
+    gate_t, gate_db, *gate_given = _side(gate_side, grid, rows, columns, sums)
+    up_t, up_db, *up_given = _side(up_side, grid, rows, columns, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
     da = da_parts = None
     if down is not None:
-        da, da_parts = shares(runs, (ranks[0], columns), a.dtype, dh.device, keep_scale, sums)
+        da, da_parts = shares(grid[1], (ranks[0], columns), a.dtype, dh.device, keep_scale, sums)
     with on_device_of(dh):
-        _gated_backward_kernel[(column_blocks, runs)](
+        _gated_backward_kernel[grid](
             dh, gate, up, dgate, dh, h, t_down, a, da_parts, seed, keep_scale, threshold,
-            *per_side[0], *per_side[1],
-            rows, columns, *ranks, run, *((0, 0) if a is None else a.stride()),
-            *((0, 0) if matrices[0] is None else matrices[0].stride()),
-            *((0, 0) if matrices[1] is None else matrices[1].stride()),
-            NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, BLOCK_DOWN=rank_block(ranks[0]),
-            BLOCK_GATE=rank_block(ranks[1]), BLOCK_UP=rank_block(ranks[2]), WITH_DOWN=down is not None,
-            WITH_GATE=sides[0] is not None, WITH_UP=sides[1] is not None, WITH_H=with_h, DROPOUT=dropout is not None,
-            UNIT_DOWN=math.gcd(ranks[0], 16), UNIT_GATE=math.gcd(ranks[1], 16), UNIT_UP=math.gcd(ranks[2], 16),
-            **modes, **tiles.options,
+            *gate_given, *up_given, *sizes, run,
+            *_strides(a), *_strides(matrices[0]), *_strides(matrices[1]), **options,
         )  # fmt: skip
     add_up(sums)
-    return Grads(dgate, dh, h, [t for t, *_ in made], [db for _, db, *_ in made], da)
+    return Grads(dgate, dh, h, [gate_t, up_t], [gate_db, up_db], da)
+
+
+@by_tiles
+def _gated_backward_launch(
+    rows, columns, rank_down, rank_gate, rank_up, dtype, mode, activation, with_h, drops, tiles, family, processors
+):
+    """(the grid, rows of a program, the sizes as the kernel is told, what it is compiled for); rank 0: without it."""
+    ranks = rank_down, rank_gate, rank_up
+    tiles = tiles or mlp_tiles("gated_backward", max(ranks), mode, not all(ranks), family)
+    column_blocks = cdiv(columns, tiles.columns)
+    run, runs = split_evenly(rows, tiles.rows, processors // column_blocks)
+    named = ("DOWN", rank_down), ("GATE", rank_gate), ("UP", rank_up)
+    of_ranks = {f"BLOCK_{name}": rank_block(rank or 1) for name, rank in named}
+    of_ranks |= {f"WITH_{name}": rank > 0 for name, rank in named}
+    of_ranks |= {f"UNIT_{name}": math.gcd(rank or 1, 16) for name, rank in named}
+    common = dict(constants(1, mode, dtype, tiles))
+    del common["RANK_UNIT"]
+    options = dict(
+        NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, WITH_H=with_h, DROPOUT=drops, **of_ranks, **common
+    )
+    return (column_blocks, runs), run, (rows, columns, *(rank or 1 for rank in ranks)), options

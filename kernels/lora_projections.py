@@ -10,7 +10,6 @@ K], A_p [R_p, K] contiguous, S_p and T_p [M, R_p] contiguous. Masks are independ
 element's fate is a function of that and its place. Offsets are computed in 64 bits.
 """
 
-import functools
 import math
 
 import torch
@@ -23,18 +22,24 @@ from fastpeft.kernels._common import (
     dot,
     dot_mode,
     keep_mask,
-    next_power_of_2,
     on_device_of,
     processor_count,
     rank_block,
     split_evenly,
 )
 from fastpeft.kernels._partials import add_up, shares, shares_or_whole
-from fastpeft.kernels._tiles import FUSED_TAIL_RANK, SINGLE, Tiles, family_of, table_of, tiles_for
+from fastpeft.kernels._several import (
+    MOST,
+    block_and_rank,
+    four,
+    mask_arguments,
+    matrices_of,
+    places_of,
+    several_tiles,
+    whole,
+)
+from fastpeft.kernels._tiles import FUSED_TAIL_RANK, Tiles, by_tiles, family_of, table_of
 from fastpeft.kernels.lora_linear import _known_multiple, constants
-
-MOST = 4  # projections of one launch
-MOST_RANKS = 256  # of a projection, which registers hold
 
 
 @triton.jit
@@ -298,64 +303,9 @@ def _tail_all_kernel(
     tl.store(p_out, acc, mask=m_out)
 
 
-def _four(values: list, rest) -> list:
-    return [*values, *(rest for _ in range(MOST - len(values)))]
-
-
-_NO_MASKS = [None] * MOST, [1.0] * MOST, [0] * MOST, 0
-
-
-def _mask_arguments(dropouts: list[Dropout | None]) -> tuple[list, list, list, int]:
-    """(seeds, keep_scales, thresholds, DROPS) of a launch."""
-    if not any(dropouts):
-        return _NO_MASKS
-    seeds = _four([None if each is None else each.seed for each in dropouts], None)
-    scales = _four([1.0 if each is None else each.keep_scale for each in dropouts], 1.0)
-    thresholds = _four([0 if each is None else each.threshold for each in dropouts], 0)
-    return seeds, scales, thresholds, sum(1 << p for p, each in enumerate(dropouts) if each is not None)
-
-
-def _block_and_rank(ranks: list[int]) -> tuple[int, int]:
-    """(BLOCK_R, the rank of one adapter that would need as many registers)."""
-    block = rank_block(max(ranks))
-    return block, block * next_power_of_2(len(ranks))
-
-
-def _tiles(kernel: str, rank: int, mode: str, burden: bool, drops: bool, device: torch.device) -> Tiles:
-    """Those of one adapter of that rank, `_made_for_several`."""
-    tiles = tiles_for(kernel, rank, mode, burden, table_of(device))
-    return _made_for_several(tiles, kernel, rank, mode, drops, family_of(device))
-
-
-@functools.cache
-def _made_for_several(tiles: Tiles, kernel: str, rank: int, mode: str, drops: bool, family: str) -> Tiles:
-    """With less in registers where several masks, or several parts of a product, are there at once, and fewer stages
-    where several wide A are in shared memory."""
-    rows, columns, depth, stages = tiles.rows, tiles.columns, tiles.depth, tiles.stages
-    wide, spills = rank > MOST_RANKS, family == "sm_100"  # spills: a few bytes, in the tiles of the others
-    if kernel == "shrink":
-        shallow = spills or rank == MOST_RANKS or (wide and family != "sm_90")
-        rows, stages = min(64, rows // (4 if wide else 2) if drops else rows), min(stages, 2) if wide else stages
-        depth = min(depth, 32) if drops and shallow else depth
-    elif kernel == "grad_columns":
-        halved = drops or mode == "split"
-        rows = rows // 2 if halved else rows
-        columns = min(columns, 64) if wide and (halved or not spills) else columns
-        if spills and halved:
-            columns, stages = (min(columns, 32), stages) if mode == "split" else (min(columns, 64), min(stages, 2))
-    elif kernel == "expand" and drops:
-        rows = min(64, rows // 2 if mode in SINGLE else rows)
-    return tiles._replace(rows=max(16, rows), columns=columns, depth=depth, stages=stages)
-
-
-def _behind_one_another(whole: torch.Tensor, length: int, ranks: list[int], by_rank: bool) -> list[torch.Tensor]:
-    """Of `whole`, flat, a matrix for each rank: [rank, length] with `by_rank`, or else [length, rank]."""
-    matrices, start = [], whole.storage_offset()
-    for rank in ranks:
-        shape, row = ((rank, length), length) if by_rank else ((length, rank), rank)
-        matrices.append(whole.as_strided(shape, (row, 1), start))
-        start += rank * length
-    return matrices
+def _launched_on(x: torch.Tensor) -> tuple[str, str, int]:
+    """What else a launch hangs on: (the table of tiles, the family, the processors) of x's device."""
+    return table_of(x.device), family_of(x.device), processor_count(x)
 
 
 def shrink_all(
@@ -366,24 +316,35 @@ def shrink_all(
     tiles: Tiles | None = None,
 ) -> list[torch.Tensor]:
     """[drop_p(x) a_pᵀ, ...]: x [M, K] (any strides), a_p [R_p, K] -> [M, R_p] each, in `dtype`; up to MOST of them."""
-    (rows, depth), ranks = x.shape, [each.shape[0] for each in a]
-    block, rank = _block_and_rank(ranks)
+    rows, depth = x.shape
     mode = dot_mode(x.dtype, a[0].dtype)
-    seeds, scales, thresholds, drops = _mask_arguments(dropouts)
-    tiles = tiles or _tiles("shrink", rank, mode, bool(drops), bool(drops), x.device)
-    row_blocks = cdiv(rows, tiles.rows)
-    run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, row_blocks))
+    seeds, scales, thresholds, drops = mask_arguments(dropouts)
+    grid, run, ranks, shape, places, options = _shrink_all_launch(
+        rows, depth, tuple([each.shape[0] for each in a]), x.dtype, mode, drops, tiles, *_launched_on(x)
+    )
     sums = []
-    out, parts = shares_or_whole(runs, (rows * sum(ranks),), dtype, x.device, 1.0, sums)
+    out, parts = shares_or_whole(grid[1], shape, dtype, x.device, 1.0, sums)
     with on_device_of(x):
-        _shrink_all_kernel[(row_blocks, runs)](
-            x, *_four([each.contiguous() for each in a], None), parts, *seeds, *scales, *thresholds,
-            rows, depth, *_four(ranks, 0), run, *x.stride(),
-            COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=block, DROPS=drops,
-            **constants(math.gcd(16, *ranks), mode, x.dtype, tiles),
+        _shrink_all_kernel[grid](
+            x, *four(whole(a), None), parts, *seeds, *scales, *thresholds, rows, depth, *ranks, run, *x.stride(),
+            **options,
         )  # fmt: skip
     add_up(sums)
-    return _behind_one_another(out, rows, ranks, by_rank=False)
+    return matrices_of(out, places)
+
+
+@by_tiles
+def _shrink_all_launch(rows, depth, ranks, dtype, mode, drops, tiles, table, family, processors):
+    """(the grid, columns of a program, the ranks, shape and places of the results, what the kernel is compiled for)."""
+    block, rank = block_and_rank(ranks)
+    tiles = tiles or several_tiles("shrink", rank, mode, bool(drops), bool(drops), table, family)
+    row_blocks = cdiv(rows, tiles.rows)
+    run, runs = split_evenly(depth, tiles.depth, processors // max(1, row_blocks))
+    options = dict(
+        COUNT=len(ranks), BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=block, DROPS=drops,
+        **constants(math.gcd(16, *ranks), mode, dtype, tiles),
+    )  # fmt: skip
+    return (row_blocks, runs), run, four(ranks, 0), *places_of(rows, ranks, by_rank=False), options
 
 
 def grad_all_columns(
@@ -395,27 +356,46 @@ def grad_all_columns(
     tiles: Tiles | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """([t_pᵀ drop_p(x), ...] like a_p, Σ mask_p⊙(t_p a_p) like x or None) from one read of x [M, K]: t_p [M, R_p] and
-    a_p [R_p, K]; up to MOST of them. The second is None too where registers do not suffice for it, see `holds_tail`."""
-    (rows, columns), ranks = x.shape, [each.shape[0] for each in a]
-    block, rank = _block_and_rank(ranks)
+    a_p [R_p, K]; up to MOST of them. The second is None too where registers do not suffice for it (`holds_tail`)."""
+    rows, columns = x.shape
     mode = dot_mode(x.dtype, a[0].dtype)
-    seeds, scales, thresholds, drops = _mask_arguments(dropouts)
-    with_tail = with_tail and holds_tail(a, x.dtype)
+    seeds, scales, thresholds, drops = mask_arguments(dropouts)
+    ranks = tuple([each.shape[0] for each in a])
+    grid, run, ranks, with_tail, share, shape, places, options = _grad_all_columns_launch(
+        rows, columns, ranks, x.dtype, mode, drops, with_tail, tiles, *_launched_on(x)
+    )
     tail = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if with_tail else None
-    tiles = tiles or _tiles("grad_columns", rank, mode, bool(drops), bool(drops), x.device)
-    column_blocks = cdiv(columns, tiles.columns)
-    run, runs = split_evenly(rows, tiles.rows, 2 * processor_count(x) // column_blocks)
-    sums, share = [], shares_or_whole if len(a) < MOST else shares  # of so many registers do not suffice for rounding
-    grads, parts = share(runs, (sum(ranks) * columns,), a[0].dtype, x.device, 1.0, sums)
+    sums = []
+    grads, parts = share(grid[1], shape, a[0].dtype, x.device, 1.0, sums)
     with on_device_of(x):
-        _grad_all_columns_kernel[(column_blocks, runs)](
-            x, *_four(ts, None), *_four([each.contiguous() for each in a], None), parts, tail,
-            *seeds, *scales, *thresholds, rows, columns, *_four(ranks, 0), run, *x.stride(),
-            COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=block, DROPS=drops, WITH_TAIL=with_tail,
-            **constants(math.gcd(16, *ranks), mode, x.dtype, tiles),
+        _grad_all_columns_kernel[grid](
+            x, *four(ts, None), *four(whole(a), None), parts, tail, *seeds, *scales, *thresholds,
+            rows, columns, *ranks, run, *x.stride(), **options,
         )  # fmt: skip
     add_up(sums)
-    return _behind_one_another(grads, columns, ranks, by_rank=True), tail
+    return matrices_of(grads, places), tail
+
+
+def holds_tail(rank: int, mode: str) -> bool:
+    """Whether `grad_all_columns` can hold the rank-r term of dX beside every dA: `rank` by `block_and_rank`."""
+    return rank <= FUSED_TAIL_RANK[mode]
+
+
+@by_tiles
+def _grad_all_columns_launch(rows, columns, ranks, dtype, mode, drops, with_tail, tiles, table, family, processors):
+    """(the grid, rows of a program, the ranks, whether it has the tail, how results are shared, their shape and places,
+    what the kernel is compiled for). Of MOST, registers do not suffice for rounding."""
+    block, rank = block_and_rank(ranks)
+    with_tail = with_tail and holds_tail(rank, mode)
+    tiles = tiles or several_tiles("grad_columns", rank, mode, bool(drops), bool(drops), table, family)
+    column_blocks = cdiv(columns, tiles.columns)
+    run, runs = split_evenly(rows, tiles.rows, 2 * processors // column_blocks)
+    options = dict(
+        COUNT=len(ranks), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=block, DROPS=drops, WITH_TAIL=with_tail,
+        **constants(math.gcd(16, *ranks), mode, dtype, tiles),
+    )  # fmt: skip
+    share, places = shares_or_whole if len(ranks) < MOST else shares, places_of(columns, ranks, by_rank=True)
+    return (column_blocks, runs), run, four(ranks, 0), with_tail, share, *places, options
 
 
 def tail_all(
@@ -429,22 +409,29 @@ def tail_all(
 ) -> torch.Tensor:
     """Σ mask_p⊙(t_p a_p) [M, K] in `out_dtype`, or added to `onto` in place: t_p [M, R_p], a_p [R_p, K]; up to MOST of
     them. `data_dtype` is what the products are made for."""
-    rows, columns, ranks = ts[0].shape[0], a[0].shape[1], [each.shape[0] for each in a]
+    rows, columns, ranks = ts[0].shape[0], a[0].shape[1], tuple([each.shape[0] for each in a])
     mode = dot_mode(data_dtype, a[0].dtype)
-    seeds, scales, thresholds, drops = _mask_arguments(dropouts)
+    seeds, scales, thresholds, drops = mask_arguments(dropouts)
     out = torch.empty(rows, columns, dtype=out_dtype, device=a[0].device) if onto is None else onto
-    burden = bool(drops) or out.dtype != data_dtype
-    tiles = tiles or _tiles("expand", rank_block(max(ranks)), mode, burden, bool(drops), out.device)
+    wide = out.dtype is not data_dtype
+    grid, ranks, options = _tail_all_launch(
+        rows, columns, ranks, data_dtype, mode, drops, wide, onto is not None, tiles, *_launched_on(out)
+    )
     with on_device_of(out):
-        _tail_all_kernel[(cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)](
-            *_four(ts, None), *_four([each.contiguous() for each in a], None), out, *seeds, *scales, *thresholds,
-            rows, columns, *_four(ranks, 0), COUNT=len(a), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns,
-            BLOCK_R=min(rank_block(max(ranks)), tiles.ranks), DROPS=drops, ONTO=onto is not None,
-            **constants(math.gcd(16, *ranks), mode, data_dtype, tiles),
+        _tail_all_kernel[grid](
+            *four(ts, None), *four(whole(a), None), out, *seeds, *scales, *thresholds, rows, columns, *ranks,
+            **options,
         )  # fmt: skip
     return out
 
 
-def holds_tail(a: list[torch.Tensor], dtype: torch.dtype) -> bool:
-    """Whether `grad_all_columns` can hold the rank-r term of dX beside every dA."""
-    return _block_and_rank([each.shape[0] for each in a])[1] <= FUSED_TAIL_RANK[dot_mode(dtype, a[0].dtype)]
+@by_tiles
+def _tail_all_launch(rows, columns, ranks, dtype, mode, drops, wide, onto, tiles, table, family, processors):
+    """(the grid, the ranks, what the kernel is compiled for)."""
+    block = rank_block(max(ranks))
+    tiles = tiles or several_tiles("expand", block, mode, bool(drops) or wide, bool(drops), table, family)
+    options = dict(
+        COUNT=len(ranks), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=min(block, tiles.ranks), DROPS=drops,
+        ONTO=onto, **constants(math.gcd(16, *ranks), mode, dtype, tiles),
+    )  # fmt: skip
+    return (cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),), four(ranks, 0), options

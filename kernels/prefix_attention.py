@@ -328,7 +328,7 @@ def grad_keys(
     if runs == 1:
         return dk[0], dv[0]
     out = torch.empty(2, *shape[2:], dtype=k.dtype, device=q.device)
-    add_up([(parts, each, runs, 1.0) for parts, each in zip(gradients, out, strict=True)])
+    add_up([(parts, each, 1.0, runs, each.numel()) for parts, each in zip(gradients, out, strict=True)])
     return out[0], out[1]
 
 

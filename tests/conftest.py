@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, which reads it once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,6 +51,14 @@ def _short_collections():
     several times a run, which takes seconds each in a process that has compiled much."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _launches_anew():
+    """What launches are made of is worked out again: a test may have changed what it hangs on."""
+    yield
+    if tiles := sys.modules.get("fastpeft.kernels._tiles"):
+        tiles.forget()
 
 
 @pytest.fixture

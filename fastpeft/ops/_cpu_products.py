@@ -78,7 +78,7 @@ def lacks_half(dtype: torch.dtype) -> bool:
 def widens(p: torch.Tensor, q: torch.Tensor) -> bool:
     """Whether the product of p (M, ·) and q is made in fp32."""
     half = p.dtype is q.dtype and p.dtype in (torch.bfloat16, torch.float16)
-    return half and p.is_cpu and len(p) >= FEW and lacks_half(p.dtype)
+    return half and p.is_cpu and p.shape[0] >= FEW and lacks_half(p.dtype)
 
 
 def widened(p: torch.Tensor, q: torch.Tensor, scale: float = 1.0, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -57,7 +57,7 @@ def _forward(
     backward, see `fastpeft.fallback.served`."""
     flat = _spread(tensors, has)
     call = decide(x, flat, activation, scalings, dropouts, getattr(torch, dtype), recompute, patched or None)
-    wanted = needs_of([True] * 13)
+    wanted = needs_of(True, [True] * 12)
     y, gate, up, s, call = run_forward(x, flat, _seeds(seeds, dropouts), call, wanted)
     products = (None, None) if recompute else (gate, up)
     return [y, *_whole(products, y), *_whole(s, y), torch.tensor([code_of(call.triton, call)])]
@@ -89,7 +89,7 @@ def _backward(
     numbers = (activation, tuple(scalings), tuple(dropouts), kind, torch.promote_types(x.dtype, kind), recompute)
     there = [each if a is not None else None for each, a in zip(s, flat[2::4], strict=True)]
     saved = [x, *([None, None] if recompute else products), *there, *_seeds(seeds, dropouts), *flat]
-    dx, dbias, da, db = run_backward(dy, saved, Call(*numbers, triton, **fields), needs_of(needs))
+    dx, dbias, da, db = run_backward(dy, saved, Call(*numbers, triton, **fields), needs_of(needs[0], needs[1:]))
     dx = None if dx is None else dx.to(x.dtype)
     return _whole([dx, *_by_projection(dbias, da, db)], x)
 

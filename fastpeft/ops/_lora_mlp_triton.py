@@ -6,7 +6,7 @@ in each direction (`kernels.lora_projections`).
 import torch
 from torch import Tensor
 
-from fastpeft.dispatch import lora_linear_plan
+from fastpeft.dispatch import Plan, lora_linear_plan, lora_linear_plans
 from fastpeft.kernels import lora_linear as linear_kernels
 from fastpeft.kernels import lora_mlp as kernels
 from fastpeft.kernels import lora_projections as shared_kernels
@@ -20,25 +20,32 @@ from fastpeft.ops._lora_linear_triton import keep_mask as keep_mask
 
 
 def _dropouts(seeds, call) -> list[Dropout | None]:
+    if not any(call.dropouts):
+        return [None, None, None]
     return [None if seed is None else Dropout(seed, p) for seed, p in zip(seeds, call.dropouts, strict=True)]
 
 
-def _product(x: Tensor, each, s: Tensor | None, scale: float, p: float) -> Tensor:
+def _product(x: Tensor, each, s: Tensor | None, scale: float, plan: Plan) -> Tensor:
     """x Wᵀ + bias + s·S Bᵀ of a projection."""
     if s is None:
         return torch.nn.functional.linear(x, each.weight, each.bias)
-    return single.expand(s, x, each.weight, each.bias, each.b, scale, lora_linear_plan(x, x.dtype, each.a, each.b, p))
+    return single.expand(s, x, each.weight, each.bias, each.b, scale, plan)
 
 
-def _products(x: Tensor, projections, s, call) -> list[Tensor]:
+def _plans(x: Tensor, projections, call) -> tuple[Plan, ...]:
+    """Those of the three products, which have as many rows."""
+    _, _, a, b = zip(*projections, strict=True)
+    return lora_linear_plans(x, x.dtype, a, b, call.dropouts)
+
+
+def _products(x: Tensor, projections, s, scalings, plans) -> list[Tensor]:
     """gate and up [M, H]."""
-    numbers = zip(projections[:2], s[:2], call.scalings, call.dropouts, strict=False)
-    return [_product(x, *each) for each in numbers]
+    return [_product(x, projections[i], s[i], scalings[i], plans[i]) for i in (0, 1)]
 
 
 def forward(x: Tensor, projections, seeds, call):
     """(y [M, N], gate [M, H], up [M, H], S of each [M, R]): as the torch path's."""
-    dropouts, down = _dropouts(seeds, call), projections[2]
+    dropouts, plans, down = _dropouts(seeds, call), _plans(x, projections, call), projections[2]
     s: list[Tensor | None] = [None, None]
     own = [i for i in (0, 1) if projections[i].a is not None]
     if own:
@@ -46,9 +53,9 @@ def forward(x: Tensor, projections, seeds, call):
         shrunk = shared_kernels.shrink_all(x, matrices, matrices[0].dtype, [dropouts[i] for i in own])
         for i, each in zip(own, shrunk, strict=True):
             s[i] = each
-    gate, up = _products(x, projections, s, call)
+    gate, up = _products(x, projections, s, call.scalings, plans)
     h, s_down = kernels.gated_forward(gate, up, call.activation, down.a, dropouts[2])
-    return _product(h, down, s_down, call.scalings[2], call.dropouts[2]), gate, up, (*s, s_down)
+    return _product(h, down, s_down, call.scalings[2], plans[2]), gate, up, (*s, s_down)
 
 
 def backward(dy, x, products, s, projections, seeds, call, needs):
@@ -63,7 +70,9 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
         )  # fmt: skip
     if not needs.inner:
         return None, (None, None, None), db, None, None
-    gate, up = _products(x, projections, s, call) if call.recompute else products
+    if call.recompute:
+        products = _products(x, projections, s, call.scalings, _plans(x, projections, call))
+    gate, up = products
     if not needs.hidden:
         h, _ = kernels.gated_forward(gate, up, call.activation)
         da, _, _ = linear_kernels.grad_columns(t_down, h, t_down.dtype, dropout=dropouts[2])

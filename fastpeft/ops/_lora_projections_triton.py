@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastpeft.kernels import lora_projections as kernels
 from fastpeft.kernels._partials import WAITING, add_up
+from fastpeft.kernels._several import MOST, MOST_RANKS
 from fastpeft.kernels.lora_linear import grad_columns, shrink
 from fastpeft.ops import _lora_linear_triton as single
 from fastpeft.ops._lora_linear_triton import honoured as honoured
@@ -32,24 +33,35 @@ def _dropouts(seeds, dropouts) -> list:
     return [None if seed is None else single.Dropout(seed, p) for seed, p in zip(seeds, dropouts, strict=True)]
 
 
-def _by_launches(values: list) -> list[list]:
+def _by_launches(values) -> list:
     """As many at a time as a kernel takes."""
-    return [values[start : start + kernels.MOST] for start in range(0, len(values), kernels.MOST)]
+    return [values[start : start + MOST] for start in range(0, len(values), MOST)]
 
 
 def forward(x, bases, biases, a, b, seeds, call):
     """((y [M, N], ...), (S [M, R], ...)): as the torch path's."""
-    ss, dropouts = [], _dropouts(seeds, call.dropouts)
-    if max(map(len, a)) > kernels.MOST_RANKS:
+    dropouts = _dropouts(seeds, call.dropouts)
+    if _fit(a):
+        ss = kernels.shrink_all(x, a, a[0].dtype, dropouts)
+    elif _too_wide(a):
         ss = [shrink(x, matrix, 1.0, matrix.dtype, dropout) for matrix, dropout in zip(a, dropouts, strict=True)]
     else:
-        for few in zip(_by_launches(list(a)), _by_launches(dropouts), strict=True):
-            ss += kernels.shrink_all(x, few[0], a[0].dtype, few[1])
+        few = zip(_by_launches(a), _by_launches(dropouts), strict=True)
+        ss = [s for matrices, drops in few for s in kernels.shrink_all(x, matrices, a[0].dtype, drops)]
     if call.based:
         return tuple(map(single.onto, bases, ss, b, call.scalings)), tuple(ss)
     shared, products = {}, zip(ss, bases, biases, b, call.scalings, call.plans, strict=True)
-    ys = tuple(single.expand(s, x, w, bias, b, scale, plan, shared) for s, w, bias, b, scale, plan in products)
+    ys = [single.expand(s, x, w, bias, b, scale, plan, shared) for s, w, bias, b, scale, plan in products]
     return ys, tuple(ss)
+
+
+def _too_wide(a) -> bool:
+    return max([each.shape[0] for each in a]) > MOST_RANKS
+
+
+def _fit(a) -> bool:
+    """Whether one launch takes them all."""
+    return len(a) <= MOST and not _too_wide(a)
 
 
 def grads(dy, x, weight, a, b, s, seeds, call, needs):
@@ -58,38 +70,41 @@ def grads(dy, x, weight, a, b, s, seeds, call, needs):
     dbias, ts, db = [None] * count, [None] * count, [None] * count
     sums = []
     for p in range(count):
-        needs_of = (needs.b[p], needs.x or needs.a[p], needs.bias[p])
-        if any(needs_of):
-            db[p], ts[p], dbias[p] = single.grad_b_and_t(
-                dy[p], s[p], b[p], call.scalings[p], *needs_of, call.plans[p].reads, sums
-            )
+        need_b, need_t, need_bias = needs.b[p], needs.x or needs.a[p], needs.bias[p]
+        if need_b or need_t or need_bias:
             add_up(sums, beyond=WAITING)
+            db[p], ts[p], dbias[p] = single.grad_b_and_t(
+                dy[p], s[p], b[p], call.scalings[p], need_b, need_t, need_bias, call.plans[p].reads, sums
+            )
     add_up(sums)
-    if not (needs.x or any(needs.a)):
+    if not (needs.x or True in needs.a):
         return dbias, None, [None] * count, db
     dropouts = _dropouts(seeds, call.dropouts)
     whole = None if call.based else single.whole_product(call.plans[0].backward)
-    seeds_dx = needs.x and not whole and call.dx_dtype == dy[0].dtype and count <= kernels.MOST and all(needs.a)
-    da, dx = _grads_of_a(x, ts, a, dropouts, needs.a, seeds_dx)
+    every = False not in needs.a
+    seeds_dx = needs.x and not whole and call.dx_dtype is dy[0].dtype and count <= MOST and every
+    if every and _fit(a):
+        da, dx = kernels.grad_all_columns(ts, x, a, dropouts, seeds_dx)
+    else:
+        da, dx = _grads_of_a(x, ts, a, dropouts, needs.a), None
     if needs.x:
         dx = _grad_of_x(dx, dy, weight, ts, a, dropouts, call.dx_dtype, whole)
     return dbias, dx, da, db
 
 
-def _grads_of_a(x, ts, a, dropouts, wanted, with_tail: bool):
-    """([dA, ...], the sum of the rank-r terms of dX or None)"""
-    da, dx = [None] * len(a), None
-    chosen = [p for p, want in enumerate(wanted) if want]
-    if max(map(len, a)) > kernels.MOST_RANKS:
+def _grads_of_a(x, ts, a, dropouts, wanted) -> list[Tensor | None]:
+    """[dA, ...], by as many launches as it takes."""
+    da, chosen = [None] * len(a), [p for p, want in enumerate(wanted) if want]
+    if _too_wide(a):
         for p in chosen:
             da[p] = grad_columns(ts[p], x, ts[p].dtype, dropout=dropouts[p])[0]
-        return da, None
+        return da
     for places in _by_launches(chosen):
         t, matrices, drops = ([each[p] for p in places] for each in (ts, a, dropouts))
-        found, dx = kernels.grad_all_columns(t, x, matrices, drops, with_tail)
+        found, _ = kernels.grad_all_columns(t, x, matrices, drops, False)
         for p, grad in zip(places, found, strict=True):
             da[p] = grad
-    return da, dx
+    return da
 
 
 def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, whole):
@@ -104,7 +119,7 @@ def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, whole):
             )  # fmt: skip
         return dx
     if dx is None:
-        for few in zip(*map(_by_launches, (ts, list(a), dropouts)), strict=True):
+        for few in zip(*map(_by_launches, (ts, a, dropouts)), strict=True):
             dx = kernels.tail_all(*few, narrow, dx_dtype, onto=dx)
     for each, w in zip(dy, weight, strict=True):
         if w is None:

@@ -229,6 +229,14 @@ def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
     return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
+def cast_all(tensors, dtype: torch.dtype):
+    """Each as `cast` gives it; the sequence itself where none is touched."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not dtype:
+            return [cast(each, dtype) for each in tensors]
+    return tensors
+
+
 def widest(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.dtype:
     """That of `dtype` and the tensors' in which none is rounded."""
     for tensor in tensors:

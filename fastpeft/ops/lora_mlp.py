@@ -27,7 +27,17 @@ from fastpeft.ops import _lora_mlp_torch as torch_path
 from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import given_mask
-from fastpeft.ops.lora_linear import DTYPES, Projection, _is_number, as_rows, cast, lora_linear_reference, widest
+from fastpeft.ops.lora_linear import (
+    DTYPES,
+    Projection,
+    _is_number,
+    as_rows,
+    cast,
+    cast_all,
+    lora_linear_reference,
+    of_rows,
+    widest,
+)
 
 # Letters of the shape suffixes: M rows (all leading dimensions of x), K inputs, H hidden features, N outputs, R rank.
 
@@ -60,27 +70,22 @@ class Call(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted: of x, and of each projection's bias, A and B."""
+    """Which gradients are wanted: of x, and of each projection's bias, A and B. hidden: whether dg and du are; inner:
+    whether g and u are, in backward."""
 
     x: bool
     bias: tuple[bool, bool, bool]
     a: tuple[bool, bool, bool]
     b: tuple[bool, bool, bool]
-
-    @property
-    def hidden(self) -> bool:
-        """Whether dg and du are."""
-        return self.x or any((*self.bias[:2], *self.a[:2], *self.b[:2]))
-
-    @property
-    def inner(self) -> bool:
-        """Whether g and u are, in backward."""
-        return self.hidden or self.a[2]
+    hidden: bool
+    inner: bool
 
 
-def needs_of(wanted) -> Needs:
-    """Of the flat list (x, and of each projection weight, bias, A, B)."""
-    return Needs(wanted[0], *(tuple(wanted[1 + 4 * i + place] for i in range(3)) for place in (1, 2, 3)))
+def needs_of(x: bool, flat) -> Needs:
+    """Of x, and of the flat sequence (of each projection weight, bias, A, B)."""
+    bias, a, b = (tuple(flat[place::4]) for place in (1, 2, 3))
+    hidden = x or True in (*bias[:2], *a[:2], *b[:2])
+    return Needs(x, bias, a, b, hidden, hidden or a[2])
 
 
 def activation_reference(name: str, gate: Tensor) -> Tensor:
@@ -118,6 +123,8 @@ def _path(triton: bool):
 
 def draw_seeds(x_MK: Tensor, call: Call) -> list[Tensor | None]:
     """A seed for each projection that drops, in the order of the projections."""
+    if not any(call.dropouts):
+        return [None, None, None]
     draw = _path(call.triton).draw_seed
     return [draw(x_MK) if p else None for p in call.dropouts]
 
@@ -127,14 +134,15 @@ class LoraMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_MK, call: Call, *flat):
-        needs = needs_of((ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]))
+        needs = needs_of(ctx.needs_input_grad[0], ctx.needs_input_grad[2:])
         seeds = draw_seeds(x_MK, call)
         if not call.triton:
             seeds = list(map(torch_path.keeping, seeds, call.dropouts, [x_MK.device] * 3))
         y_MN, gate_MH, up_MH, s, call = run_forward(x_MK, flat, seeds, call, needs)
         if not any(ctx.needs_input_grad):
             return y_MN
-        ctx.save_for_backward(*kept(x_MK, gate_MH, up_MH, s, flat, list(map(torch_path.kept, seeds)), call, needs))
+        seeds = list(map(torch_path.kept, seeds))
+        ctx.save_for_backward(*kept(x_MK, gate_MH, up_MH, s, flat, seeds, call, needs))
         ctx.call, ctx.needs = call, needs
         ctx.input_dtype = x_MK.dtype
         return y_MN
@@ -144,8 +152,8 @@ class LoraMlpFunction(torch.autograd.Function):
     def backward(ctx, dy_MN):
         with without_autocast(dy_MN):
             dx, dbias, da, db = run_backward(dy_MN, ctx.saved_tensors, ctx.call, ctx.needs)
-        dx = None if dx is None else dx.to(ctx.input_dtype)
-        return dx, None, *(each for i in range(3) for each in (None, dbias[i], da[i], db[i]))
+        dx = cast(dx, ctx.input_dtype)
+        return dx, None, *[each for i in range(3) for each in (None, dbias[i], da[i], db[i])]
 
 
 def kept(x_MK, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list[Tensor | None]:
@@ -160,9 +168,8 @@ def kept(x_MK, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list
 
 def _projections(flat, dtype: torch.dtype) -> tuple[Tensors, Tensors, Tensors]:
     """In the dtype of the products."""
-    in_dtype = [None if i % 4 > 1 else cast(t, dtype) for i, t in enumerate(flat)]
-    gate, up, down = (Tensors(*in_dtype[4 * i : 4 * i + 2], *flat[4 * i + 2 : 4 * i + 4]) for i in range(3))
-    return gate, up, down
+    weights, biases = cast_all(flat[0::4], dtype), cast_all(flat[1::4], dtype)
+    return tuple(map(Tensors, weights, biases, flat[2::4], flat[3::4]))
 
 
 def run_forward(x_MK, flat, seeds, call: Call, needs: Needs):
@@ -234,10 +241,10 @@ def run_backward(dy_MN, saved, call: Call, needs: Needs):
             by_torch_as_kernels,
         )
     dx, da, db, *inner = found
-    dbias = [
-        grad.sum(0).to(bias.dtype) if need else None
-        for grad, need, bias in zip((*inner, dy), needs.bias, saved[10::4], strict=True)
-    ]
+    dbias = None, None, None
+    if True in needs.bias:
+        of_each = zip((*inner, dy), needs.bias, saved[10::4], strict=True)
+        dbias = [grad.sum(0).to(bias.dtype) if need else None for grad, need, bias in of_each]
     return dx, dbias, da, db
 
 
@@ -246,9 +253,9 @@ def decide(
 ) -> Call:
     """The call's numbers, and its backend by `dispatch`; without elements the torch path, as a kernel has no grid over
     nothing."""
-    ranks = [a.shape[0] for a in flat[2::4] if a is not None]
-    something = x_MK.numel() * min(t.numel() for t in flat if t is not None) > 0
-    triton = something and choose_backend(x_MK, dtype, max(ranks), patched).backend == "triton"
+    rank = max([0 if a is None else a.shape[0] for a in flat[2::4]])
+    something = x_MK.numel() and 0 not in [t.numel() for t in flat if t is not None]
+    triton = something and choose_backend(x_MK, dtype, rank, patched).backend == "triton"
     dx_dtype = widest(dtype, x_MK)
     numbers = (tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute)
     return Call(activation, *numbers, triton, triton and is_demanded(patched))
@@ -263,29 +270,27 @@ def apply_lora_mlp(
     projections, device_type = (gate, up, down), device_type_of(x)
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-    matrices = [m for each in projections for m in (each.lora_A, each.lora_B) if m is not None]
-    wide = widest(dtype, *matrices)
-    flat = []
-    for name, each in zip(SIDES, projections, strict=True):
-        if not autocast and each.weight.dtype != dtype:
+    weights, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
+    for name, weight in () if autocast else zip(SIDES, weights, strict=True):
+        if weight.dtype is not dtype:
             raise OpError(
-                f"lora_mlp: x is {dtype} but {name}'s weight is {each.weight.dtype}; cast one, or use torch.autocast"
+                f"lora_mlp: x is {dtype} but {name}'s weight is {weight.dtype}; cast one, or use torch.autocast"
             )
-        flat += [each.weight, each.bias, *(cast(m, wide) for m in (each.lora_A, each.lora_B))]
+    wide = widest(dtype, *[each for each in (*a, *b) if each is not None])
+    matrices = zip(weights, biases, cast_all(a, wide), cast_all(b, wide), strict=True)
+    flat = [each for projection in matrices for each in projection]
     numbers = [
-        [float(each.scaling) if each.lora_A is not None else 1.0 for each in projections],
-        [float(each.dropout) if each.lora_A is not None else 0.0 for each in projections],
+        [1.0 if each is None else float(scaling) for each, scaling in zip(a, scalings, strict=True)],
+        [0.0 if each is None else float(dropout) for each, dropout in zip(a, dropouts, strict=True)],
     ]
     x_MK = as_rows(x)
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_mlp_compiled import compiled_lora_mlp
 
-        y_MN = compiled_lora_mlp(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
-        return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+        return of_rows(compiled_lora_mlp(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend), x)
     call = decide(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
     with without_autocast(x):
-        y_MN = applied(LoraMlpFunction, x_MK, call, *flat)
-    return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+        return of_rows(applied(LoraMlpFunction, x_MK, call, *flat), x)
 
 
 def _check(x, projections, activation: str) -> None:

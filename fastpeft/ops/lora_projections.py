@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
+from fastpeft.dispatch import Plan, choose_backend, lora_linear_plans
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
@@ -31,6 +31,7 @@ from fastpeft.ops.lora_linear import (
     as_rows,
     based_reference,
     cast,
+    cast_all,
     lora_linear_reference,
     of_rows,
     own_of_rows,
@@ -105,19 +106,20 @@ class LoraProjectionsFunction(torch.autograd.Function):
         if not any(ctx.needs_input_grad):
             return ys
         needs = _needs(ctx.needs_input_grad)
-        for_x_or_a, with_weights = needs.x or any(needs.a), not call.based
+        nothing = (None,) * len(a)
+        for_x_or_a, for_w = needs.x or True in needs.a, not call.based and True in needs.weight
         ctx.save_for_backward(
-            x if any(needs.a) or (any(needs.weight) and with_weights) else None,
-            *map(kept, seeds or [None] * len(a)),
-            *(base if needs.x and with_weights else None for base in bases),
-            *(each if for_x_or_a else None for each in a),
-            *(each if for_x_or_a else None for each in b),
-            *(s if need else None for s, need in zip(ss, needs.b, strict=True)),
+            x if for_w or True in needs.a else None,
+            *(nothing if seeds is None else map(kept, seeds)),
+            *(bases if needs.x and not call.based else nothing),
+            *(a if for_x_or_a else nothing),
+            *(b if for_x_or_a else nothing),
+            *(ss if False not in needs.b else [s if need else None for s, need in zip(ss, needs.b, strict=True)]),
         )
         ctx.set_materialize_grads(False)
         ctx.call, ctx.needs = call, needs
         ctx.input_dtype = x.dtype
-        ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in biases)
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         return ys
 
     @staticmethod
@@ -130,31 +132,33 @@ class LoraProjectionsFunction(torch.autograd.Function):
             return None, None, *(None for _ in range(4 * len(dys)))
         flat = [dy if dy is None else as_rows(dy) for dy in dys], x if x is None else as_rows(x)
         with without_autocast(like):
-            dx, dbases, dbiases, *of_factors = run_backward(*flat, *_quarters(saved), seeds, ctx.call, ctx.needs)
+            dx, dbases, dbiases, da, db = run_backward(*flat, *_quarters(saved), seeds, ctx.call, ctx.needs)
         if ctx.call.based:
             dbases = [grad if grad is None else of_rows(grad, like) for grad in dbases]
+        if True in ctx.needs.bias:
+            dbiases = map(cast, dbiases, ctx.bias_dtypes)
         dx = dx if dx is None else of_rows(cast(dx, ctx.input_dtype), like)
-        return dx, None, *dbases, *map(cast, dbiases, ctx.bias_dtypes), *(grad for each in of_factors for grad in each)
+        return dx, None, *dbases, *dbiases, *da, *db
 
 
 def _quarters(tensors) -> tuple:
     count = len(tensors) // 4
-    return tuple(tensors[start : start + count] for start in range(0, 4 * count, count))
+    return tensors[:count], tensors[count : 2 * count], tensors[2 * count : 3 * count], tensors[3 * count :]
 
 
 def _needs(needs_input_grad) -> Needs:
-    return Needs(needs_input_grad[0], *map(tuple, _quarters(needs_input_grad[2:])))
+    return Needs(needs_input_grad[0], *_quarters(needs_input_grad[2:]))
 
 
 def run_forward(x, bases, biases, a, b, seeds, call: Call):
     """((y (..., N), ...), which are no views, (S [M, R], ...), the call as it was served) on the backend that
     `call.plans` stand for."""
-    x, biases = cast(x, call.dtype), [cast(bias, call.dtype) for bias in biases]
+    x, biases = cast(x, call.dtype), cast_all(biases, call.dtype)
     if not call.based:
-        bases = [cast(weight, call.dtype) for weight in bases]
+        bases = cast_all(bases, call.dtype)
     if call.plans is None:
         ys, ss = torch_path.forward(x, bases, biases, a, b, seeds, call)
-        return tuple(own_of_rows(y, x) for y in ys), ss, call
+        return tuple([own_of_rows(y, x) for y in ys]), ss, call
     x_MK = as_rows(x)
     tensors = (x_MK, list(map(as_rows, bases)) if call.based else bases, biases, a, b)
     (ys, ss), by_kernels = kernels_or_torch(
@@ -163,7 +167,7 @@ def run_forward(x, bases, biases, a, b, seeds, call: Call):
         lambda: _path(True).forward(*tensors, seeds, call),
         lambda: torch_path.forward(*tensors, _masks(seeds, call, x_MK.shape, x_MK.device, False), call),
     )
-    return tuple(own_of_rows(y, x) for y in ys), ss, call if by_kernels else call._replace(fell_back=True)
+    return tuple([own_of_rows(y, x) for y in ys]), ss, call if by_kernels else call._replace(fell_back=True)
 
 
 def _kind(phase: str, call: Call, rows, a, b) -> tuple:
@@ -186,16 +190,19 @@ def run_backward(dys, x_MK, weights, a, b, ss, seeds, call: Call, needs: Needs):
     """(dX, [dW, ...], [dbias, ...], [dA, ...], [dB, ...]), None where `needs` does not ask for it, or where dY is None,
     which not all may be."""
     count = len(dys)
-    have = [p for p in range(count) if dys[p] is not None]
+    have = [p for p, dy in enumerate(dys) if dy is not None]
     if len(have) < count:
         dy, *tensors = ([each[p] for p in have] for each in (dys, weights, a, b, ss, seeds))
         some = Needs(needs.x, *(tuple(each[p] for p in have) for each in needs[1:]))
         dx, *found = run_backward(dy, x_MK, *tensors, call.only(have), some)
         return dx, *(_put([None] * count, have, each) for each in found)
-    dy, weight = [cast(each, call.dtype) for each in dys], [cast(each, call.dtype) for each in weights]
+    dy, weight = cast_all(dys, call.dtype), cast_all(weights, call.dtype)
     x = cast(x_MK, call.dtype)
     dx, dbias, da, db = _rank_grads(dy, x, weight, a, b, ss, seeds, call, needs)
-    dw = [_grad_of_base(*each, x, call) if need else None for *each, need in zip(dys, dy, needs.weight, strict=True)]
+    dw = [None] * count
+    if True in needs.weight:
+        of_each = zip(dys, dy, needs.weight, strict=True)
+        dw = [_grad_of_base(given, each, x, call) if need else None for given, each, need in of_each]
     return dx, dw, dbias, da, db
 
 
@@ -213,7 +220,7 @@ def _put(into: list, places: Sequence[int], values: Sequence) -> list:
 def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs):
     """(dX, [dbias, ...], [dA, ...], [dB, ...]) on the call's backend."""
     seeds = seeds if any(call.dropouts) else None
-    for_x_or_a = needs.x or any(needs.a)
+    for_x_or_a = needs.x or True in needs.a
 
     def by_torch(seeds):
         dbias = [each.sum(0) if need else None for each, need in zip(dy, needs.bias, strict=True)]
@@ -239,12 +246,9 @@ def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs):
 
 def decide(x: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str | None, based: bool) -> Call:
     """The call's numbers, and its backend by `dispatch`, as in `lora_linear`."""
-    elements = x.numel() * min(map(Tensor.numel, b))
+    elements = x.numel() * min([each.numel() for each in b])
     triton = elements > 0 and choose_backend(x, dtype, patched=patched).backend == "triton"
-    rows = as_rows(x)
-    plans = (
-        tuple([lora_linear_plan(rows, dtype, *each) for each in zip(a, b, dropouts, strict=True)]) if triton else None
-    )
+    plans = lora_linear_plans(as_rows(x), dtype, a, b, dropouts) if triton else None
     dx_dtype = widest(dtype, x)
     demanded = triton and is_demanded(patched)
     return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, demanded, based=based)
@@ -265,8 +269,7 @@ def apply_lora_projections(
         if not autocast and weight.dtype != dtype:
             raise OpError(f"lora_projections: x is {dtype} but a weight is {weight.dtype}; cast one, or use autocast")
     wide = widest(dtype, *a, *b)
-    a, b = ([cast(matrix, wide) for matrix in each] for each in (a, b))
-    scalings = tuple(map(float, scalings))
+    a, b, scalings = cast_all(a, wide), cast_all(b, wide), tuple(map(float, scalings))
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_projections_compiled import compiled_lora_projections
 

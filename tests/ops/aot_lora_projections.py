@@ -33,7 +33,7 @@ def launch_all(dtypes: str, ranks: tuple[int, ...], dropout: float, size: int = 
 def launch_sums(adapter: torch.dtype, counts) -> None:
     """What adds up dB and T of several outputs."""
     for count in counts:
-        add_up([(_meta(8, 4096, 16, dtype=torch.float32), _meta(4096, 16, dtype=adapter), 8, 2.0)] * count)
+        add_up([(_meta(8, 4096, 16, dtype=torch.float32), _meta(4096, 16, dtype=adapter), 2.0, 8, 65536)] * count)
 
 
 def launch_few() -> None:

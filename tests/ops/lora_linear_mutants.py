@@ -32,7 +32,7 @@ SHRINK = [
     ("_shrink_kernel", "S of one run", "(depth_run * M + rows)", "(depth_run * 0 + rows)"),
     ("shrink", "kept values not scaled", "scale * keep_scale", "scale"),
     ("tail", "kept values not scaled", "scale * keep_scale", "scale"),
-    ("shrink", "last block of rows", "cdiv(rows, tiles.rows)", "max(1, rows // tiles.rows)"),
+    ("_shrink_launch", "last block of rows", "cdiv(rows, tiles.rows)", "max(1, rows // tiles.rows)"),
 ]
 
 TAIL = [
@@ -163,7 +163,7 @@ SUM_PARTIALS = [
     ("add_up", "one sum too few", "BLOCK), number)", "BLOCK), max(1, number - 1))"),
     ("add_up", "one part too few", "*counts, *zeros", "*(each - 1 for each in counts), *zeros"),
     ("shares_or_whole", "a whole one added up", "if runs > 1:", "if runs > 0:"),
-    ("shares", "not scaled", "runs, scale))", "runs, 1.0))"),
+    ("shares", "not scaled", "out, scale, runs", "out, 1.0, runs"),
 ]
 
 SHARED = [

@@ -88,8 +88,8 @@ BACKWARD = [
     ("_one_side", "sign of T", "dot(grad, tl.trans(b)", "dot(-grad, tl.trans(b)"),
     ("_store_sum", "the first run's place", "row_run * H * R", "row_run * 0"),
     ("_store_sum", "last rank", "ranks < R", "ranks < R - 1"),
-    ("_shares_of", "T not scaled", "(rows, rank), dtype, device, side.scale", "(rows, rank), dtype, device, 1"),
-    ("_shares_of", "dB not scaled", "(columns, rank), dtype, device, side.scale", "(columns, rank), dtype, device, 1"),
+    ("_side", "T not scaled", "(rows, rank), dtype, device, side.scale", "(rows, rank), dtype, device, 1"),
+    ("_side", "dB not scaled", "(columns, rank), dtype, device, side.scale", "(columns, rank), dtype, device, 1"),
     ("gated_backward", "dA's kept values not scaled", "dh.device, keep_scale,", "dh.device, 1.0,"),
     ("gated_backward", "runs not added up", "add_up(sums)", "sums.clear()"),
 ]  # fmt: skip

@@ -116,7 +116,7 @@ def test_grad_columns_reads_x_once_and_writes_the_tail_once(
 def test_sums_are_added_up_in_one_launch_up_to_a_number(count):
     parts = [torch.randn(1 + number, 31, 17 + 40 * number) for number in range(count)]
     outs = [torch.empty(each.shape[1:], dtype=DATA) for each in parts]
-    left = [(each, out, len(each), 0.5) for each, out in zip(parts, outs, strict=True)]
+    left = [(each, out, 0.5, len(each), out.numel()) for each, out in zip(parts, outs, strict=True)]
     with count_traffic() as traffic:
         _partials.add_up(left)
     loads, stores = traffic.of("_sum_partials_kernel")

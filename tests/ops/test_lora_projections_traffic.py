@@ -62,7 +62,9 @@ def test_shrink_all_reads_x_once(ranks, dropout, processors, rows, monkeypatch):
 @pytest.mark.parametrize(("processors", "tail"), [(1, True), (13, True), (13, False)])
 def test_grad_all_columns_reads_x_once(ranks, dropout, processors, tail, monkeypatch):
     monkeypatch.setattr(kernels, "processor_count", lambda tensor: processors)
-    monkeypatch.setattr(kernels, "holds_tail", lambda a, dtype: True)
+    monkeypatch.setattr(kernels, "holds_tail", lambda rank, mode: True)
+    prepare = kernels._grad_all_columns_launch.__wrapped__  # which keeps nothing
+    monkeypatch.setattr(kernels, "_grad_all_columns_launch", prepare)
     drops, dropouts = masks_of(ranks, dropout)
     with count_traffic() as traffic:
         kernels.grad_all_columns(matrices(ranks, M), data(M, K), matrices(ranks), dropouts, tail, TILES)
@@ -116,7 +118,7 @@ def test_a_training_step_reads_x_twice_and_each_gradient_once(dtypes, ranks, hol
 
 
 @pytest.mark.parametrize(("waiting", "launches"), [(None, 1 + 1), (0.5, 3 + 1), (1.5, 2 + 1)])
-def test_shares_of_several_outputs_wait_for_one_launch_while_they_are_small(waiting, launches, monkeypatch):
+def test_side_several_outputs_wait_for_one_launch_while_they_are_small(waiting, launches, monkeypatch):
     """In units of one output's; the launch after them adds up dA."""
     shares = 4 * 4 * (64 * 2 + 4 * 64)  # T of two blocks of columns, dB of four runs of rows, at rank 4
     if waiting:

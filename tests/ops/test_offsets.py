@@ -101,7 +101,9 @@ OF_TWO = [(name, dim) for name in ("x", "weight1", "A1", "B1") for dim in (0, 1)
 @pytest.mark.parametrize(("name", "dim"), OF_TWO[:: how_many(2, 1)])
 def test_lora_projections(name, dim, held, monkeypatch):
     """With the rank-r terms of dX beside dA, and apart from it."""
-    monkeypatch.setattr(lora_projections, "holds_tail", lambda a, dtype: held)
+    monkeypatch.setattr(lora_projections, "holds_tail", lambda rank, mode: held)
+    prepare = lora_projections._grad_all_columns_launch.__wrapped__  # which keeps nothing
+    monkeypatch.setattr(lora_projections, "_grad_all_columns_launch", prepare)
     problem = projections.draw("fp16", shape=(N, N), outputs=(N, N), ranks=(2, N), dropout=True)
     leaves = {each: t.detach() for each, t in problem.leaves().items()}
     stacked = lambda given: torch.stack(projections.call(problem, given))  # noqa: E731
