@@ -304,8 +304,8 @@ def gated_backward(
     t_down, a = down or (None, None)
     matrices = [None if each is None else each.b for each in sides]
     ranks = [0 if a is None else a.shape[0], *[0 if b is None else b.shape[1] for b in matrices]]
-    adapter_dtype = next((each.dtype for each in (a, *matrices) if each is not None), dh.dtype)
-    drops, mode = dropout is not None, dot_mode(dh.dtype, adapter_dtype)
+    given = next((each for each in (a, *matrices) if each is not None), dh)
+    drops, mode = dropout is not None, dot_mode(dh.dtype, given.dtype)
     grid, run, sizes, options = _gated_backward_launch(
         rows, columns, *ranks, dh.dtype, mode, activation, with_h, drops, tiles, *_launched_on(dh)
     )

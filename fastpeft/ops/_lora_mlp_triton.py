@@ -51,8 +51,7 @@ def forward(x: Tensor, projections, seeds, call):
     if own:
         matrices = [projections[i].a for i in own]
         shrunk = shared_kernels.shrink_all(x, matrices, matrices[0].dtype, [dropouts[i] for i in own])
-        for i, each in zip(own, shrunk, strict=True):
-            s[i] = each
+        s = shrunk if len(own) == 2 else [shrunk[0] if i in own else None for i in (0, 1)]
     gate, up = _products(x, projections, s, call.scalings, plans)
     h, s_down = kernels.gated_forward(gate, up, call.activation, down.a, dropouts[2])
     return _product(h, down, s_down, call.scalings[2], plans[2]), gate, up, (*s, s_down)
@@ -78,13 +77,15 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
         da, _, _ = linear_kernels.grad_columns(t_down, h, t_down.dtype, dropout=dropouts[2])
         return None, (None, None, da), db, None, None
     grads, da_down = _through_activation(dy, gate, up, s, t_down, projections, dropouts[2], call, needs)
-    t, sums = list(grads.t), []
-    for i, grad in enumerate((grads.dgate, grads.dup)):
-        each, need_t = projections[i], needs.x or needs.a[i]
-        db[i] = grads.db[i]
-        if each.a is not None and t[i] is None and (need_t or needs.b[i]):
+    t, sums = grads.t, []
+    db[:2] = grads.db
+    for i, grad in ((0, grads.dgate), (1, grads.dup)):
+        if t[i] is not None or projections[i].a is None:
+            continue
+        need_t = needs.x or needs.a[i]
+        if need_t or needs.b[i]:
             numbers = call.scalings[i], needs.b[i], need_t, False
-            db[i], t[i], _ = single.grad_b_and_t(grad, s[i], each.b, *numbers, sums=sums)
+            db[i], t[i], _ = single.grad_b_and_t(grad, s[i], projections[i].b, *numbers, sums=sums)
             add_up(sums, beyond=WAITING)
     add_up(sums)
     dx, da_gate, da_up = _to_x(x, t, (grads.dgate, grads.dup), projections, dropouts, call, needs)
@@ -94,15 +95,15 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
 def _through_activation(dy, gate, up, s, t_down, projections, dropout, call, needs):
     """(`kernels.Grads`, dA of down or None): with every rank-r product that the kernel can hold."""
     down = projections[2]
-    dtypes = [each.a.dtype for each in projections if each.a is not None]
-    most = kernels.fused_rank(dy.dtype, dtypes[0])
+    a = projections[0].a, projections[1].a, down.a
+    most = kernels.fused_rank(dy.dtype, next(each.dtype for each in a if each is not None))
     inside = down.a is not None and down.a.shape[0] <= most
-    sides = tuple(
-        kernels.Side(s[i], each.b, call.scalings[i])
-        if each.a is not None and each.a.shape[0] <= most and needs.b[i] and (needs.x or needs.a[i])
+    sides = [
+        kernels.Side(s[i], projections[i].b, call.scalings[i])
+        if a[i] is not None and a[i].shape[0] <= most and needs.b[i] and (needs.x or needs.a[i])
         else None
-        for i, each in enumerate(projections[:2])
-    )
+        for i in (0, 1)
+    ]
     if down.a is None or inside:
         dh = dy @ down.weight
     else:
@@ -124,12 +125,13 @@ def _to_x(x, t, grads, projections, dropouts, call, needs):
     own = [i for i in (0, 1) if t[i] is not None]
     da, dx = [None, None], None
     chosen = [i for i in own if needs.a[i]]
-    if chosen:
-        with_tail = needs.x and chosen == own and call.dx_dtype == call.dtype
-        given = ([t[i] for i in chosen], x, [projections[i].a for i in chosen], [dropouts[i] for i in chosen])
-        found, dx = shared_kernels.grad_all_columns(*given, with_tail)
-        for i, each in zip(chosen, found, strict=True):
-            da[i] = each
+    with_tail = needs.x and chosen == own and call.dx_dtype is call.dtype
+    if chosen == [0, 1]:
+        a = projections[0].a, projections[1].a
+        da, dx = shared_kernels.grad_all_columns(t, x, a, dropouts[:2], with_tail)
+    elif chosen:
+        (i,) = chosen
+        (da[i],), dx = shared_kernels.grad_all_columns([t[i]], x, [projections[i].a], [dropouts[i]], with_tail)
     if not needs.x:
         return None, *da
     if dx is None:
@@ -137,6 +139,7 @@ def _to_x(x, t, grads, projections, dropouts, call, needs):
             dx = linear_kernels.tail(
                 t[i], projections[i].a.t(), call.dtype, dropout=dropouts[i], out_dtype=call.dx_dtype, residual=dx
             )  # fmt: skip
-    for grad, each in zip(grads, projections, strict=False):
-        dx = (grad @ each.weight).to(call.dx_dtype) if dx is None else add_through(dx, grad, each.weight)
+    for i in (0, 1):
+        grad, weight = grads[i], projections[i].weight
+        dx = (grad @ weight).to(call.dx_dtype) if dx is None else add_through(dx, grad, weight)
     return dx, *da

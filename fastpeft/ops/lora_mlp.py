@@ -153,7 +153,8 @@ class LoraMlpFunction(torch.autograd.Function):
         with without_autocast(dy_MN):
             dx, dbias, da, db = run_backward(dy_MN, ctx.saved_tensors, ctx.call, ctx.needs)
         dx = cast(dx, ctx.input_dtype)
-        return dx, None, *[each for i in range(3) for each in (None, dbias[i], da[i], db[i])]
+        gate, up, down = zip((None, None, None), dbias, da, db, strict=True)
+        return dx, None, *gate, *up, *down
 
 
 def kept(x_MK, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list[Tensor | None]:
