@@ -9,10 +9,12 @@ from torch import Tensor
 
 from fastpeft.kernels._common import UPCAST, cdiv, on_device_of
 
-MOST = 6  # sums of one launch
+FEW, MOST = 3, 6  # sums of one launch: Triton looks at each argument, so that few have a kernel with fewer
 WAITING = 8 << 20  # bytes of shares that may wait for those of other outputs, so that one launch adds up all
 BLOCK = 256 if UPCAST else 1024
-_REST = [((None,) * (MOST - count), (0,) * (MOST - count)) for count in range(MOST + 1)]  # in the other sums' place
+_ARGUMENTS = [0, *[FEW] * FEW, *[MOST] * (MOST - FEW)]  # of each kind that a launch of so many sums has
+# In the place of those that it has no sums for.
+_REST = [((None,) * (places - number), (0,) * (places - number)) for number, places in enumerate(_ARGUMENTS)]
 
 
 # (parts, out, scale, count, size): out, of `size` numbers, is scale·Σ parts over their first dimension, of `count`, in
@@ -32,11 +34,10 @@ def _sum_block(parts_ptr, out_ptr, scale, parts, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + places, acc * scale, mask=places < size)
 
 
-@triton.jit(do_not_specialize=["count_0", "count_1", "count_2", "count_3", "count_4", "count_5"])
+@triton.jit(do_not_specialize=["count_0", "count_1", "count_2"])
 def _sum_partials_kernel(
-    parts_0, parts_1, parts_2, parts_3, parts_4, parts_5, out_0, out_1, out_2, out_3, out_4, out_5,
-    scale_0, scale_1, scale_2, scale_3, scale_4, scale_5, count_0, count_1, count_2, count_3, count_4, count_5,
-    size_0, size_1, size_2, size_3, size_4, size_5, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    parts_0, parts_1, parts_2, out_0, out_1, out_2, scale_0, scale_1, scale_2, count_0, count_1, count_2,
+    size_0, size_1, size_2, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of COUNT sums, each of its own number of parts and size, the one that the second place in the grid says."""
     number = tl.program_id(1)
@@ -48,9 +49,24 @@ def _sum_partials_kernel(
     if COUNT > 2:
         if number == 2:
             _sum_block(parts_2, out_2, scale_2, count_2, size_2, BLOCK)
-    if COUNT > 3:
-        if number == 3:
-            _sum_block(parts_3, out_3, scale_3, count_3, size_3, BLOCK)
+
+
+@triton.jit(do_not_specialize=["count_0", "count_1", "count_2", "count_3", "count_4", "count_5"])
+def _sum_many_partials_kernel(
+    parts_0, parts_1, parts_2, parts_3, parts_4, parts_5, out_0, out_1, out_2, out_3, out_4, out_5,
+    scale_0, scale_1, scale_2, scale_3, scale_4, scale_5, count_0, count_1, count_2, count_3, count_4, count_5,
+    size_0, size_1, size_2, size_3, size_4, size_5, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same of four to six."""
+    number = tl.program_id(1)
+    if number == 0:
+        _sum_block(parts_0, out_0, scale_0, count_0, size_0, BLOCK)
+    if number == 1:
+        _sum_block(parts_1, out_1, scale_1, count_1, size_1, BLOCK)
+    if number == 2:
+        _sum_block(parts_2, out_2, scale_2, count_2, size_2, BLOCK)
+    if number == 3:
+        _sum_block(parts_3, out_3, scale_3, count_3, size_3, BLOCK)
     if COUNT > 4:
         if number == 4:
             _sum_block(parts_4, out_4, scale_4, count_4, size_4, BLOCK)
@@ -89,8 +105,9 @@ def add_up(sums: list[Sum], beyond: int = 0) -> None:
         parts, outs, scales, counts, sizes = zip(*sums[:MOST], strict=True)
         number = len(sizes)
         nothing, zeros = _REST[number]
+        kernel = _sum_partials_kernel if number <= FEW else _sum_many_partials_kernel
         with on_device_of(outs[0]):
-            _sum_partials_kernel[(cdiv(max(sizes), BLOCK), number)](
+            kernel[(cdiv(max(sizes), BLOCK), number)](
                 *parts, *nothing, *outs, *nothing, *scales, *zeros, *counts, *zeros, *sizes, *zeros,
                 COUNT=number, BLOCK=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip

@@ -74,7 +74,7 @@ def planted(tmp_path_factory):
 
 
 def test_every_kernel_is_compiled_for_nvidia_and_amd(shipped):
-    assert {"shrink_kernel", "sum_partials_kernel", "forward_kernel"} < KERNELS
+    assert {"shrink_kernel", "sum_partials_kernel", "sum_many_partials_kernel", "forward_kernel"} < KERNELS
     by_descriptors = {"persistent_tail_kernel"}
     for target, kernels in (("sm_90", KERNELS | by_descriptors), ("gfx942", KERNELS)):
         assert {each["kernel"].split()[0] for each in shipped if each["target"] == target} == kernels
@@ -103,7 +103,12 @@ def test_shared_memory_suffices(shipped):
 
 
 def test_every_matrix_product_runs_on_tensor_cores(shipped):
-    sums = {"sum_partials_kernel", "merge_parts_kernel", "grad_query_kernel"}  # the last where only δ is wanted
+    sums = {
+        "sum_partials_kernel",
+        "sum_many_partials_kernel",
+        "merge_parts_kernel",
+        "grad_query_kernel",
+    }  # the last where only δ is wanted
     sums |= {"prepend_kernel", "grad_prompt_kernel", "mixed_sum_kernel", "dora_grad_kernel", "dora_drop_kernel"}
     assert {each["kernel"].split()[0] for each in shipped if not each["tensor_core"]} == sums
 

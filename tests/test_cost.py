@@ -10,7 +10,7 @@ from fastpeft.errors import OpError
 from fastpeft.kernels import lora_linear as kernels
 from fastpeft.kernels._tiles import SMALL
 from fastpeft.ops import lora_linear, prefix_attention
-from tests.traffic import count_traffic
+from tests.traffic import SUMS, count_traffic
 
 ROOFLINE = Machine("an H200 as measured", 790.0, 4300.0)
 LLAMA = {"B": 8, "H": 32, "Hkv": 8, "S": 2048, "D": 128, "itemsize": 2}
@@ -172,7 +172,7 @@ def attention_bytes(B, H, Hkv, S, P, D) -> tuple[int, int]:
             out = prefix_attention(*tensors)
         with count_traffic() as backward:
             torch.autograd.grad(out, tensors, torch.ones_like(out))
-    return bytes_of(forward), bytes_of(backward, "_sum_partials_kernel")
+    return bytes_of(forward), bytes_of(backward, *SUMS)
 
 
 @pytest.mark.interpreter
@@ -220,5 +220,5 @@ def test_the_lora_linear_moves_more_than_the_least_and_not_much(sizes, limit):
         with count_traffic() as backward:
             torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
     for passed, traffic in (("fwd", forward), ("bwd", backward)):
-        ratio = bytes_of(traffic, "_sum_partials_kernel") / cost.lora_linear(passed, **sizes, itemsize=4).bytes
+        ratio = bytes_of(traffic, *SUMS) / cost.lora_linear(passed, **sizes, itemsize=4).bytes
         assert 1 < ratio < limit

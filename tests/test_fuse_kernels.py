@@ -10,11 +10,10 @@ import fastpeft
 from fastpeft.dispatch import Plan, backend, override_plan
 from tests.models import batch, tiny
 from tests.peft_pair import assert_same_step, patched_pair, quietly, randomise
-from tests.traffic import count_traffic
+from tests.traffic import SUMS, count_traffic
 
 pytestmark = pytest.mark.interpreter
 
-SUMS = "_sum_partials_kernel"
 NAMES = {"alone": (), "projections": ("projections",), "all": ("projections", "mlp")}
 FORWARD = {  # of a Llama layer with LoRA on its seven projections: S of each input, and S Bᵀ of each output
     "alone": {"_shrink_kernel": 7, "_tail_kernel": 7},
@@ -77,7 +76,7 @@ def test_launches_of_a_layer(length, strategy, fused):
     with override_plan(Plan(strategy, strategy, "a test")):
         one, two = (launches(fused, layers, LENGTHS[length]) for layers in (1, 2))
     forward, backward = (after - before for before, after in zip(one, two, strict=True))
-    sums = forward.pop(SUMS, 0), backward.pop(SUMS)
+    sums = tuple(sum(each.pop(name, 0) for name in SUMS) for each in (forward, backward))
     assert (forward, backward) == (FORWARD[fused], BACKWARD[fused] | TAILS[strategy][fused])
     assert sums == PARTIAL[length][fused]
     assert (forward + backward).total() == TOTALS[strategy][fused]

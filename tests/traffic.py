@@ -44,6 +44,9 @@ class Launch:
             raise IndexError(f"{self.kernel}: {active.size} addresses outside every argument, the first {active[0]:#x}")
 
 
+SUMS = ("_sum_partials_kernel", "_sum_many_partials_kernel")  # of few, and of many
+
+
 @dataclass
 class Traffic:
     """All launches in the order they were made."""
@@ -51,11 +54,11 @@ class Traffic:
     launches: list[Launch] = field(default_factory=list)
     atomics: int = 0
 
-    def of(self, kernel: str) -> tuple[dict[str, int], dict[str, int]]:
-        """(loads, stores) of all launches of the kernel, by argument; arguments that were not touched are left out."""
+    def of(self, *kernels: str) -> tuple[dict[str, int], dict[str, int]]:
+        """(loads, stores) of all launches of the kernels, by argument; arguments that were not touched are left out."""
         loads, stores = Counter(), Counter()
         for launch in self.launches:
-            if launch.kernel == kernel:
+            if launch.kernel in kernels:
                 loads += launch.loads
                 stores += launch.stores
         return dict(loads), dict(stores)

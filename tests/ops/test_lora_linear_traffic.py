@@ -15,7 +15,7 @@ from fastpeft.ops import lora_linear
 from fastpeft.ops._lora_linear_triton import ONE_READ_RANK
 from tests.ops import lora_linear_traffic as expected
 from tests.ops.lora_linear_traffic import Sizes
-from tests.traffic import count_traffic
+from tests.traffic import SUMS, count_traffic
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
@@ -112,14 +112,14 @@ def test_grad_columns_reads_x_once_and_writes_the_tail_once(
     assert traffic.atomics == 0
 
 
-@pytest.mark.parametrize("count", [1, 2, _partials.MOST, _partials.MOST + 1])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, _partials.MOST, _partials.MOST + 1])
 def test_sums_are_added_up_in_one_launch_up_to_a_number(count):
     parts = [torch.randn(1 + number, 31, 17 + 40 * number) for number in range(count)]
     outs = [torch.empty(each.shape[1:], dtype=DATA) for each in parts]
     left = [(each, out, 0.5, len(each), out.numel()) for each, out in zip(parts, outs, strict=True)]
     with count_traffic() as traffic:
         _partials.add_up(left)
-    loads, stores = traffic.of("_sum_partials_kernel")
+    loads, stores = traffic.of(*SUMS)
     assert sum(loads.values()) == sum(each.nbytes for each in parts)
     assert sum(stores.values()) == sum(out.nbytes for out in outs)
     assert left == [] and len(traffic.launches) == -(-count // _partials.MOST)

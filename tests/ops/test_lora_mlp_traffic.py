@@ -13,7 +13,7 @@ from fastpeft.kernels._common import Dropout
 from fastpeft.kernels._tiles import SMALL
 from tests.ops import lora_mlp_traffic as expected
 from tests.ops.lora_mlp_cases import call, draw
-from tests.traffic import count_traffic
+from tests.traffic import SUMS, count_traffic
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poison")]
 
@@ -89,7 +89,7 @@ def test_a_training_step_reads_x_gate_and_up_once_each_way(dropout):
         assert once == problem.x.nbytes
         torch.autograd.grad(y, list(leaves.values()), problem.dy)
     names = traffic.kernels()
-    found = [[name for name in part if name != "_sum_partials_kernel"] for part in (names[:before], names[before:])]
+    found = [[name for name in part if name not in SUMS] for part in (names[:before], names[before:])]
     assert found == [FORWARD, BACKWARD]
     loads, stores = traffic.of("_gated_backward_kernel")
     streamed = sum(loads[f"{name}_ptr"] for name in ("dh", "gate", "up"))
@@ -106,7 +106,7 @@ def test_launches_beyond_the_ranks_that_one_kernel_holds():
         y = call(problem, leaves)
         before = len(traffic.launches)
         torch.autograd.grad(y, list(leaves.values()), problem.dy)
-    names = [name for name in traffic.kernels()[before:] if name != "_sum_partials_kernel"]
+    names = [name for name in traffic.kernels()[before:] if name not in SUMS]
     assert names == [
         "_grad_b_and_t_kernel", PRODUCT, "_gated_backward_kernel", "_grad_columns_kernel", "_grad_b_and_t_kernel",
         "_grad_b_and_t_kernel", "_grad_all_columns_kernel", PRODUCT, PRODUCT,
