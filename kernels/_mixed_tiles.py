@@ -19,7 +19,7 @@ OWN = {
         Row("grad_columns", SPLIT, 64, Tiles(32, 64), above=32),
         Row("grad_columns", SPLIT, 128, Tiles(64, 64), above=16),
         Row("grad_columns", TF32X3, 64, Tiles(32, 64), above=16),
-        Row("expand", SINGLE, 64, Tiles(64, 64), dropout=True),
+        Row("expand", SINGLE, 128, Tiles(64, 64), dropout=True),
     ),
     "hip": (),
     "interpreter": (),
