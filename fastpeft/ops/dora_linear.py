@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _dora_linear_torch as torch_path
+from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import applied, first_order
-from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, widest
+from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, of_rows, widest
 from fastpeft.ops.lora_linear import _kind as kind_of_lora
 from fastpeft.ops.lora_linear import _path as path_of_lora
 
@@ -72,7 +73,7 @@ class DoraLinearFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dy_MN):
-        with torch.autocast(dy_MN.device.type, enabled=False):
+        with without_autocast(dy_MN):
             dx, dbias, da, db, df = run_backward(dy_MN, *ctx.saved_tensors, ctx.call, ctx.needs)
         return cast(dx, ctx.input_dtype), None, cast(dbias, ctx.bias_dtype), da, db, df, None
 
@@ -124,15 +125,14 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     x (..., K); weight (N, K) in x's dtype, any under autocast; bias (N,) or None; lora_A (r, K), lora_B (N, r); factor
     (N,); `dropout` is the probability in force. Raises BackendError if Triton was demanded and cannot serve the call.
     """
-    device = x.device.type
+    device = device_type_of(x)
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     wide = widest(dtype, lora_A, lora_B, factor)
     x_MK, a, b = as_rows(x), cast(lora_A, wide), cast(lora_B, wide)
     call = decide(x_MK, dtype, a, b, float(scaling), dropout, patched)
-    with torch.autocast(device, enabled=False):
-        y_MN = applied(DoraLinearFunction, x_MK, weight, bias, a, b, cast(factor, wide), call)
-    return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+    with without_autocast(x):
+        return of_rows(applied(DoraLinearFunction, x_MK, weight, bias, a, b, cast(factor, wide), call), x)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

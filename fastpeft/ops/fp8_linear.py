@@ -17,6 +17,7 @@ is exact in fp32, and multiplied: the same numbers up to the rounding of sums.
 import torch
 
 from fastpeft.errors import OpError
+from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import DTYPES, as_rows, cast, of_rows
 
@@ -107,7 +108,7 @@ class Fp8LinearFunction(torch.autograd.Function):
         dx = dbias = None
         if dy_MN is None:
             return (None,) * 5
-        with torch.autocast(dy_MN.device.type, enabled=False):
+        with without_autocast(dy_MN):
             if need_x:
                 dx = (dy_MN @ dequantise_rows(*ctx.saved_tensors, dy_MN.dtype)).to(ctx.input_dtype)
             if need_bias:
@@ -127,10 +128,10 @@ def apply_fp8(x, weight, weight_scale, bias):
         raise OpError(f"fp8_linear: weight is {weight.dtype}; {FP8} is needed, which mixed precision may not cast")
     if weight.requires_grad and torch.is_grad_enabled():
         raise OpError("fp8_linear: weight wants a gradient, which float8 cannot have; weight.requires_grad_(False)")
-    kind, dtype = x.device.type, x.dtype
+    kind, dtype = device_type_of(x), x.dtype
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, enabled=False):
+    with without_autocast(x):
         y_MN = applied(Fp8LinearFunction, as_rows(x), weight, weight_scale, bias, dtype)
     return of_rows(y_MN, x)
 

@@ -17,6 +17,7 @@ from fastpeft.dispatch import prefix_attention_plan
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch
 from fastpeft.ops import _gated_prompt_attention_torch as torch_path
+from fastpeft.ops._autocast import without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._prefix_attention_scores import Scores, Tensors, check_tensors, make_scores, of_prompt, of_sequence
 from fastpeft.ops.prefix_attention import Call, in_common_dtype, kind_of, mask_of, prefix_attention_reference
@@ -48,7 +49,7 @@ class GatedPromptAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, gate, *tensors):
         seed = _path(call.plan is not None).draw_seed(tensors[0]) if call.dropout else None
-        with torch.autocast(gate.device.type, enabled=False):
+        with without_autocast(gate):
             out_BHSD, own_BHSD, lse_BHS, call = run_forward(Tensors(*tensors), gate, call, seed)
         ctx.save_for_backward(gate, *tensors, own_BHSD, lse_BHS, seed)
         ctx.call = call
@@ -59,7 +60,7 @@ class GatedPromptAttentionFunction(torch.autograd.Function):
     def backward(ctx, dout_BHSD):
         gate, *tensors, own_BHSD, lse_BHS, seed = ctx.saved_tensors
         _, need_gate, *needs = ctx.needs_input_grad
-        with torch.autocast(gate.device.type, enabled=False):
+        with without_autocast(gate):
             gradients = run_backward(
                 dout_BHSD, Tensors(*tensors), gate, own_BHSD, lse_BHS, ctx.call, seed, Tensors(*needs), need_gate
             )

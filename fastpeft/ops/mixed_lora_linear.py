@@ -22,10 +22,10 @@ from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _mixed_lora_linear_torch as torch_path
-from fastpeft.ops._autocast import without_autocast
+from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import _check as check_lora
-from fastpeft.ops.lora_linear import as_rows
+from fastpeft.ops.lora_linear import as_rows, cast, of_rows, widest
 
 # Letters of the shape suffixes: B samples, M rows (B times all dimensions between), K inputs, N outputs, R rank.
 
@@ -234,7 +234,7 @@ def apply_mixed_lora(
     one of `weight` (N, K) and `residual` (B, ..., N) is given; `dropout` of an adapter is the probability in force.
     """
     used = sorted({g for g in rows if g >= 0})
-    device_type = x.device.type
+    device_type = device_type_of(x)
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast and weight is not None else x.dtype
     if weight is not None and not autocast and weight.dtype != dtype:
@@ -242,22 +242,18 @@ def apply_mixed_lora(
     if not used:
         return residual if weight is None else torch.nn.functional.linear(x, weight, bias)
     adapters, rows = [Adapter(*adapters[g]) for g in used], [used.index(g) if g >= 0 else -1 for g in rows]
-    wide = dtype
-    for each in adapters:
-        wide = torch.promote_types(wide, torch.promote_types(each.lora_A.dtype, each.lora_B.dtype))
-    matrices = [each.lora_A.to(wide) for each in adapters], [each.lora_B.to(wide) for each in adapters]
+    wide = widest(dtype, *[matrix for each in adapters for matrix in (each.lora_A, each.lora_B)])
+    matrices = [cast(each.lora_A, wide) for each in adapters], [cast(each.lora_B, wide) for each in adapters]
     x_MK = as_rows(x)
     tensors = (x_MK, weight, bias, None if residual is None else as_rows(residual))
     numbers = [float(each.scaling) for each in adapters], [float(each.dropout) for each in adapters]
     if torch.compiler.is_compiling():
         from fastpeft.ops._mixed_lora_linear_compiled import compiled_mixed_lora_linear
 
-        y_MN = compiled_mixed_lora_linear(*tensors, *matrices, rows, *numbers, dtype, patched_backend)
-        return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+        return of_rows(compiled_mixed_lora_linear(*tensors, *matrices, rows, *numbers, dtype, patched_backend), x)
     call = decide(x_MK, dtype, rows, matrices[1], *numbers, patched_backend)
     with without_autocast(x):
-        y_MN = applied(MixedLoraLinearFunction, *tensors, call, *matrices[0], *matrices[1])
-    return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+        return of_rows(applied(MixedLoraLinearFunction, *tensors, call, *matrices[0], *matrices[1]), x)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scalings, rows, dropouts) -> None:
