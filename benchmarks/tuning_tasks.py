@@ -238,6 +238,7 @@ def tiles_asked() -> Iterator[set]:
         return ask
 
     attention = recorder(_attention_tiles.attention_tiles, AttentionTileBucket)
+    _tiles.forget()  # a launch that is known asks for nothing
     with (
         mock.patch.object(lora_linear, "tiles_for", recorder(_tiles.tiles_for, TileBucket)),
         mock.patch.object(lora_gemm, "optional_tiles", recorder(_tiles.optional_tiles, TileBucket)),

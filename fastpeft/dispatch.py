@@ -254,7 +254,7 @@ def lora_linear_plan(rows: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b:
 
 
 def lora_linear_plans(rows: torch.Tensor, dtype: torch.dtype, a, b, dropouts) -> tuple[Plan, ...]:
-    """The same for each A and B on as many rows; of no A, as of one that no table knows. Sizes are asked for where a
+    """The same for each A and B on as many rows; one that is None has no use for its plan. Sizes are asked for where a
     table might know them."""
     device = rows.device
     if device.type == "cuda" and tables.measured(device):

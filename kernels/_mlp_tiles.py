@@ -49,10 +49,10 @@ HIP = (
     Row("gated_backward", SPLIT, 16, Tiles(16, 64, warps=4, stages=2)),
     Row("gated_backward", ALL, 32, Tiles(16, 32, warps=4, stages=2)),
 )
-# What spills on sm_80 alone.
+# Wider where what spills on sm_80 does not.
 SM_90 = (Row("gated_forward", HALF, 128, Tiles(64, 64), above=64),)
 INTERPRETER = tuple(Row(kernel, ALL, ANY, SMALL, above=-1) for kernel in ("gated_forward", "gated_backward"))
-# What spills there in the tiles of the others.
+# Beside that, what spills there in the tiles of the others.
 SM_100 = (
     *SM_90,
     Row("gated_forward", SPLIT, 32, Tiles(32, 32)),

@@ -245,7 +245,8 @@ _by_tiles: list = []
 
 def by_tiles(prepare: Callable) -> Callable:
     """Keeps what `prepare` gives for its last arguments, as long as tables are what they were: what hangs on sizes and
-    tables alone is worked out once, which takes longer than to find it again. Not to be changed."""
+    tables alone is worked out once, which takes longer than to find it again. Not to be changed. A module's constants
+    count as fixed: whoever puts another in their place, or in that of a function, has this `forget`."""
     _by_tiles.append(functools.lru_cache(PREPARED)(prepare))
     return _by_tiles[-1]
 

@@ -261,6 +261,7 @@ def test_a_wrong_result_is_seen(monkeypatch):
 def test_the_tiles_that_run_are_those_on_trial():
     task = LoraTask(40, 48, 40, 8, FULL, FULL)
     made, call = prepared(task, "addmm")
+    call.run()  # as before a question about tiles comes one about strategies
     with tuning_tasks.tiles_asked() as asked:
         call.run()
     shrink = TileBucket("shrink", 16, "ieee", False)

@@ -4,7 +4,7 @@ backend is chosen when the graph runs."""
 import torch
 from torch import Tensor
 
-from fastpeft.dispatch import lora_linear_plan
+from fastpeft.dispatch import lora_linear_plans
 from fastpeft.fallback import code_of, served
 from fastpeft.ops.lora_projections import Call, Needs, decide, run_backward, run_forward
 
@@ -69,7 +69,7 @@ def _backward(
     were given."""
     triton, fields = served(how.item())
     kind = getattr(torch, dtype)
-    plans = tuple(map(lambda *each: lora_linear_plan(x, kind, *each), a, b, dropouts)) if triton else None
+    plans = lora_linear_plans(x, kind, a, b, dropouts) if triton else None
     based = not weights
     call = Call(tuple(scalings), tuple(dropouts), kind, getattr(torch, dx_dtype), plans, **fields, based=based)
     wanted, bases = _needs(need_x, needs), weights or [None] * len(a)

@@ -255,7 +255,7 @@ def decide(
     """The call's numbers, and its backend by `dispatch`; without elements the torch path, as a kernel has no grid over
     nothing."""
     rank = max([0 if a is None else a.shape[0] for a in flat[2::4]])
-    something = x_MK.numel() and 0 not in [t.numel() for t in flat if t is not None]
+    something = x_MK.numel() > 0 and 0 not in [t.numel() for t in flat if t is not None]
     triton = something and choose_backend(x_MK, dtype, rank, patched).backend == "triton"
     dx_dtype = widest(dtype, x_MK)
     numbers = (tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute)

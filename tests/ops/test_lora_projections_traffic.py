@@ -118,7 +118,7 @@ def test_a_training_step_reads_x_twice_and_each_gradient_once(dtypes, ranks, hol
 
 
 @pytest.mark.parametrize(("waiting", "launches"), [(None, 1 + 1), (0.5, 3 + 1), (1.5, 2 + 1)])
-def test_side_several_outputs_wait_for_one_launch_while_they_are_small(waiting, launches, monkeypatch):
+def test_shares_of_several_outputs_wait_for_one_launch_while_they_are_small(waiting, launches, monkeypatch):
     """In units of one output's; the launch after them adds up dA."""
     shares = 4 * 4 * (64 * 2 + 4 * 64)  # T of two blocks of columns, dB of four runs of rows, at rank 4
     if waiting:
