@@ -72,7 +72,7 @@ COLUMNS = [
         "p_out + K_64 * R_0,",
     ),
     ("_grad_all_columns_kernel", "runs over one another", "row_run * K_64 * (", "row_run * 0 * ("),
-    ("grad_all_columns", "the parts of another", "(sum(ranks) * columns,)", "(max(ranks) * columns,)"),
+    ("_grad_all_columns_launch", "places of columns", "ranks, by_rank=True)", "ranks, by_rank=False)"),
 ]  # fmt: skip
 
 TAIL = [
@@ -96,7 +96,17 @@ TAIL = [
     ("_tail_all_kernel", "not added", "if ONTO:", "if False:"),
     ("_tail_all_kernel", "tiles in a square", "// blocks).to", "// blocks * 0).to"),
     ("_tail_all_kernel", "row of dX", "rows[:, None] * K_64", "rows[:, None] * (K_64 - 1)"),
-    ("tail_all", "last tile", "cdiv(columns, tiles.columns)", "max(1, columns // tiles.columns)"),
+    ("_tail_all_launch", "last tile", "cdiv(columns, tiles.columns)", "max(1, columns // tiles.columns)"),
 ]  # fmt: skip
 
 KERNELS = {"shrink": SHRINK, "columns": COLUMNS, "tail": TAIL}
+
+SEVERAL = [  # in what their launches are made of
+    ("four", "the rest first", "[*values, *_PADDING[rest][len(values)]]", "[*_PADDING[rest][len(values)], *values]"),
+    ("mask_arguments", "the first's mask alone", "1 << p for", "1 for"),
+    ("mask_arguments", "another's threshold", "each.threshold for each in dropouts", "0 for each in dropouts"),
+    ("places_of", "one over the other", "start += rank * length", "start += length"),
+    ("places_of", "rows of columns", "((rank, length), (length, 1), start)", "((rank, length), (1, rank), start)"),
+    ("matrices_of", "all in the first's place", "first + start)", "first)"),
+    ("block_and_rank", "the smallest rank", "rank_block(max(ranks))", "rank_block(min(ranks))"),
+]

@@ -8,13 +8,13 @@ import pytest
 from triton.runtime.errors import InterpreterError
 
 from fastpeft.dispatch import Plan, backend, override_plan
-from fastpeft.kernels import lora_projections
+from fastpeft.kernels import _several, lora_projections
 from fastpeft.ops import _lora_projections_triton as path
 from fastpeft.oracle import Bounds
 from tests.counting import count, how_many
 from tests.ops import lora_projections_cases as cases
 from tests.ops.lora_projections_cases import Problem, draw, faults_of, with_layout
-from tests.ops.lora_projections_mutants import KERNELS
+from tests.ops.lora_projections_mutants import KERNELS, SEVERAL
 from tests.ops.test_lora_linear_dropout import independent_mask
 from tests.planting import mutated
 from tests.traffic import count_traffic
@@ -65,8 +65,15 @@ def test_the_kernels_as_they_are_pass():
 @pytest.mark.usefixtures("own_masks")
 @pytest.mark.parametrize("mutant", MUTANTS[:: how_many(7, 1)], ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
 def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
+    monkeypatch.setattr(path, "kernels", planted(SOURCE, mutant, tmp_path, monkeypatch))
+    assert first_fault() is not None
+    count("planted faults caught")
+
+
+def planted(source: str, mutant, tmp_path, monkeypatch):
+    """The module with the mistake."""
     function, _, old, new = mutant
-    source = mutated(SOURCE, function, old, new)
+    source = mutated(source, function, old, new)
     assert source is not None, function
     file = tmp_path / "fastpeft_mutant_projections.py"
     file.write_text(source)
@@ -74,7 +81,15 @@ def test_a_mistake_is_found(mutant, tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, file.stem, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(path, "kernels", module)
+    return module
+
+
+@pytest.mark.usefixtures("own_masks")
+@pytest.mark.parametrize("mutant", SEVERAL, ids=lambda mutant: f"{mutant[0]}: {mutant[1]}")
+def test_a_mistake_in_what_launches_are_made_of_is_found(mutant, tmp_path, monkeypatch):
+    module = planted(Path(_several.__file__).read_text(), mutant, tmp_path, monkeypatch)
+    for name in {name for name, *_ in SEVERAL}:
+        monkeypatch.setattr(lora_projections, name, getattr(module, name))
     assert first_fault() is not None
     count("planted faults caught")
 
