@@ -7,7 +7,7 @@ In a loop of nothing else, and cold: between large products, as in a step on a C
 objects have left the caches each time and cost ten times as much. And on the Triton path, by the plans that a GPU has
 where no table knows better, with launches and vendor's products that compute nothing, and without what Triton's own
 launcher takes: there beside a Function that has as many arguments, saves the same and makes the same allocations and
-launches with everything known before.
+launches with everything known before; and once more with kernels that are not even launched, which leaves the op alone.
 """
 
 import contextlib
@@ -248,38 +248,73 @@ def measured(
         return list(zip(names, *columns, map(python_calls, forwards), strict=True))
 
 
+KERNELS = {  # what an op calls for its launches
+    "lora_linear": ("_lora_linear_triton", ("forward", "grad_b_and_t", "grad_a_and_x")),
+    "three projections": ("_lora_projections_triton", ("forward", "grads")),
+    "a gated MLP": ("_lora_mlp_triton", ("forward", "backward")),
+}
+
+
+def without_launches(name: str, action: Callable[[], object]):
+    """Within it what the op of this name calls for its launches gives what it gave in `action`."""
+    file, functions = KERNELS[name.partition(",")[0]]
+    path, given = importlib.import_module(f"fastpeft.ops.{file}"), {}
+
+    def noting(function: str, original: Callable):
+        def note(*arguments):
+            given[function] = original(*arguments)
+            return given[function]
+
+        return note
+
+    with mock.patch.multiple(path, **{each: noting(each, getattr(path, each)) for each in functions}):
+        action()
+    return mock.patch.multiple(path, **{each: lambda *_, known=found: known for each, found in given.items()})
+
+
 class OnKernels(NamedTuple):
     """Of a case, of a forward without a gradient, one with, and a backward: microseconds, those of what makes the same
-    steps alone, launches, and Python functions that each enters beyond that."""
+    steps alone, launches, and Python functions that each enters beyond that; and the same without the launches."""
 
     name: str
     times: list[float]
     least: list[float]
     launches: list[int]
     entered: list[int]
+    alone: list[float]
+    alone_least: list[float]
+    alone_entered: list[int]
+
+
+def _measured(forward, wanted, dys, calls: int, repeats: int) -> tuple[list, list, list, list]:
+    """(microseconds, those of the same steps, launches, functions entered beyond these), as of `OnKernels`."""
+    out = forward()
+    backward = functools.partial(torch.autograd.grad, out, wanted, dys, retain_graph=True)
+    grads, outs = backward(), [out] if isinstance(out, torch.Tensor) else out
+    steps = [steps_of(action) for action in (forward, forward, backward)]
+    node = outs[0].grad_fn
+    others = [None] * (len(node.next_functions) - 1 - len(wanted))
+    known = *steps[1:], outs, node.saved_tensors, (None, *grads, *others)
+    least = functools.partial(Least.apply, known, *wanted, *others)
+    least_back = functools.partial(torch.autograd.grad, least(), wanted, dys, retain_graph=True)
+    actions = forward, backward, functools.partial(again, steps[0]), least, least_back
+    with torch.no_grad():
+        alone, alone_least = microseconds([actions[0], actions[2]], calls, repeats)
+        entered = [python_calls(actions[0]) - python_calls(actions[2])]
+    times = microseconds(actions, calls, repeats)
+    entered += [python_calls(actions[n]) - python_calls(actions[n + 3]) for n in (0, 1)]
+    launches = [sum(step.func is _launch for step in each) for each in steps]
+    return [alone, *times[:2]], [alone_least, *times[3:]], launches, entered
 
 
 def measured_on_kernels(calls: int = CALLS, repeats: int = REPEATS) -> list[OnKernels]:
     with empty_launches():
         rows = []
         for name, (forward, wanted, dys) in cases_on_kernels().items():
-            out = forward()
-            backward = functools.partial(torch.autograd.grad, out, wanted, dys, retain_graph=True)
-            grads, outs = backward(), [out] if isinstance(out, torch.Tensor) else out
-            steps = [steps_of(action) for action in (forward, forward, backward)]
-            node = outs[0].grad_fn
-            others = [None] * (len(node.next_functions) - 1 - len(wanted))
-            known = *steps[1:], outs, node.saved_tensors, (None, *grads, *others)
-            least = functools.partial(Least.apply, known, *wanted, *others)
-            least_back = functools.partial(torch.autograd.grad, least(), wanted, dys, retain_graph=True)
-            actions = forward, backward, functools.partial(again, steps[0]), least, least_back
-            with torch.no_grad():
-                alone, alone_least = microseconds([actions[0], actions[2]], calls, repeats)
-                entered = [python_calls(actions[0]) - python_calls(actions[2])]
-            times = microseconds(actions, calls, repeats)
-            entered += [python_calls(actions[n]) - python_calls(actions[n + 3]) for n in (0, 1)]
-            launches = [sum(step.func is _launch for step in each) for each in steps]
-            rows.append(OnKernels(name, [alone, *times[:2]], [alone_least, *times[3:]], launches, entered))
+            found = _measured(forward, wanted, dys, calls, repeats)
+            with without_launches(name, lambda: torch.autograd.grad(forward(), wanted, dys)):  # noqa: B023
+                times, least, _, entered = _measured(forward, wanted, dys, calls, repeats)
+            rows.append(OnKernels(name, *found, times, least, entered))
         return rows
 
 
@@ -289,12 +324,17 @@ def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALL
         cold = f"{cold_forward:15.1f}  {cold_backward:16.1f}"
         print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {cold}  {entered:16}")
     if not torch.cuda.is_available():
-        columns = "".join(f"{words:>15}  least   own" for words in ("no gradient us", "forward us", "backward us"))
+        columns = "".join(
+            f"{words:>15}  least   own  alone" for words in ("no gradient us", "forward us", "backward us")
+        )
         print(f"\n{'on kernels':27}{columns}  launches")
-        for name, times, least, launches, _ in measured_on_kernels(calls, repeats):
-            pairs = zip(times, least, strict=True)
-            columns = "".join(f"{found:15.1f}  {each:5.1f}  {found - each:4.1f}" for found, each in pairs)
-            print(f"{name:27}{columns}  {', '.join(map(str, launches))}")
+        for row in measured_on_kernels(calls, repeats):
+            numbers = zip(row.times, row.least, row.alone, row.alone_least, strict=True)
+            columns = "".join(
+                f"{took:15.1f}  {least:5.1f}  {took - least:4.1f}  {alone - bare:5.1f}"
+                for took, least, alone, bare in numbers
+            )
+            print(f"{row.name:27}{columns}  {', '.join(map(str, row.launches))}")
     return 0
 
 

@@ -83,7 +83,7 @@ class Needs(NamedTuple):
 
 def needs_of(x: bool, flat) -> Needs:
     """Of x, and of the flat sequence (of each projection weight, bias, A, B)."""
-    bias, a, b = (tuple(flat[place::4]) for place in (1, 2, 3))
+    bias, a, b = flat[1::4], flat[2::4], flat[3::4]
     hidden = x or True in (*bias[:2], *a[:2], *b[:2])
     return Needs(x, bias, a, b, hidden, hidden or a[2])
 
@@ -141,7 +141,7 @@ class LoraMlpFunction(torch.autograd.Function):
         y_MN, gate_MH, up_MH, s, call = run_forward(x_MK, flat, seeds, call, needs)
         if not any(ctx.needs_input_grad):
             return y_MN
-        seeds = list(map(torch_path.kept, seeds))
+        seeds = list(map(torch_path.kept, seeds)) if any(call.dropouts) else seeds
         ctx.save_for_backward(*kept(x_MK, gate_MH, up_MH, s, flat, seeds, call, needs))
         ctx.call, ctx.needs = call, needs
         ctx.input_dtype = x_MK.dtype
@@ -162,7 +162,7 @@ def kept(x_MK, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list
     again = call.recompute and needs.inner
     keep_products = needs.inner and not call.recompute
     s_needed = (needs.b[0] or again, needs.b[1] or again, needs.b[2])
-    s_wanted = [each if need else None for each, need in zip(s, s_needed, strict=True)]
+    s_wanted = s if False not in s_needed else [each if need else None for each, need in zip(s, s_needed, strict=True)]
     products = (gate_MH, up_MH) if keep_products else (None, None)
     return [x_MK if needs.a[0] or needs.a[1] or again else None, *products, *s_wanted, *seeds, *flat]
 
@@ -255,9 +255,9 @@ def decide(
     """The call's numbers, and its backend by `dispatch`; without elements the torch path, as a kernel has no grid over
     nothing."""
     rank = max([0 if a is None else a.shape[0] for a in flat[2::4]])
-    something = x_MK.numel() > 0 and 0 not in [t.numel() for t in flat if t is not None]
+    something = x_MK.numel() * flat[0].numel() * flat[8].numel() * rank > 0  # x and the weights of gate and down
     triton = something and choose_backend(x_MK, dtype, rank, patched).backend == "triton"
-    dx_dtype = widest(dtype, x_MK)
+    dx_dtype = dtype if x_MK.dtype is dtype else widest(dtype, x_MK)
     numbers = (tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute)
     return Call(activation, *numbers, triton, triton and is_demanded(patched))
 
@@ -271,18 +271,19 @@ def apply_lora_mlp(
     projections, device_type = (gate, up, down), device_type_of(x)
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-    weights, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
-    for name, weight in () if autocast else zip(SIDES, weights, strict=True):
+    flat = [*gate[:4], *up[:4], *down[:4]]
+    for name, weight in () if autocast else zip(SIDES, flat[0::4], strict=True):
         if weight.dtype is not dtype:
             raise OpError(
                 f"lora_mlp: x is {dtype} but {name}'s weight is {weight.dtype}; cast one, or use torch.autocast"
             )
-    wide = widest(dtype, *[each for each in (*a, *b) if each is not None])
-    matrices = zip(weights, biases, cast_all(a, wide), cast_all(b, wide), strict=True)
-    flat = [each for projection in matrices for each in projection]
+    others = [each for each in flat[2::4] + flat[3::4] if each is not None and each.dtype is not dtype]
+    if others:
+        wide = widest(dtype, *others)
+        flat = [cast(each, wide) if number % 4 > 1 else each for number, each in enumerate(flat)]
     numbers = [
-        [1.0 if each is None else float(scaling) for each, scaling in zip(a, scalings, strict=True)],
-        [0.0 if each is None else float(dropout) for each, dropout in zip(a, dropouts, strict=True)],
+        [1.0 if each.lora_A is None else float(each.scaling) for each in projections],
+        [0.0 if each.lora_A is None else float(each.dropout) for each in projections],
     ]
     x_MK = as_rows(x)
     if torch.compiler.is_compiling():
