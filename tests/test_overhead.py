@@ -16,8 +16,8 @@ def test_an_op_enters_few_functions_beside_those_of_autograd():
     assert rows["a patched layer"] - rows["lora_linear"] <= 30
 
 
-# Launches, functions entered beyond what makes these, and those of the op alone, without what makes its launches: without
-# a gradient, forward, backward.
+# Launches, functions entered beyond what makes these, and those of the op alone, without what makes its launches: of a
+# call without a gradient, a forward, a backward.
 ON_KERNELS = {
     "lora_linear": ([3, 3, 4], [55, 55, 50], [30, 30, 20]),
     "three projections": ([5, 5, 6], [95, 100, 95], [40, 40, 25]),
