@@ -15,6 +15,8 @@ Saved for backward: x where A wants a gradient, S where B or f does, H where f d
 never z. The sums over what is as large as y are rounded once.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ def dora_linear_reference(x, weight, bias, lora_A, lora_B, factor, scaling, keep
     return total.to(y.dtype)
 
 
+@functools.cache
 def _path(triton: bool):
     if not triton:
         return torch_path

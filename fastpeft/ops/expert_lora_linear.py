@@ -23,7 +23,7 @@ from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _expert_lora_linear_torch as torch_path
 from fastpeft.ops._autocast import without_autocast
 from fastpeft.ops._first_order import applied, first_order
-from fastpeft.ops.lora_linear import DTYPES
+from fastpeft.ops.lora_linear import DTYPES, cast, widest
 
 # Letters of the shape suffixes: M rows, sorted by expert; E experts, K inputs, N outputs, R rank.
 
@@ -128,10 +128,8 @@ def apply_expert_lora(
 
     rows: `segments(ends_E, M)`, where the caller has it, as to make it waits for the device.
     """
-    wide = x_MK.dtype
-    for a, b, _ in adapters:
-        wide = torch.promote_types(wide, torch.promote_types(a.dtype, b.dtype))
-    pairs = [by_expert(a.to(wide), b.to(wide), len(weight_ENK)) for a, b, _ in adapters]
+    wide = widest(x_MK.dtype, *[matrix for a, b, _ in adapters for matrix in (a, b)])
+    pairs = [by_expert(cast(a, wide), cast(b, wide), weight_ENK.shape[0]) for a, b, _ in adapters]
     a, b = [a for a, _ in pairs], [b for _, b in pairs]
     scalings = [float(scaling) for *_, scaling in adapters]
     if torch.compiler.is_compiling():

@@ -10,6 +10,8 @@ O_s has every modifier of `prefix_attention`; the prompt's softmax has the scale
 At γ = 0, where training begins, dKp and dVp are zero and dγ is not. Saved for backward: the tensors, O_s and its L.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ def gated_prompt_attention_reference(
     return (own + gate.view(-1, 1, 1) * of).to(own.dtype)
 
 
+@functools.cache
 def _path(triton: bool):
     if not triton:
         return torch_path

@@ -12,6 +12,7 @@ masks; the matrices are never rounded, and an adapter that no sample has gets no
 known on the host, so that nothing waits for the device.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ def mixed_lora_linear_reference(x, weight, bias, lora_A, lora_B, scalings, rows,
     return y
 
 
+@functools.cache
 def _path(triton: bool):
     if not triton:
         return torch_path
@@ -94,7 +96,11 @@ def mixed_dropout_mask(seeds: Tensor, rows: Sequence[int], dropouts, shape, devi
 
 def samples_of(rows: Sequence[int], adapters: int) -> tuple[tuple[int, ...], ...]:
     """Of each adapter the samples that it serves."""
-    return tuple(tuple(b for b, g in enumerate(rows) if g == each) for each in range(adapters))
+    samples = [[] for _ in range(adapters)]
+    for b, g in enumerate(rows):
+        if g >= 0:
+            samples[g].append(b)
+    return tuple(map(tuple, samples))
 
 
 class MixedLoraLinearFunction(torch.autograd.Function):
@@ -132,8 +138,7 @@ class MixedLoraLinearFunction(torch.autograd.Function):
         needs = (need_x, need_w, need_bias, need_a, need_b)
         with without_autocast(dy_MN):
             dx, dw, dbias, da, db = run_backward(dy_MN, x, weight, a, b, s, seeds, call, needs)
-        dx = None if dx is None else dx.to(ctx.input_dtype)
-        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        dx, dbias = cast(dx, ctx.input_dtype), cast(dbias, ctx.bias_dtype)
         gradients = [*(da or [None] * len(a)), *(db or [None] * len(b))]
         return dx, dw, dbias, dy_MN if need_residual else None, None, *gradients
 
@@ -141,12 +146,12 @@ class MixedLoraLinearFunction(torch.autograd.Function):
 def _needs(ctx, call: Call) -> tuple[bool, bool]:
     """Whether the gradient of any A, and of any B, is wanted."""
     wanted = ctx.needs_input_grad[5:]
-    return any(wanted[: len(call.ranks)]), any(wanted[len(call.ranks) :])
+    return True in wanted[: len(call.ranks)], True in wanted[len(call.ranks) :]
 
 
 def run_forward(x_MK, weight_NK, bias_N, residual_MN, a, b, seeds, call: Call):
     """(y [M, N], S [elements], the call as it was served) on the call's backend."""
-    x, weight, bias = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK, bias_N))
+    x, weight, bias = cast(x_MK, call.dtype), cast(weight_NK, call.dtype), cast(bias_N, call.dtype)
     tensors = (x, weight, bias, residual_MN, a, b)
     if not call.triton:
         return *torch_path.forward(*tensors, seeds, call), call
@@ -182,8 +187,7 @@ def _masks(seeds, call: Call, shape: tuple[int, int], device, needed: bool):
 def run_backward(dy_MN, x_MK, weight_NK, a, b, s, seeds, call: Call, needs: tuple[bool, ...]):
     """(dX, dW, dbias, [dA, ...], [dB, ...]), each None where `needs` (in this order) does not ask for it."""
     need_x, need_w, need_bias, need_a, need_b = needs
-    dy = dy_MN.to(call.dtype)
-    x, weight = (None if t is None else t.to(call.dtype) for t in (x_MK, weight_NK))
+    dy, x, weight = cast(dy_MN, call.dtype), cast(x_MK, call.dtype), cast(weight_NK, call.dtype)
 
     def by(path, seeds):
         db, t = path.grad_b_and_t(dy, s, b, call, need_b, need_x or need_a)
@@ -216,10 +220,10 @@ def decide(x_MK: Tensor, dtype: torch.dtype, rows, b, scalings, dropouts, patche
     no grid over nothing."""
     ranks = [each.shape[1] for each in b]
     width = max(ranks)
-    something = x_MK.numel() * min(each.numel() for each in b) > 0
+    something = x_MK.numel() * min([each.numel() for each in b]) > 0
     triton = something and choose_backend(x_MK, dtype, width, patched).backend == "triton"
-    dx_dtype = torch.promote_types(x_MK.dtype, dtype)
-    samples, tokens = samples_of(rows, len(ranks)), len(x_MK) // len(rows)
+    dx_dtype = dtype if x_MK.dtype is dtype else widest(dtype, x_MK)
+    samples, tokens = samples_of(rows, len(ranks)), x_MK.shape[0] // len(rows)
     numbers = tuple(ranks), tuple(scalings), tuple(dropouts)
     return Call(samples, tokens, *numbers, dtype, dx_dtype, triton, triton and is_demanded(patched))
 

@@ -14,6 +14,7 @@ With p = exp(score - L), δ = Σ dout∘out and u = p∘(dout Vᵀ - δ), in eit
 The prefix's gradients are summed over the batch, where it is shared, and over the heads of a group, in fixed order.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,7 @@ class Call(NamedTuple):
     fell_back: bool = False
 
 
+@functools.cache
 def _path(triton: bool):
     if not triton:
         return torch_path

@@ -10,6 +10,7 @@ prompt of each sample's own has dout[:, :P]. The result has the table's dtype, a
 gets fp32 gradients. Nothing is saved for backward but the start and the ids, and these only for a table that learns.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ def prepend_prompt_reference(inputs_embeds: Tensor, prompt: Tensor, start: Tenso
     return torch.stack([torch.cat((rows[:at], own, rows[at:])) for rows, own, at in samples])
 
 
+@functools.cache
 def _path(triton: bool):
     if not triton:
         return torch_path
