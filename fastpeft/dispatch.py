@@ -247,26 +247,25 @@ def predicted_attention_plan(tensors, scores, dropout: float, *, gated: bool = F
     return ATTENTION_SHORT if q.shape[2] < MERGE_FROM else ATTENTION_MERGE
 
 
-def lora_linear_plan(rows: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, dropout: float) -> Plan:
-    """The strategy for x [M, K] (or dY [M, N]: `rows`) whose base product is in `dtype`, A [R, K] and B [N, R], on the
+def lora_linear_plan(x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, dropout: float) -> Plan:
+    """The strategy for x (..., K), or dY (..., N), whose base product is in `dtype`, A [R, K] and B [N, R], on the
     Triton backend."""
-    return lora_linear_plans(rows, dtype, (a,), (b,), (dropout,))[0]
+    return lora_linear_plans(x, dtype, (a,), (b,), (dropout,))[0]
 
 
-def lora_linear_plans(rows: torch.Tensor, dtype: torch.dtype, a, b, dropouts) -> tuple[Plan, ...]:
+def lora_linear_plans(x: torch.Tensor, dtype: torch.dtype, a, b, dropouts) -> tuple[Plan, ...]:
     """The same for each A and B on as many rows; one that is None has no use for its plan. Sizes are asked for where a
     table might know them."""
-    device = rows.device
+    device, rows = x.device, x.shape[0] if x.ndim == 2 else x.shape[:-1].numel()
     if device.type == "cuda" and tables.measured(device):
-        return tuple(map(functools.partial(_plan_of, rows, dtype), a, b, dropouts))
-    return (_overriding_lora_plan() or predicted_lora_plan(device, rows.shape[0]),) * len(a)
+        return tuple(map(functools.partial(_plan_of, device, rows, dtype), a, b, dropouts))
+    return (_overriding_lora_plan() or predicted_lora_plan(device, rows),) * len(a)
 
 
-def _plan_of(rows: torch.Tensor, dtype: torch.dtype, a, b, dropout: float) -> Plan:
+def _plan_of(device: torch.device, rows: int, dtype: torch.dtype, a, b, dropout: float) -> Plan:
     if a is None:
-        return predicted_lora_plan(rows.device, rows.shape[0])
-    sizes = rows.shape[0], a.shape[1], b.shape[0], a.shape[0]
-    return lora_linear_plan_for(rows.device, dtype, a.dtype, sizes, dropout)
+        return predicted_lora_plan(device, rows)
+    return lora_linear_plan_for(device, dtype, a.dtype, (rows, a.shape[1], b.shape[0], a.shape[0]), dropout)
 
 
 def _overriding_lora_plan() -> Plan | None:

@@ -24,7 +24,7 @@ from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _dora_linear_torch as torch_path
 from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import applied, first_order
-from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, of_rows, widest
+from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, of_rows, own_of_rows, widest
 from fastpeft.ops.lora_linear import _kind as kind_of_lora
 from fastpeft.ops.lora_linear import _path as path_of_lora
 
@@ -52,15 +52,16 @@ def _path(triton: bool):
 
 
 class DoraLinearFunction(torch.autograd.Function):
-    """Flat tensors in; all reshaping, casting to a common adapter dtype and choosing is before `apply`."""
+    """Casting to a common adapter dtype and choosing is before `apply`; x is flattened inside, where autograd does not
+    record it."""
 
     @staticmethod
-    def forward(ctx, x_MK, weight_NK, bias_N, a_RK, b_NR, f_N, call: Call):
-        seed = path_of_lora(call.plan is not None).draw_seed(x_MK) if call.dropout else None
-        y_MN, s_MR, base_MN, call = run_forward(x_MK, weight_NK, bias_N, a_RK, b_NR, f_N, seed, call)
+    def forward(ctx, x, weight_NK, bias_N, a_RK, b_NR, f_N, call: Call):
+        seed = path_of_lora(call.plan is not None).draw_seed(x) if call.dropout else None
+        y_MN, s_MR, base_MN, call = run_forward(as_rows(x), weight_NK, bias_N, a_RK, b_NR, f_N, seed, call)
         need_x, _, need_bias, need_a, need_b, need_f, _ = ctx.needs_input_grad
         ctx.save_for_backward(
-            x_MK if need_a else None,
+            x if need_a else None,
             weight_NK if need_x else None,
             a_RK,
             b_NR,
@@ -70,15 +71,18 @@ class DoraLinearFunction(torch.autograd.Function):
             seed,
         )
         ctx.call, ctx.needs = call, (need_x, need_bias, need_a, need_b, need_f)
-        ctx.input_dtype, ctx.bias_dtype = x_MK.dtype, None if bias_N is None else bias_N.dtype
-        return y_MN
+        ctx.input_dtype, ctx.bias_dtype = x.dtype, None if bias_N is None else bias_N.dtype
+        return own_of_rows(y_MN, x)
 
     @staticmethod
     @first_order
-    def backward(ctx, dy_MN):
-        with without_autocast(dy_MN):
-            dx, dbias, da, db, df = run_backward(dy_MN, *ctx.saved_tensors, ctx.call, ctx.needs)
-        return cast(dx, ctx.input_dtype), None, cast(dbias, ctx.bias_dtype), da, db, df, None
+    def backward(ctx, dy):
+        x, *saved = ctx.saved_tensors
+        with without_autocast(dy):
+            x_MK = None if x is None else as_rows(x)
+            dx, dbias, da, db, df = run_backward(as_rows(dy), x_MK, *saved, ctx.call, ctx.needs)
+        dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
+        return dx, None, cast(dbias, ctx.bias_dtype), da, db, df, None
 
 
 def run_forward(x_MK, weight_NK, bias_N, a_RK, b_NR, f_N, seed, call: Call):
@@ -132,10 +136,10 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     wide = widest(dtype, lora_A, lora_B, factor)
-    x_MK, a, b = as_rows(x), cast(lora_A, wide), cast(lora_B, wide)
-    call = decide(x_MK, dtype, a, b, float(scaling), dropout, patched)
+    a, b = cast(lora_A, wide), cast(lora_B, wide)
+    call = decide(x, dtype, a, b, float(scaling), dropout, patched)
     with without_autocast(x):
-        return of_rows(applied(DoraLinearFunction, x_MK, weight, bias, a, b, cast(factor, wide), call), x)
+        return applied(DoraLinearFunction, x, weight, bias, a, b, cast(factor, wide), call)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

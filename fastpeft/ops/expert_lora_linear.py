@@ -11,6 +11,7 @@ No expert's update is ever multiplied out, so that nothing of the size of the ex
 matrices are never rounded. Saved for backward: x where a matrix wants a gradient, S where B does.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,14 +73,22 @@ def run_backward(dy_MN, x_MK, weight_ENK, a, b, s, ends_E, call: Call, needs):
     return _on_backend("backward", call, a, lambda path: path.backward(*args))
 
 
+@functools.cache
+def _triton_path():
+    from fastpeft.ops import _expert_lora_linear_triton as triton_path
+
+    return triton_path
+
+
 def _on_backend(phase: str, call: Call, a: Sequence[Tensor], run):
     if not call.triton:
         return run(torch_path)
-    from fastpeft.ops import _expert_lora_linear_triton as triton_path
 
-    kind = ("expert_lora_linear", phase, a[0].device, f"adapters {a[0].dtype} {[tuple(each.shape) for each in a]}")
-    result, _ = kernels_or_torch(lambda: kind, True, lambda: run(triton_path), lambda: run(torch_path))
-    return result
+    def kind() -> tuple:
+        adapters = f"adapters {a[0].dtype} {[tuple(each.shape) for each in a]}"
+        return "expert_lora_linear", phase, a[0].device, adapters
+
+    return kernels_or_torch(kind, True, lambda: run(_triton_path()), lambda: run(torch_path))[0]
 
 
 def by_expert(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -218,10 +218,13 @@ def of_rows(y_MN: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def own_of_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(..., N) of y, (M, N) or so already, for a Function to return, where nobody else has y: no view, as one that is
-    returned may not be changed in place. What gives matmul's products their shape makes none."""
-    if y.ndim == x.ndim and not y._is_view():
+    returned may not be changed in place. y itself gets the shape, which costs half of what gives matmul's products
+    theirs."""
+    own = not y._is_view()
+    if own and y.ndim == x.ndim:
         return y
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    shape = *x.shape[:-1], y.shape[-1]
+    return y.resize_(shape) if own and y.is_contiguous() else torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -252,7 +255,7 @@ def decide(x: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, drop
     dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
     if not elements or choose_backend(x, dtype, patched=patched).backend != "triton":
         return Call(scaling, dropout, dtype, dx_dtype, None)
-    plan = lora_linear_plan(as_rows(x), dtype, a_RK, b_NR, dropout)
+    plan = lora_linear_plan(x, dtype, a_RK, b_NR, dropout)
     return Call(scaling, dropout, dtype, dx_dtype, plan, is_demanded(patched))
 
 

@@ -36,6 +36,7 @@ from fastpeft.ops.lora_linear import (
     cast_all,
     lora_linear_reference,
     of_rows,
+    own_of_rows,
     widest,
 )
 
@@ -121,50 +122,53 @@ def _path(triton: bool):
     return triton_path
 
 
-def draw_seeds(x_MK: Tensor, call: Call) -> list[Tensor | None]:
+def draw_seeds(x: Tensor, call: Call) -> list[Tensor | None]:
     """A seed for each projection that drops, in the order of the projections."""
     if not any(call.dropouts):
         return [None, None, None]
     draw = _path(call.triton).draw_seed
-    return [draw(x_MK) if p else None for p in call.dropouts]
+    return [draw(x) if p else None for p in call.dropouts]
 
 
 class LoraMlpFunction(torch.autograd.Function):
-    """Flat tensors in, of each projection weight, bias, A, B; reshaping, casting and choosing is before `apply`."""
+    """flat: of each projection weight, bias, A, B; casting and choosing is before `apply`, and x is flattened inside,
+    where autograd does not record it."""
 
     @staticmethod
-    def forward(ctx, x_MK, call: Call, *flat):
+    def forward(ctx, x, call: Call, *flat):
         needs = needs_of(ctx.needs_input_grad[0], ctx.needs_input_grad[2:])
-        seeds = draw_seeds(x_MK, call)
+        seeds = draw_seeds(x, call)
         if not call.triton:
-            seeds = list(map(torch_path.keeping, seeds, call.dropouts, [x_MK.device] * 3))
-        y_MN, gate_MH, up_MH, s, call = run_forward(x_MK, flat, seeds, call, needs)
+            seeds = list(map(torch_path.keeping, seeds, call.dropouts, [x.device] * 3))
+        y_MN, gate_MH, up_MH, s, call = run_forward(as_rows(x), flat, seeds, call, needs)
         if not any(ctx.needs_input_grad):
-            return y_MN
+            return own_of_rows(y_MN, x)
         seeds = list(map(torch_path.kept, seeds)) if any(call.dropouts) else seeds
-        ctx.save_for_backward(*kept(x_MK, gate_MH, up_MH, s, flat, seeds, call, needs))
+        ctx.save_for_backward(*kept(x, gate_MH, up_MH, s, flat, seeds, call, needs))
         ctx.call, ctx.needs = call, needs
-        ctx.input_dtype = x_MK.dtype
-        return y_MN
+        ctx.input_dtype = x.dtype
+        return own_of_rows(y_MN, x)
 
     @staticmethod
     @first_order
-    def backward(ctx, dy_MN):
-        with without_autocast(dy_MN):
-            dx, dbias, da, db = run_backward(dy_MN, ctx.saved_tensors, ctx.call, ctx.needs)
-        dx = cast(dx, ctx.input_dtype)
+    def backward(ctx, dy):
+        x, *saved = ctx.saved_tensors
+        with without_autocast(dy):
+            given = None if x is None else as_rows(x), *saved
+            dx, dbias, da, db = run_backward(as_rows(dy), given, ctx.call, ctx.needs)
+        dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
         gate, up, down = zip((None, None, None), dbias, da, db, strict=True)
         return dx, None, *gate, *up, *down
 
 
-def kept(x_MK, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list[Tensor | None]:
+def kept(x, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list[Tensor | None]:
     """What backward reads: x, g, u, three S, three seeds, and the twelve of `flat`."""
     again = call.recompute and needs.inner
     keep_products = needs.inner and not call.recompute
     s_needed = (needs.b[0] or again, needs.b[1] or again, needs.b[2])
     s_wanted = s if False not in s_needed else [each if need else None for each, need in zip(s, s_needed, strict=True)]
     products = (gate_MH, up_MH) if keep_products else (None, None)
-    return [x_MK if needs.a[0] or needs.a[1] or again else None, *products, *s_wanted, *seeds, *flat]
+    return [x if needs.a[0] or needs.a[1] or again else None, *products, *s_wanted, *seeds, *flat]
 
 
 def _projections(flat, dtype: torch.dtype) -> tuple[Tensors, Tensors, Tensors]:
@@ -249,15 +253,13 @@ def run_backward(dy_MN, saved, call: Call, needs: Needs):
     return dx, dbias, da, db
 
 
-def decide(
-    x_MK: Tensor, flat, activation: str, scalings, dropouts, dtype: torch.dtype, recompute: bool, patched
-) -> Call:
+def decide(x: Tensor, flat, activation: str, scalings, dropouts, dtype: torch.dtype, recompute: bool, patched) -> Call:
     """The call's numbers, and its backend by `dispatch`; without elements the torch path, as a kernel has no grid over
     nothing."""
     rank = max([0 if a is None else a.shape[0] for a in flat[2::4]])
-    something = x_MK.numel() * flat[0].numel() * flat[8].numel() * rank > 0  # x and the weights of gate and down
-    triton = something and choose_backend(x_MK, dtype, rank, patched).backend == "triton"
-    dx_dtype = dtype if x_MK.dtype is dtype else widest(dtype, x_MK)
+    something = x.numel() * flat[0].numel() * flat[8].numel() * rank > 0  # x and the weights of gate and down
+    triton = something and choose_backend(x, dtype, rank, patched).backend == "triton"
+    dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
     numbers = (tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute)
     return Call(activation, *numbers, triton, triton and is_demanded(patched))
 
@@ -285,14 +287,13 @@ def apply_lora_mlp(
         [1.0 if each.lora_A is None else float(each.scaling) for each in projections],
         [0.0 if each.lora_A is None else float(each.dropout) for each in projections],
     ]
-    x_MK = as_rows(x)
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_mlp_compiled import compiled_lora_mlp
 
-        return of_rows(compiled_lora_mlp(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend), x)
-    call = decide(x_MK, flat, activation, *numbers, dtype, recompute, patched_backend)
+        return of_rows(compiled_lora_mlp(as_rows(x), flat, activation, *numbers, dtype, recompute, patched_backend), x)
+    call = decide(x, flat, activation, *numbers, dtype, recompute, patched_backend)
     with without_autocast(x):
-        return of_rows(applied(LoraMlpFunction, x_MK, call, *flat), x)
+        return applied(LoraMlpFunction, x, call, *flat)
 
 
 def _check(x, projections, activation: str) -> None:

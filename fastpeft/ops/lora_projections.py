@@ -248,7 +248,7 @@ def decide(x: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str
     """The call's numbers, and its backend by `dispatch`, as in `lora_linear`."""
     elements = x.numel() * min([each.numel() for each in b])
     triton = elements > 0 and choose_backend(x, dtype, patched=patched).backend == "triton"
-    plans = lora_linear_plans(as_rows(x), dtype, a, b, dropouts) if triton else None
+    plans = lora_linear_plans(x, dtype, a, b, dropouts) if triton else None
     dx_dtype = widest(dtype, x)
     demanded = triton and is_demanded(patched)
     return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, demanded, based=based)

@@ -26,7 +26,7 @@ from fastpeft.ops import _mixed_lora_linear_torch as torch_path
 from fastpeft.ops._autocast import device_type_of, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import _check as check_lora
-from fastpeft.ops.lora_linear import as_rows, cast, of_rows, widest
+from fastpeft.ops.lora_linear import as_rows, cast, of_rows, own_of_rows, widest
 
 # Letters of the shape suffixes: B samples, M rows (B times all dimensions between), K inputs, N outputs, R rank.
 
@@ -66,7 +66,7 @@ def mixed_lora_linear_reference(x, weight, bias, lora_A, lora_B, scalings, rows,
     was drawn with. Each adapter's samples in HF peft's order: the adapter in its own dtype, one cast at the end; but
     the sum in the wider one, as for an adapter that all samples share, where peft rounds the term before."""
     y = torch.nn.functional.linear(x, weight, bias)
-    for g, samples in enumerate(samples_of(rows, len(lora_A))):
+    for g, samples in enumerate(samples_of(tuple(rows), len(lora_A))):
         if not samples:
             continue
         place = torch.tensor(samples, device=x.device)
@@ -90,11 +90,12 @@ def _path(triton: bool):
 def mixed_dropout_mask(seeds: Tensor, rows: Sequence[int], dropouts, shape, device, backend: str) -> Tensor:
     """[M, K] booleans, True where `mixed_lora_linear` keeps x under these seeds on this backend; every adapter of
     `dropouts` has a sample."""
-    samples, tokens = samples_of(rows, len(dropouts)), shape[0] // len(rows)
+    samples, tokens = samples_of(tuple(rows), len(dropouts)), shape[0] // len(rows)
     return _path(backend == "triton").keep_mask(seeds, samples, tokens, tuple(dropouts), shape, torch.device(device))
 
 
-def samples_of(rows: Sequence[int], adapters: int) -> tuple[tuple[int, ...], ...]:
+@functools.lru_cache(maxsize=64)  # a batch keeps its adapters for as many steps as it has tokens
+def samples_of(rows: tuple[int, ...], adapters: int) -> tuple[tuple[int, ...], ...]:
     """Of each adapter the samples that it serves."""
     samples = [[] for _ in range(adapters)]
     for b, g in enumerate(rows):
@@ -104,43 +105,46 @@ def samples_of(rows: Sequence[int], adapters: int) -> tuple[tuple[int, ...], ...
 
 
 class MixedLoraLinearFunction(torch.autograd.Function):
-    """Flat tensors in; all reshaping, casting and choosing is before `apply`. matrices: every A, then every B.
+    """Casting and choosing is before `apply`; x and residual are flattened inside, where autograd does not record it.
+    matrices: every A, then every B.
 
     weight None: y = residual + the low-rank terms, for a base layer whose product somebody else computes.
     """
 
     @staticmethod
-    def forward(ctx, x_MK, weight_NK, bias_N, residual_MN, call: Call, *matrices):
-        seeds = _path(call.triton).draw_seeds(x_MK, len(call.ranks)) if call.drops else None
+    def forward(ctx, x, weight_NK, bias_N, residual, call: Call, *matrices):
+        seeds = _path(call.triton).draw_seeds(x, len(call.ranks)) if call.drops else None
         a, b = matrices[: len(call.ranks)], matrices[len(call.ranks) :]
-        y_MN, s, call = run_forward(x_MK, weight_NK, bias_N, residual_MN, a, b, seeds, call)
+        residual_MN = None if residual is None else as_rows(residual)
+        y_MN, s, call = run_forward(as_rows(x), weight_NK, bias_N, residual_MN, a, b, seeds, call)
         need_x, need_w, *_ = ctx.needs_input_grad
         need_a, need_b = _needs(ctx, call)
         ctx.save_for_backward(
-            x_MK if need_a or need_w else None,
+            x if need_a or need_w else None,
             weight_NK if need_x else None,
             s if need_b else None,
             seeds,
             *matrices,
         )
         ctx.call = call
-        ctx.input_dtype, ctx.bias_dtype = x_MK.dtype, None if bias_N is None else bias_N.dtype
-        return y_MN
+        ctx.input_dtype, ctx.bias_dtype = x.dtype, None if bias_N is None else bias_N.dtype
+        return own_of_rows(y_MN, x)
 
     @staticmethod
     @first_order
-    def backward(ctx, dy_MN):
+    def backward(ctx, dy):
         need_x, need_w, need_bias, need_residual, *_ = ctx.needs_input_grad
         x, weight, s, seeds, *matrices = ctx.saved_tensors
         call = ctx.call
         a, b = matrices[: len(call.ranks)], matrices[len(call.ranks) :]
         need_a, need_b = _needs(ctx, call)
         needs = (need_x, need_w, need_bias, need_a, need_b)
-        with without_autocast(dy_MN):
-            dx, dw, dbias, da, db = run_backward(dy_MN, x, weight, a, b, s, seeds, call, needs)
-        dx, dbias = cast(dx, ctx.input_dtype), cast(dbias, ctx.bias_dtype)
+        with without_autocast(dy):
+            x_MK = None if x is None else as_rows(x)
+            dx, dw, dbias, da, db = run_backward(as_rows(dy), x_MK, weight, a, b, s, seeds, call, needs)
+        dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
         gradients = [*(da or [None] * len(a)), *(db or [None] * len(b))]
-        return dx, dw, dbias, dy_MN if need_residual else None, None, *gradients
+        return dx, dw, cast(dbias, ctx.bias_dtype), dy if need_residual else None, None, *gradients
 
 
 def _needs(ctx, call: Call) -> tuple[bool, bool]:
@@ -215,17 +219,24 @@ def run_backward(dy_MN, x_MK, weight_NK, a, b, s, seeds, call: Call, needs: tupl
     return dx, dy.t() @ x if need_w else None, dy.sum(0) if need_bias else None, da, db
 
 
-def decide(x_MK: Tensor, dtype: torch.dtype, rows, b, scalings, dropouts, patched: str | None) -> Call:
+def decide(x: Tensor, dtype: torch.dtype, rows, b, scalings, dropouts, patched: str | None) -> Call:
     """The call's numbers, and its backend by `dispatch`; without elements, or a rank, the torch path, as a kernel has
     no grid over nothing."""
     ranks = [each.shape[1] for each in b]
     width = max(ranks)
-    something = x_MK.numel() * min([each.numel() for each in b]) > 0
-    triton = something and choose_backend(x_MK, dtype, width, patched).backend == "triton"
-    dx_dtype = dtype if x_MK.dtype is dtype else widest(dtype, x_MK)
-    samples, tokens = samples_of(rows, len(ranks)), x_MK.shape[0] // len(rows)
+    something = x.numel() * min([each.numel() for each in b]) > 0
+    triton = something and choose_backend(x, dtype, width, patched).backend == "triton"
+    dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
+    samples, tokens = samples_of(tuple(rows), len(ranks)), x.shape[:-1].numel() // len(rows)
     numbers = tuple(ranks), tuple(scalings), tuple(dropouts)
     return Call(samples, tokens, *numbers, dtype, dx_dtype, triton, triton and is_demanded(patched))
+
+
+@functools.lru_cache(maxsize=64)
+def _used(rows: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """(The places that rows name, in order, and for each row the place among these, or -1.) Not to be changed."""
+    used = sorted({*rows} - {-1})
+    return used, [used.index(g) if g >= 0 else -1 for g in rows]
 
 
 def apply_mixed_lora(
@@ -237,7 +248,8 @@ def apply_mixed_lora(
     x is (B, ..., K) and `rows` has B integers, each the place of that sample's adapter in `adapters`, or -1. Exactly
     one of `weight` (N, K) and `residual` (B, ..., N) is given; `dropout` of an adapter is the probability in force.
     """
-    used = sorted({g for g in rows if g >= 0})
+    compiling = torch.compiler.is_compiling()
+    used, rows = (_used.__wrapped__ if compiling else _used)(tuple(rows))  # torch.compile warns of caches
     device_type = device_type_of(x)
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast and weight is not None else x.dtype
@@ -245,19 +257,18 @@ def apply_mixed_lora(
         raise OpError(f"mixed_lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     if not used:
         return residual if weight is None else torch.nn.functional.linear(x, weight, bias)
-    adapters, rows = [Adapter(*adapters[g]) for g in used], [used.index(g) if g >= 0 else -1 for g in rows]
+    adapters = [Adapter(*adapters[g]) for g in used]
     wide = widest(dtype, *[matrix for each in adapters for matrix in (each.lora_A, each.lora_B)])
     matrices = [cast(each.lora_A, wide) for each in adapters], [cast(each.lora_B, wide) for each in adapters]
-    x_MK = as_rows(x)
-    tensors = (x_MK, weight, bias, None if residual is None else as_rows(residual))
     numbers = [float(each.scaling) for each in adapters], [float(each.dropout) for each in adapters]
-    if torch.compiler.is_compiling():
+    if compiling:
         from fastpeft.ops._mixed_lora_linear_compiled import compiled_mixed_lora_linear
 
+        tensors = (as_rows(x), weight, bias, None if residual is None else as_rows(residual))
         return of_rows(compiled_mixed_lora_linear(*tensors, *matrices, rows, *numbers, dtype, patched_backend), x)
-    call = decide(x_MK, dtype, rows, matrices[1], *numbers, patched_backend)
+    call = decide(x, dtype, rows, matrices[1], *numbers, patched_backend)
     with without_autocast(x):
-        return of_rows(applied(MixedLoraLinearFunction, *tensors, call, *matrices[0], *matrices[1]), x)
+        return applied(MixedLoraLinearFunction, x, weight, bias, residual, call, *matrices[0], *matrices[1])
 
 
 def _check(x, weight, bias, lora_A, lora_B, scalings, rows, dropouts) -> None:
