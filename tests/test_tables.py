@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -115,18 +116,17 @@ def test_the_plan_that_is_given_comes_before_the_user_s_table_and_that_before_th
         assert lora_plan().source == "a test's"
 
 
-def test_a_call_s_bucket_is_of_its_tensors(gpu):
-    """Forward asks with x [M, K], a compiled backward with dY [M, N]; both with A and B."""
+@pytest.mark.parametrize("shape", [(8192, 4096), (2, 4096, 4096)])
+def test_a_call_s_bucket_is_of_its_tensors(gpu, shape):
+    """Forward asks with x (..., K), a compiled backward with dY [M, N]; both with A and B."""
     table_file.write(str(gpu / "t.json"), table(entry(BUCKET._replace(N=1024))))
     a, b = torch.empty(16, 4096, device="meta"), torch.empty(1024, 16, device="meta")
-
-    class Rows:
-        device = GPU
-
-        shape = (8192, 4096)
-
-    assert dispatch.lora_linear_plan(Rows(), HALF, a, b, 0.0).forward == "augment"
-    assert dispatch.lora_linear_plan(Rows(), HALF, a, b, 0.1) == dispatch.PREWRITE
+    x = types.SimpleNamespace(device=GPU, shape=torch.Size(shape), ndim=len(shape))
+    assert dispatch.lora_linear_plan(x, HALF, a, b, 0.0).forward == "augment"
+    x.shape = torch.Size((1, *shape[1:]))
+    assert dispatch.lora_linear_plan(x, HALF, a, b, 0.0).forward != "augment"
+    x.shape = torch.Size(shape)
+    assert dispatch.lora_linear_plan(x, HALF, a, b, 0.1) == dispatch.PREWRITE
 
 
 class OnGpu(torch.Tensor):
