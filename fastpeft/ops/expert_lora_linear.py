@@ -94,7 +94,7 @@ def _on_backend(phase: str, call: Call, a: Sequence[Tensor], run):
 def by_expert(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """(A [E, r, K], B [E, N, r]), views, of A [E·r, K], whose rows lie expert by expert, and B [N, r·E], of whose
     columns an expert has every E-th: HF peft's layout."""
-    outputs, inputs = len(lora_B), lora_A.shape[1]
+    outputs, inputs = lora_B.shape[0], lora_A.shape[1]
     return lora_A.view(experts, -1, inputs), lora_B.view(outputs, -1, experts).permute(2, 0, 1)
 
 
@@ -108,10 +108,9 @@ class ExpertLoraLinearFunction(torch.autograd.Function):
         y_MN, s = run_forward(x_MK, weight_ENK, bias_EN, a, b, ends_E, call)
         need_x, need_w, _, _, _, *need = ctx.needs_input_grad
         need_a, need_b = need[:count], need[count:]
-        s = [each if need_s else None for each, need_s in zip(s, need_b, strict=True)]
-        ctx.save_for_backward(
-            x_MK if any(need_a) or need_w else None, weight_ENK, ends_E, *a, *b, *s
-        )  # fmt: skip
+        if False in need_b:
+            s = [each if need_s else None for each, need_s in zip(s, need_b, strict=True)]
+        ctx.save_for_backward(x_MK if need_w or True in need_a else None, weight_ENK, ends_E, *a, *b, *s)
         ctx.call = call
         return y_MN
 
@@ -137,10 +136,12 @@ def apply_expert_lora(
 
     rows: `segments(ends_E, M)`, where the caller has it, as to make it waits for the device.
     """
-    wide = widest(x_MK.dtype, *[matrix for a, b, _ in adapters for matrix in (a, b)])
+    wide = x_MK.dtype
+    for a, b, _ in adapters:
+        wide = widest(wide, a, b)
     pairs = [by_expert(cast(a, wide), cast(b, wide), weight_ENK.shape[0]) for a, b, _ in adapters]
     a, b = [a for a, _ in pairs], [b for _, b in pairs]
-    scalings = [float(scaling) for *_, scaling in adapters]
+    scalings = [float(scaling) for _, _, scaling in adapters]
     if torch.compiler.is_compiling():
         tensors = (x_MK, weight_ENK, bias_EN, ends_E, a, b)
         return torch.ops.fastpeft.expert_lora_linear(*tensors, scalings, patched_backend or "")[0]
