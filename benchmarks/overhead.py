@@ -299,12 +299,12 @@ def _measured(forward, wanted, dys, calls: int, repeats: int) -> tuple[list, lis
     least_back = functools.partial(torch.autograd.grad, least(), wanted, dys, retain_graph=True)
     actions = forward, backward, functools.partial(again, steps[0]), least, least_back
     with torch.no_grad():
-        alone, alone_least = microseconds([actions[0], actions[2]], calls, repeats)
+        no_gradient, no_gradient_least = microseconds([actions[0], actions[2]], calls, repeats)
         entered = [python_calls(actions[0]) - python_calls(actions[2])]
     times = microseconds(actions, calls, repeats)
     entered += [python_calls(actions[n]) - python_calls(actions[n + 3]) for n in (0, 1)]
     launches = [sum(step.func is _launch for step in each) for each in steps]
-    return [alone, *times[:2]], [alone_least, *times[3:]], launches, entered
+    return [no_gradient, *times[:2]], [no_gradient_least, *times[3:]], launches, entered
 
 
 def measured_on_kernels(calls: int = CALLS, repeats: int = REPEATS) -> list[OnKernels]:

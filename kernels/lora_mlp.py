@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels._common import (
+    UPCAST,
     Dropout,
     cdiv,
     dot,
@@ -34,7 +35,7 @@ from fastpeft.kernels._common import (
 from fastpeft.kernels._mlp_tiles import FUSED_RANK, mlp_tiles
 from fastpeft.kernels._partials import Sum, add_up, shares, shares_or_whole
 from fastpeft.kernels._tiles import Tiles, by_tiles, family_of
-from fastpeft.kernels.lora_linear import _known_multiple, _mask_arguments, constants
+from fastpeft.kernels.lora_linear import TRITON_TYPES, _known_multiple, _mask_arguments, constants
 
 
 @triton.jit
@@ -339,9 +340,8 @@ def _gated_backward_launch(
     of_ranks = {f"BLOCK_{name}": rank_block(rank or 1) for name, rank in named}
     of_ranks |= {f"WITH_{name}": rank > 0 for name, rank in named}
     of_ranks |= {f"UNIT_{name}": math.gcd(rank or 1, 16) for name, rank in named}
-    common = dict(constants(1, mode, dtype, tiles))
-    del common["RANK_UNIT"]
     options = dict(
-        NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, WITH_H=with_h, DROPOUT=drops, **of_ranks, **common
-    )
+        NAME=activation, BLOCK_M=tiles.rows, BLOCK_H=tiles.columns, WITH_H=with_h, DROPOUT=drops, **of_ranks,
+        MODE=mode, HALF=TRITON_TYPES[dtype], UPCAST=UPCAST, **tiles.options,
+    )  # fmt: skip
     return (column_blocks, runs), run, (rows, columns, *(rank or 1 for rank in ranks)), options
