@@ -34,8 +34,8 @@ if not torch.cuda.is_available():
 CALLS, REPEATS = 2000, 7
 COLD_CALLS = 40
 ROWS, WIDTH, RANK = 6, 8, 4
-FEW, SHARED = (16, 32), (20, 40)  # rows and width for kernels: one program has all, or several a share of every sum
-PLANS = {FEW[0]: dispatch.SHORT, SHARED[0]: dispatch.PREWRITE}
+FEW, SHARED = (2, 8, 32), (2, 10, 40)  # of x for kernels: one program has all, or several a share of every sum
+PLANS = {16: dispatch.SHORT, 20: dispatch.PREWRITE}
 
 
 class Bare(torch.autograd.Function):
@@ -80,7 +80,7 @@ def cases() -> dict[str, tuple[Callable[[], torch.Tensor], list[torch.Tensor]]]:
 
 
 def no_linear(x: torch.Tensor, weight: torch.Tensor, bias=None) -> torch.Tensor:
-    return torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    return torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
 
 
 def no_matmul(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -91,15 +91,30 @@ def no_addmm_(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, alpha: float 
     return out
 
 
+def _noting(product: Callable, steps: list | None) -> Callable:
+    """The product, which joins `steps` in the place of what it allocates."""
+    if steps is None:
+        return product
+
+    def note(*arguments, **options):
+        before = len(steps)
+        out = product(*arguments, **options)
+        steps[before:] = [functools.partial(product, *arguments, **options)]
+        return out
+
+    return note
+
+
 @contextlib.contextmanager
-def empty_launches(launches: list | None = None):
-    """Within it ops take the Triton path as on a GPU, no product is computed, and a launch joins `launches` at most."""
+def empty_launches(steps: list | None = None):
+    """Within it ops take the Triton path as on a GPU, no product is computed, and a launch or a product joins `steps`
+    at most."""
     from triton.runtime.interpreter import InterpretedFunction
 
     def launcher(kernel, grid):
-        if launches is None:
+        if steps is None:
             return lambda *arguments, **options: None
-        return lambda *arguments, **options: launches.append((kernel, grid, arguments, options))
+        return lambda *arguments, **options: steps.append((kernel, grid, arguments, options))
 
     cpu = importlib.import_module("fastpeft.ops._cpu_products")
     with (
@@ -107,19 +122,20 @@ def empty_launches(launches: list | None = None):
         mock.patch.object(InterpretedFunction, "__getitem__", launcher),
         mock.patch.object(dispatch, "predicted_lora_plan", lambda device, rows: PLANS[rows]),
         mock.patch.object(cpu, "lacks_half", lambda dtype: False),  # a CPU's ways round that are no GPU's
-        mock.patch.object(torch.nn.functional, "linear", no_linear),
-        mock.patch.multiple(torch.Tensor, __matmul__=no_matmul, addmm_=no_addmm_),
+        mock.patch.object(torch.nn.functional, "linear", _noting(no_linear, steps)),
+        mock.patch.multiple(torch.Tensor, __matmul__=_noting(no_matmul, steps), addmm_=_noting(no_addmm_, steps)),
     ):
         yield
 
 
 aten = torch.ops.aten
 MADE_OF = {aten.empty.memory_format: torch.empty, aten.empty_like.default: torch.empty_like}
-VIEWS = {aten.t.default, aten.as_strided.default, aten.unbind.int, aten.view.default, aten.detach.default}
+SHAPES = {aten.t.default, aten.as_strided.default, aten.unbind.int, aten.view.default, aten.detach.default}
+SHAPES |= {aten.resize_.default}
 
 
 class Recorded(TorchDispatchMode):
-    """Within it what torch allocates joins `steps`, in order; of anything but views beside that it knows nothing."""
+    """Within it what torch allocates joins `steps`, in order; of anything but shapes beside that it knows nothing."""
 
     def __init__(self, steps: list):
         super().__init__()
@@ -127,7 +143,7 @@ class Recorded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
-        if func not in VIEWS:  # which are known before
+        if func not in SHAPES:  # which are known before
             self.steps.append(functools.partial(MADE_OF[func], *args, **kwargs))
         return func(*args, **kwargs)
 
@@ -137,7 +153,7 @@ def _launch(kernel, grid, arguments, options):
 
 
 def steps_of(action: Callable[[], object]) -> list[Callable[[], object]]:
-    """What the action launches and allocates, in order, to be done again."""
+    """What the action launches, multiplies and allocates, in order, to be done again."""
     steps = []
     with empty_launches(steps), Recorded(steps):
         action()
@@ -171,8 +187,8 @@ def cases_on_kernels() -> dict[str, tuple[Callable, list[torch.Tensor], list[tor
     ops = {name: importlib.import_module(f"fastpeft.ops.{name}") for name in ("lora_linear", "lora_projections")}
     mlp = importlib.import_module("fastpeft.ops.lora_mlp")
     half, cases = dict(dtype=torch.float16), {}
-    for words, (rows, width) in (("", SHARED), (", few rows", FEW)):
-        x, dy = torch.randn(rows, width, requires_grad=True, **half), torch.randn(rows, width, **half)
+    for words, shape in (("", SHARED), (", few rows", FEW)):
+        x, dy, width = torch.randn(shape, requires_grad=True, **half), torch.randn(shape, **half), shape[-1]
         weight = torch.randn(width, width, **half)
         a = [torch.randn(RANK, width, requires_grad=True, **half) for _ in range(3)]
         b = [torch.randn(width, RANK, requires_grad=True, **half) for _ in range(3)]
@@ -248,11 +264,23 @@ def measured(
         return list(zip(names, *columns, map(python_calls, forwards), strict=True))
 
 
-KERNELS = {  # what an op calls for its launches
-    "lora_linear": ("_lora_linear_triton", ("forward", "grad_b_and_t", "grad_a_and_x")),
-    "three projections": ("_lora_projections_triton", ("forward", "grads")),
-    "a gated MLP": ("_lora_mlp_triton", ("forward", "backward")),
+KERNELS = {  # what an op calls for its launches, and where in each's results is what the op gives a shape in place
+    "lora_linear": ("_lora_linear_triton", {"forward": 0, "grad_b_and_t": None, "grad_a_and_x": 1}),
+    "three projections": ("_lora_projections_triton", {"forward": 0, "grads": 1}),
+    "a gated MLP": ("_lora_mlp_triton", {"forward": 0, "backward": 0}),
 }
+
+
+def _given_again(results: tuple, place: int | None) -> Callable[..., tuple]:
+    """Gives the results each time; those in `place`, a tensor or several, made anew."""
+    if place is None:
+        return lambda *_: results
+    before, shaped, after = results[:place], results[place], results[place + 1 :]
+    one = isinstance(shaped, torch.Tensor)
+    made = [functools.partial(torch.empty, each.shape, dtype=each.dtype) for each in ((shaped,) if one else shaped)]
+    if one:
+        return lambda *_: (*before, made[0](), *after)
+    return lambda *_: (*before, [make() for make in made], *after)
 
 
 def without_launches(name: str, action: Callable[[], object]):
@@ -262,14 +290,15 @@ def without_launches(name: str, action: Callable[[], object]):
 
     def noting(function: str, original: Callable):
         def note(*arguments):
-            given[function] = original(*arguments)
-            return given[function]
+            results = original(*arguments)
+            given[function] = _given_again(results, functions[function])
+            return results
 
         return note
 
     with mock.patch.multiple(path, **{each: noting(each, getattr(path, each)) for each in functions}):
         action()
-    return mock.patch.multiple(path, **{each: lambda *_, known=found: known for each, found in given.items()})
+    return mock.patch.multiple(path, **given)
 
 
 class OnKernels(NamedTuple):

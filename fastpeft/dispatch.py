@@ -25,6 +25,7 @@ from fastpeft.untrusted import shown
 
 BACKENDS = ("auto", "triton", "torch")
 MAX_RANK = 256
+SERVED = (torch.float32, torch.float16, torch.bfloat16)
 LIMITS = {"rank": MAX_RANK, "head dimension": 256}  # what kernels hold in registers; `lora_linear` has slices of ranks
 
 _context: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastpeft_backend", default=None)
@@ -40,6 +41,8 @@ class Choice(NamedTuple):
 
 ON_A_CPU = Choice("torch", "CPU tensors run in torch unless Triton is demanded")
 ASKED_FOR = Choice("torch", "asked for")
+ON_A_GPU = Choice("triton", "cuda tensors")  # ROCm's too are called so
+DEMANDED = Choice("triton", "asked for")
 
 PREWRITE = Plan("prewrite", "prewrite", "predicted: the vendor's product is the faster one on wide matrices")
 SHORT = Plan("addmm", "prewrite", "predicted: few rows, so launches count more than passes")
@@ -127,7 +130,7 @@ def triton_refusal(x: torch.Tensor, dtype: torch.dtype, width: int, of: str = "r
         return f"{x.device.type} tensors are not served"
     elif not interpreting():
         return "CPU tensors need TRITON_INTERPRET=1 in the environment before triton is imported"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in SERVED:
         return f"{dtype} is not served"
     if width > LIMITS[of]:
         return f"{of} {width} is above {LIMITS[of]}"
@@ -146,7 +149,7 @@ def choose_backend(
         return ON_A_CPU
     reason = triton_refusal(x, dtype, width, of)
     if reason is None:
-        return Choice("triton", "asked for" if asked == "triton" else f"{x.device.type} tensors")
+        return DEMANDED if asked == "triton" else ON_A_GPU
     if asked == "triton":
         raise BackendError(f"the triton backend was demanded but cannot serve this call: {reason}")
     return Choice("torch", reason)
@@ -254,10 +257,10 @@ def lora_linear_plan(x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: to
 
 
 def lora_linear_plans(x: torch.Tensor, dtype: torch.dtype, a, b, dropouts) -> tuple[Plan, ...]:
-    """The same for each A and B on as many rows; one that is None has no use for its plan. Sizes are asked for where a
-    table might know them."""
-    device, rows = x.device, x.shape[0] if x.ndim == 2 else x.shape[:-1].numel()
-    if device.type == "cuda" and tables.measured(device):
+    """The same for each A and B on as many rows, of at least one column; one that is None has no use for its plan.
+    Sizes are asked for where a table might know them."""
+    device, rows = x.device, x.numel() // x.shape[-1]
+    if x.is_cuda and tables.measured(device):
         return tuple(map(functools.partial(_plan_of, device, rows, dtype), a, b, dropouts))
     return (_overriding_lora_plan() or predicted_lora_plan(device, rows),) * len(a)
 

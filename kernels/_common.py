@@ -78,6 +78,15 @@ def rank_block(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def as_matrix(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """(rows, columns, the step from a row to the next, from a column to the next) of x [M, K], or of a contiguous x
+    (..., K), which is that matrix without a view of it: one takes as long as a launch's other preparations."""
+    if x.ndim == 2:
+        return *x.shape, *x.stride()
+    columns = x.shape[-1]
+    return x.numel() // columns, columns, columns, 1
+
+
 def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
     """How `dot` multiplies the data (x, dY) with the adapter's matrices so that neither is rounded.
 
@@ -87,11 +96,11 @@ def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
     adapter is taken apart: two products, or three where both factors are fp32, recover it (error 2**-21). For fp32 data
     the product follows torch's own setting.
     """
-    if data_dtype == torch.float32:
+    if data_dtype is torch.float32:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
-    if data_dtype == adapter_dtype:
+    if data_dtype is adapter_dtype:
         return "half"
-    if data_dtype == torch.bfloat16:
+    if data_dtype is torch.bfloat16:
         return "split"
     return "ieee" if torch.version.hip is not None else "tf32x3"
 

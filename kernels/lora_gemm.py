@@ -13,6 +13,7 @@ it issues the next, as the compiled code says on sm_90, and on sm_100 a tile of 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -120,6 +121,7 @@ def tail(
     scale: float = 1.0,
     dropout: Dropout | None = None,
     out_dtype: torch.dtype | None = None,
+    lead: Sequence[int] | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """x wᵀ + bias + residual + scale·mask⊙(p qᵀ) as `lora_linear.tail`, which stands in where this kernel cannot serve:
@@ -130,21 +132,22 @@ def tail(
     burden = dropout is not None or residual is not None or out_dtype != dtype
     tiles = tiles or optional_tiles("persistent", rank, mode, burden, table_of(p.device))
     if tiles is None or refusal(x, w, out_dtype):
-        options = dict(bias=bias, residual=residual, scale=scale, dropout=dropout, out_dtype=out_dtype)
+        options = dict(bias=bias, residual=residual, scale=scale, dropout=dropout, out_dtype=out_dtype, lead=lead)
         return by_pointers(p, q, dtype, base=base, **options)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     by_depth = not _described(w)
     bias = None if bias is None else bias.contiguous()
     seed, keep_scale, threshold = _mask_arguments(dropout)
-    out = torch.empty(rows, columns, dtype=out_dtype, device=p.device)
+    out = torch.empty(*(lead or (rows,)), columns, dtype=out_dtype, device=p.device)
     in_halves = tiles.columns > STORED_AT_ONCE
+    stored = [tiles.rows, tiles.columns // 2 if in_halves else tiles.columns]
     descriptors = (
         TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth]),
         TensorDescriptor.from_tensor(w.t(), [tiles.depth, tiles.columns])
         if by_depth
         else TensorDescriptor.from_tensor(w, [tiles.columns, tiles.depth]),
-        TensorDescriptor.from_tensor(out, [tiles.rows, tiles.columns // 2 if in_halves else tiles.columns]),
+        TensorDescriptor(out, [rows, columns], [columns, 1], stored),
     )
     programs = min(processor_count(x), cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns))
     with on_device_of(p):

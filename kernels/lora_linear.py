@@ -19,6 +19,7 @@ S and T are loaded as [ranks, rows] for the same reason.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -27,6 +28,7 @@ import triton.language as tl
 from fastpeft.kernels._common import (
     UPCAST,
     Dropout,
+    as_matrix,
     cdiv,
     dot,
     dot_mode,
@@ -256,8 +258,8 @@ def _mask_arguments(dropout: Dropout | None) -> tuple:
 def shrink(
     x: torch.Tensor, a: torch.Tensor, scale: float, dtype: torch.dtype, dropout: Dropout | None = None, tiles=None
 ) -> torch.Tensor:
-    """scale·drop(x) aᵀ: x [M, K], a [R, K] (any strides) -> [M, R] in `dtype`."""
-    (rows, depth), rank, device = x.shape, a.shape[0], x.device
+    """scale·drop(x) aᵀ: x as `as_matrix` takes it, [M, K], a [R, K] (any strides) -> [M, R] in `dtype`."""
+    (rows, depth, *strides), rank, device = as_matrix(x), a.shape[0], x.device
     if rank > MOST_RANKS:
         return torch.cat([shrink(x, each, scale, dtype, dropout, tiles) for each in a.split(SLICE)], 1)
     drops = dropout is not None
@@ -269,7 +271,7 @@ def shrink(
     seed, keep_scale, threshold = _mask_arguments(dropout)
     with on_device_of(x):
         _shrink_kernel[grid](
-            x, a, parts, seed, scale * keep_scale, threshold, rows, depth, rank, run, *x.stride(), *a.stride(),
+            x, a, parts, seed, scale * keep_scale, threshold, rows, depth, rank, run, *strides, *a.stride(),
             **options,
         )  # fmt: skip
     add_up(sums)
@@ -297,11 +299,13 @@ def tail(
     scale: float = 1.0,
     dropout: Dropout | None = None,
     out_dtype: torch.dtype | None = None,
+    lead: Sequence[int] | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """x wᵀ + bias + residual + scale·mask⊙(p qᵀ), rounded once: p [M, R], q [N, R], base = x [M, K], w [N, K].
 
-    `dtype` is the data's, which is what the products are made for; the result is of that type or of `out_dtype`.
+    `dtype` is the data's, which is what the products are made for; the result is of that type or of `out_dtype`, and
+    [M, N] or (*lead, N), which are as many.
     """
     (rows, rank), columns = p.shape, q.shape[0]
     x, w = base or (None, None)
@@ -311,7 +315,7 @@ def tail(
     modes = dot_mode(dtype, q.dtype), dot_mode(dtype, dtype)
     grid, options = _tail_launch(rows, columns, rank, dtype, *modes, drops, wide, *has, tiles, table_of(p.device))
     seed, keep_scale, threshold = _mask_arguments(dropout)
-    out = torch.empty(rows, columns, dtype=out_dtype or dtype, device=p.device)
+    out = torch.empty(*(lead or (rows,)), columns, dtype=out_dtype or dtype, device=p.device)
     with on_device_of(p):
         _tail_kernel[grid](
             x, w, bias, residual, p, q, out, seed, scale * keep_scale, threshold,
@@ -346,8 +350,8 @@ def grad_b_and_t(
     sums: list[Sum] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dB = scale·dyᵀ s [N, R] like b, T = scale·dy b [M, R] like s, Σ dy [N] in fp32 or None) from one read of dy
-    [M, N]. With `sums` they are there when these are added up."""
-    (rows, columns), rank, device = dy.shape, b.shape[1], dy.device
+    [M, N], as `as_matrix` takes it. With `sums` they are there when these are added up."""
+    (rows, columns, *strides), rank, device = as_matrix(dy), b.shape[1], dy.device
     mode = dot_mode(dy.dtype, b.dtype)
     grid, run, options = _grad_b_and_t_launch(rows, columns, rank, dy.dtype, mode, with_bias, tiles, *_launched_on(dy))
     column_blocks, runs = grid
@@ -357,7 +361,7 @@ def grad_b_and_t(
     dbias, bias_parts = shares(runs, (columns,), torch.float32, device, 1.0, own) if with_bias else (None, None)
     with on_device_of(dy):
         _grad_b_and_t_kernel[grid](
-            dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *dy.stride(), *b.stride(), **options
+            dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *strides, *b.stride(), **options
         )
     if sums is None:
         add_up(own)
@@ -387,11 +391,12 @@ def grad_columns(
     dropout: Dropout | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(scale·tᵀ drop(x) in `dtype`, mask⊙(t·tail_of) like x, Σ x [K] in fp32) from one read of x [M, K]; t [M, R].
+    """(scale·tᵀ drop(x) in `dtype`, mask⊙(t·tail_of) [M, K] in x's type, Σ x [K] in fp32) from one read of x [M, K], as
+    `as_matrix` takes it; t [M, R].
 
     The first is [R, K], or [K, R] if `transposed`; each is None where it was not asked for.
     """
-    (rows, columns), rank, device = x.shape, t.shape[1] if t is not None else 1, x.device
+    (rows, columns, *strides), rank, device = as_matrix(x), t.shape[1] if t is not None else 1, x.device
     if rank > MOST_RANKS:
         slices = [(each.contiguous(), with_sum and not number) for number, each in enumerate(t.split(SLICE, 1))]
         options = dict(transposed=transposed, scale=scale, dropout=dropout, tiles=tiles)
@@ -416,7 +421,7 @@ def grad_columns(
     with on_device_of(x):
         _grad_columns_kernel[grid](
             t, x, fused, parts, tail_out, total_parts, seed, factor if whole else keep_scale, threshold,
-            rows, columns, rank, run, *x.stride(),
+            rows, columns, rank, run, *strides,
             *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)), **options,
         )  # fmt: skip
     if tail_of is not None and not fuse:

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from fastpeft.kernels._common import (
     Dropout,
+    as_matrix,
     cdiv,
     dot,
     dot_mode,
@@ -315,8 +316,9 @@ def shrink_all(
     dropouts: list[Dropout | None],
     tiles: Tiles | None = None,
 ) -> list[torch.Tensor]:
-    """[drop_p(x) a_pᵀ, ...]: x [M, K] (any strides), a_p [R_p, K] -> [M, R_p] each, in `dtype`; up to MOST of them."""
-    rows, depth = x.shape
+    """[drop_p(x) a_pᵀ, ...]: x [M, K], as `as_matrix` takes it, a_p [R_p, K] -> [M, R_p] each, in `dtype`; up to MOST
+    of them."""
+    rows, depth, *strides = as_matrix(x)
     mode = dot_mode(x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = mask_arguments(dropouts)
     grid, run, ranks, shape, places, options = _shrink_all_launch(
@@ -326,7 +328,7 @@ def shrink_all(
     out, parts = shares_or_whole(grid[1], shape, dtype, x.device, 1.0, sums)
     with on_device_of(x):
         _shrink_all_kernel[grid](
-            x, *four(whole(a), None), parts, *seeds, *scales, *thresholds, rows, depth, *ranks, run, *x.stride(),
+            x, *four(whole(a), None), parts, *seeds, *scales, *thresholds, rows, depth, *ranks, run, *strides,
             **options,
         )  # fmt: skip
     add_up(sums)
@@ -355,9 +357,10 @@ def grad_all_columns(
     with_tail: bool,
     tiles: Tiles | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """([t_pᵀ drop_p(x), ...] like a_p, Σ mask_p⊙(t_p a_p) like x or None) from one read of x [M, K]: t_p [M, R_p] and
-    a_p [R_p, K]; up to MOST of them. The second is None too where registers do not suffice for it (`holds_tail`)."""
-    rows, columns = x.shape
+    """([t_pᵀ drop_p(x), ...] like a_p, Σ mask_p⊙(t_p a_p) [M, K] in x's type or None) from one read of x [M, K], as
+    `as_matrix` takes it: t_p [M, R_p] and a_p [R_p, K]; up to MOST of them. The second is None too where registers do
+    not suffice for it (`holds_tail`)."""
+    rows, columns, *strides = as_matrix(x)
     mode = dot_mode(x.dtype, a[0].dtype)
     seeds, scales, thresholds, drops = mask_arguments(dropouts)
     ranks = tuple([each.shape[0] for each in a])
@@ -370,7 +373,7 @@ def grad_all_columns(
     with on_device_of(x):
         _grad_all_columns_kernel[grid](
             x, *four(ts, None), *four(whole(a), None), parts, tail, *seeds, *scales, *thresholds,
-            rows, columns, *ranks, run, *x.stride(), **options,
+            rows, columns, *ranks, run, *strides, **options,
         )  # fmt: skip
     add_up(sums)
     return matrices_of(grads, places), tail

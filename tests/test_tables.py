@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import threading
 import time
-import types
 import warnings
 from pathlib import Path
 
@@ -116,22 +115,20 @@ def test_the_plan_that_is_given_comes_before_the_user_s_table_and_that_before_th
         assert lora_plan().source == "a test's"
 
 
+class OnGpu(torch.Tensor):
+    is_cuda = True
+    device = GPU
+
+
 @pytest.mark.parametrize("shape", [(8192, 4096), (2, 4096, 4096)])
 def test_a_call_s_bucket_is_of_its_tensors(gpu, shape):
     """Forward asks with x (..., K), a compiled backward with dY [M, N]; both with A and B."""
     table_file.write(str(gpu / "t.json"), table(entry(BUCKET._replace(N=1024))))
     a, b = torch.empty(16, 4096, device="meta"), torch.empty(1024, 16, device="meta")
-    x = types.SimpleNamespace(device=GPU, shape=torch.Size(shape), ndim=len(shape))
+    x, fewer = (torch.empty(size, device="meta").as_subclass(OnGpu) for size in (shape, (1, *shape[1:])))
     assert dispatch.lora_linear_plan(x, HALF, a, b, 0.0).forward == "augment"
-    x.shape = torch.Size((1, *shape[1:]))
-    assert dispatch.lora_linear_plan(x, HALF, a, b, 0.0).forward != "augment"
-    x.shape = torch.Size(shape)
+    assert dispatch.lora_linear_plan(fewer, HALF, a, b, 0.0).forward != "augment"
     assert dispatch.lora_linear_plan(x, HALF, a, b, 0.1) == dispatch.PREWRITE
-
-
-class OnGpu(torch.Tensor):
-    is_cuda = True
-    device = GPU
 
 
 def prefix_plan(case, **options):

@@ -11,7 +11,7 @@ from fastpeft.kernels import lora_gemm
 from fastpeft.kernels import lora_linear as kernels
 from fastpeft.kernels._common import DROPOUT_LEVELS, Dropout, dropout_threshold
 from fastpeft.ops import _rooms
-from fastpeft.ops._lora_linear_torch import add_product
+from fastpeft.ops._lora_linear_torch import add_product, as_rows
 
 # Above this rank a rectangle of dB no longer stays in registers beside T: dY is then read twice.
 ONE_READ_RANK = 64
@@ -38,32 +38,54 @@ def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: tor
 
 
 def forward(x, weight, bias, residual, a, b, scale, seed, p, plan: Plan):
-    """(y [M, N], S [M, R]): as the torch path's."""
+    """(y (..., N) or [M, N], S [M, R]): as the torch path's."""
+    x = for_launches(x)
     s = kernels.shrink(x, a, 1.0, a.dtype, _dropout(seed, p))
     if weight is None:
         return onto(residual, s, b, scale), s
-    return expand(s, x, weight, bias, b, scale, plan), s
+    return expand(s, x, weight, bias, b, scale, plan, {}), s
+
+
+def for_launches(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x (..., K) as launchers take it: itself if it is contiguous, or its rows [M, K]."""
+    return x if x is None or x.ndim == 2 or x.is_contiguous() else as_rows(x)
 
 
 def onto(residual, s, b, scale):
-    """residual + s·S Bᵀ [M, N]"""
-    return kernels.tail(s, b, residual.dtype, residual=residual, scale=scale)
+    """residual (..., N) + s·S Bᵀ"""
+    return kernels.tail(s, b, residual.dtype, residual=as_rows(residual), scale=scale, lead=residual.shape[:-1])
 
 
-def expand(s, x, weight, bias, b, scale, plan: Plan, shared: dict | None = None):
-    """x Wᵀ + bias + s·S Bᵀ [M, N], S in hand. `shared`: by rank, the copies of x that calls with the same x made."""
-    if whole := whole_product(plan.forward):
-        return whole(s, b, x.dtype, base=(x, weight), bias=bias, scale=scale)
-    wide = s.dtype != x.dtype
-    strategy = _in_its_room(plan.forward, weight, b.shape[1], x.shape[1] < b.shape[0])
+def expand(s, x, weight, bias, b, scale, plan: Plan, shared: dict):
+    """x Wᵀ + bias + s·S Bᵀ, S in hand: (..., N), or [M, N] where that costs less. x is as `for_launches` gives it;
+    `shared`, at first empty, is what calls with the same x make of it: its rows, and by rank copies with room."""
+    strategy = plan.forward
+    if whole := whole_product(strategy):
+        return whole(s, b, x.dtype, base=(_rows(x, shared), weight), bias=bias, scale=scale, lead=x.shape[:-1])
+    wide = s.dtype is not x.dtype
+    if strategy == "prewrite":
+        strategy = _in_its_room(strategy, weight, b.shape[1], x.shape[-1] < b.shape[0])
     if strategy == "augment" and not wide and (abs(scale) <= 1 or s.dtype != torch.float16):  # s·S is in its range
-        return torch.nn.functional.linear(_in_turns(x, s * scale, shared), _beside(weight, b, 1), bias)
+        return torch.nn.functional.linear(_in_turns(_rows(x, shared), s * scale, shared), _beside(weight, b, 1), bias)
     if strategy == "addmm" or wide:  # an fp32 term that was rounded before the product would be HF peft's no more
-        y = torch.nn.functional.linear(x, weight, bias)
+        given = x if bias is None else _rows(x, shared)  # of a bias and more than rows torch makes a view
+        y = torch.nn.functional.linear(given, weight, bias)
         if wide:
-            return kernels.tail(s, b, y.dtype, residual=y, scale=scale)
-        return add_product(y, s, b.t(), scale)
-    return kernels.tail(s, b, x.dtype, bias=bias, scale=scale).addmm_(x, weight.t())
+            return onto(y, s, b, scale)
+        add_product(as_rows(y), s, b.t(), scale)
+        return y
+    y = kernels.tail(s, b, x.dtype, bias=bias, scale=scale, lead=x.shape[:-1])
+    as_rows(y).addmm_(_rows(x, shared), weight.t())
+    return y
+
+
+def _rows(x: torch.Tensor, shared: dict) -> torch.Tensor:
+    """[M, K] of x (..., K)."""
+    if x.ndim == 2:
+        return x
+    if "rows" not in shared:
+        shared["rows"] = as_rows(x)
+    return shared["rows"]
 
 
 def whole_product(strategy: str):
@@ -90,10 +112,8 @@ def _beside(wide: torch.Tensor, narrow: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat((wide, narrow, narrow.new_zeros(shape)), dim)
 
 
-def _in_turns(x: torch.Tensor, s: torch.Tensor, shared: dict | None) -> torch.Tensor:
+def _in_turns(x: torch.Tensor, s: torch.Tensor, shared: dict) -> torch.Tensor:
     """[x|S], where S may take the place of another of its rank."""
-    if shared is None:
-        return _beside(x, s, 1)
     rank, inputs = s.shape[1], x.shape[1]
     if rank in shared:
         shared[rank].narrow(1, inputs, rank).copy_(s)
@@ -117,8 +137,9 @@ def grad_b_and_t(dy, s, b, scale, need_b: bool, need_t: bool, need_bias: bool, r
 
 
 def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, dx_dtype: torch.dtype, need_a: bool, need_x: bool):
-    """(dA [R, K], dX [M, K] in `dx_dtype`), each None where not wanted. The pass over x that makes dA also seeds dX,
-    unless dX is wanted in a wider type than the base product has: then the two are added in that type."""
+    """(dA [R, K], dX [M, K] in `dx_dtype`), each None where not wanted; dy and x are as `for_launches` gives
+    them. The pass over x that makes dA also seeds dX, unless dX is wanted in a wider type than the base product has:
+    then the two are added in that type."""
     if not (need_a or need_x):
         return None, None
     dropout = _dropout(seed, p)
@@ -126,13 +147,14 @@ def grad_a_and_x(dy, x, t, weight, a, seed, p, plan: Plan, dx_dtype: torch.dtype
     exact = dropout is None and t.dtype == dy.dtype  # what the vendor's product can add without rounding it first
     strategy = plan.backward
     if weight is not None and exact and not wide:
-        strategy = _in_its_room(strategy, weight, a.shape[0], dy.shape[1] < a.shape[1])
+        strategy = _in_its_room(strategy, weight, a.shape[0], dy.shape[-1] < a.shape[1])
     prewrite = need_x and need_a and not wide and (weight is None or strategy == "prewrite")
     da = seeded = None
     if need_a:
         da, seeded, _ = kernels.grad_columns(t, x, t.dtype, tail_of=a if prewrite else None, dropout=dropout)
     if not need_x:
         return da, None
+    dy = dy if weight is None else as_rows(dy)
     if weight is not None and (whole := whole_product(strategy)):
         return da, whole(t, a.t(), dy.dtype, base=(dy, weight.t()), dropout=dropout, out_dtype=dx_dtype)
     if wide:

@@ -14,6 +14,7 @@ from fastpeft.kernels._common import Dropout
 from fastpeft.kernels._partials import WAITING, add_up
 from fastpeft.ops import _lora_linear_triton as single
 from fastpeft.ops._cpu_products import add_through
+from fastpeft.ops._lora_linear_torch import as_rows
 from fastpeft.ops._lora_linear_triton import draw_seed as draw_seed
 from fastpeft.ops._lora_linear_triton import honoured as honoured
 from fastpeft.ops._lora_linear_triton import keep_mask as keep_mask
@@ -26,16 +27,16 @@ def _dropouts(seeds, call) -> list[Dropout | None]:
 
 
 def _product(x: Tensor, each, s: Tensor | None, scale: float, plan: Plan) -> Tensor:
-    """x Wᵀ + bias + s·S Bᵀ of a projection."""
+    """x Wᵀ + bias + s·S Bᵀ of a projection, as `expand` has it: x (..., K), and [M, N] of [M, K]."""
     if s is None:
         return torch.nn.functional.linear(x, each.weight, each.bias)
-    return single.expand(s, x, each.weight, each.bias, each.b, scale, plan)
+    return single.expand(s, x, each.weight, each.bias, each.b, scale, plan, {})
 
 
 def _plans(x: Tensor, projections, call) -> tuple[Plan, ...]:
     """Those of the three products, which have as many rows."""
-    _, _, a, b = zip(*projections, strict=True)
-    return lora_linear_plans(x, x.dtype, a, b, call.dropouts)
+    gate, up, down = projections
+    return lora_linear_plans(x, x.dtype, (gate.a, up.a, down.a), (gate.b, up.b, down.b), call.dropouts)
 
 
 def _products(x: Tensor, projections, s, scalings, plans) -> list[Tensor]:
@@ -44,23 +45,25 @@ def _products(x: Tensor, projections, s, scalings, plans) -> list[Tensor]:
 
 
 def forward(x: Tensor, projections, seeds, call):
-    """(y [M, N], gate [M, H], up [M, H], S of each [M, R]): as the torch path's."""
-    dropouts, plans, down = _dropouts(seeds, call), _plans(x, projections, call), projections[2]
+    """(y (..., N) or [M, N], gate [M, H], up [M, H], S of each [M, R]): as the torch path's, of x (..., K)."""
+    x_MK, dropouts, plans, down = as_rows(x), _dropouts(seeds, call), _plans(x, projections, call), projections[2]
     s: list[Tensor | None] = [None, None]
     own = [i for i in (0, 1) if projections[i].a is not None]
     if own:
         matrices = [projections[i].a for i in own]
-        shrunk = shared_kernels.shrink_all(x, matrices, matrices[0].dtype, [dropouts[i] for i in own])
+        shrunk = shared_kernels.shrink_all(x_MK, matrices, matrices[0].dtype, [dropouts[i] for i in own])
         s = shrunk if len(own) == 2 else [shrunk[0] if i in own else None for i in (0, 1)]
-    gate, up = _products(x, projections, s, call.scalings, plans)
+    gate, up = _products(x_MK, projections, s, call.scalings, plans)
     h, s_down = kernels.gated_forward(gate, up, call.activation, down.a, dropouts[2])
+    h = h if x.ndim == 2 else h.view(*x.shape[:-1], -1)
     return _product(h, down, s_down, call.scalings[2], plans[2]), gate, up, (*s, s_down)
 
 
 def backward(dy, x, products, s, projections, seeds, call, needs):
-    """(dX [M, K], dA of each [R, K], dB of each [N, R], dgate [M, H], dup [M, H]), as the torch path's."""
+    """(dX [M, K], dA of each [R, K], dB of each [N, R], dgate [M, H], dup [M, H]), as the torch path's, of dY [M, N]
+    and x (..., K)."""
     down, dropouts = projections[2], _dropouts(seeds, call)
-    db, t_down = [None, None, None], None
+    x, db, t_down = single.for_launches(x), [None, None, None], None
     if down.a is not None:
         reads = lora_linear_plan(dy, dy.dtype, down.a, down.b, call.dropouts[2]).reads
         need_t = needs.hidden or needs.a[2]
@@ -70,7 +73,7 @@ def backward(dy, x, products, s, projections, seeds, call, needs):
     if not needs.inner:
         return None, (None, None, None), db, None, None
     if call.recompute:
-        products = _products(x, projections, s, call.scalings, _plans(x, projections, call))
+        products = _products(as_rows(x), projections, s, call.scalings, _plans(x, projections, call))
     gate, up = products
     if not needs.hidden:
         h, _ = kernels.gated_forward(gate, up, call.activation)

@@ -45,7 +45,8 @@ def _forward(
     has_bias: list[bool], scalings: list[float], dropouts: list[float], dtype: str, patched: str, based: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[y, ..., S, ..., how it was served]: the last for backward, see `fastpeft.fallback.served`."""
-    call = decide(x, getattr(torch, dtype), a, b, scalings, dropouts, patched or None, based)
+    numbers = tuple(scalings), tuple(dropouts)
+    call = decide(x, getattr(torch, dtype), a, b, *numbers, patched or None, based)
     ys, ss, call = run_forward(x, bases, _spread(biases, has_bias), a, b, _seeds(seeds, dropouts), call)
     return [*ys, *map(_own, ss), torch.tensor([code_of(call.plans is not None, call)])]
 

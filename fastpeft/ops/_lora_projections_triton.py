@@ -10,6 +10,7 @@ from fastpeft.kernels._partials import WAITING, add_up
 from fastpeft.kernels._several import MOST, MOST_RANKS
 from fastpeft.kernels.lora_linear import grad_columns, shrink
 from fastpeft.ops import _lora_linear_triton as single
+from fastpeft.ops._lora_linear_torch import as_rows
 from fastpeft.ops._lora_linear_triton import honoured as honoured
 
 
@@ -39,8 +40,8 @@ def _by_launches(values) -> list:
 
 
 def forward(x, bases, biases, a, b, seeds, call):
-    """((y [M, N], ...), (S [M, R], ...)): as the torch path's."""
-    dropouts = _dropouts(seeds, call.dropouts)
+    """((y (..., N) or [M, N], ...), (S [M, R], ...)): as the torch path's."""
+    dropouts, x = _dropouts(seeds, call.dropouts), single.for_launches(x)
     if _fit(a):
         ss = kernels.shrink_all(x, a, a[0].dtype, dropouts)
     elif _too_wide(a):
@@ -65,8 +66,8 @@ def _fit(a) -> bool:
 
 
 def grads(dy, x, weight, a, b, s, seeds, call, needs):
-    """([dbias, ...], dX, [dA, ...], [dB, ...]), None where not wanted."""
-    count = len(dy)
+    """([dbias, ...], dX [M, K], [dA, ...], [dB, ...]), None where not wanted: of dY (..., N) and x (..., K)."""
+    dy, x, count = list(map(single.for_launches, dy)), single.for_launches(x), len(dy)
     dbias, ts, db = [None] * count, [None] * count, [None] * count
     sums = []
     for p in range(count):
@@ -115,7 +116,7 @@ def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, whole):
     if whole:
         for each, w, t, matrix, dropout in zip(dy, weight, ts, a, dropouts, strict=True):
             dx = whole(
-                t, matrix.t(), narrow, base=(each, w.t()), dropout=dropout, out_dtype=dx_dtype, residual=dx
+                t, matrix.t(), narrow, base=(as_rows(each), w.t()), dropout=dropout, out_dtype=dx_dtype, residual=dx
             )  # fmt: skip
         return dx
     if dx is None:
@@ -124,5 +125,6 @@ def _grad_of_x(dx, dy, weight, ts, a, dropouts, dx_dtype, whole):
     for each, w in zip(dy, weight, strict=True):
         if w is None:
             continue
-        dx = dx.addmm_(each, w) if dx_dtype == narrow else dx.add_(each @ w)
+        each = as_rows(each)
+        dx = dx.addmm_(each, w) if dx_dtype is narrow else dx.add_(each @ w)
     return dx

@@ -125,10 +125,8 @@ class LoraLinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         need_x, need_w, need_bias, need_residual, need_a, need_b, _ = ctx.needs_input_grad
         needs = (need_x, need_w, need_bias, need_a, need_b)
-        x, *saved = ctx.saved_tensors
-        given = as_rows(dy), None if x is None else as_rows(x), *saved, ctx.call, needs
         with without_autocast(dy):
-            dx, dw, dbias, da, db = run_backward(*given)
+            dx, dw, dbias, da, db = run_backward(dy, *ctx.saved_tensors, ctx.call, needs)
         dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
         return dx, dw, cast(dbias, ctx.bias_dtype), dy if need_residual else None, da, db, None
 
@@ -136,16 +134,15 @@ class LoraLinearFunction(torch.autograd.Function):
 def run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call):
     """(y (..., N), no view, S [M, R], the call as it was served) on the backend that `call.plan` stands for."""
     x, weight, bias = cast(x, call.dtype), cast(weight_NK, call.dtype), cast(bias_N, call.dtype)
+    tensors = (x, weight, bias, residual, a_RK, b_NR, call.scaling)
     if call.plan is None:
-        y, s = torch_path.forward(x, weight, bias, residual, a_RK, b_NR, call.scaling, seed, call.dropout)
+        y, s = torch_path.forward(*tensors, seed, call.dropout)
         return own_of_rows(y, x), s, call
-    x_MK, residual_MN = as_rows(x), None if residual is None else as_rows(residual)
-    tensors = (x_MK, weight, bias, residual_MN, a_RK, b_NR, call.scaling)
     (y, s), by_kernels = kernels_or_torch(
-        lambda: _kind("forward", call, x_MK, a_RK, b_NR),
+        lambda: _kind("forward", call, x, a_RK, b_NR),
         call.demanded,
         lambda: _path(True).forward(*tensors, seed, call.dropout, call.plan),
-        lambda: torch_path.forward(*tensors, _mask(seed, call, x_MK.shape, x_MK.device, False), call.dropout),
+        lambda: torch_path.forward(*tensors, _mask(seed, call, as_rows(x).shape, x.device, False), call.dropout),
     )
     return own_of_rows(y, x), s, call if by_kernels else call._replace(fell_back=True)
 
@@ -165,9 +162,9 @@ def _mask(seed, call: Call, shape: tuple[int, int], device, needed: bool):
     return seed if mask is None else torch_path.given_mask(mask, path.honoured(call.dropout))
 
 
-def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs: tuple[bool, ...]):
-    """(dX, dW, dbias, dA, dB), each None where `needs` (in this order) does not ask for it."""
-    dy, x, weight = cast(dy_MN, call.dtype), cast(x_MK, call.dtype), cast(weight_NK, call.dtype)
+def run_backward(dy, x, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs: tuple[bool, ...]):
+    """(dX [M, K], dW, dbias, dA, dB) of dY (..., N), each None where `needs` (in this order) does not ask for it."""
+    dy, x, weight = cast(dy, call.dtype), cast(x, call.dtype), cast(weight_NK, call.dtype)
     given = dy, x, weight, a_RK, b_NR, s_MR
     if call.plan is None:
         dx, dbias, da, db = _grads_by_torch(*given, seed, call, needs)
@@ -180,12 +177,13 @@ def run_backward(dy_MN, x_MK, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, nee
             lambda: _grads_by_kernels(*given, seed, call, needs),
             lambda: _grads_by_torch_as_kernels(*given, seed, call, needs),
         )
-    return dx, dy.t() @ x if needs[1] else None, dbias, da, db
+    return dx, as_rows(dy).t() @ as_rows(x) if needs[1] else None, dbias, da, db
 
 
 def _grads_by_torch(dy, x, weight, a_RK, b_NR, s_MR, seed, call: Call, needs):
     """(dX, dbias, dA, dB)"""
     need_x, _, need_bias, need_a, need_b = needs
+    dy, x = as_rows(dy), None if x is None else as_rows(x)
     db, t_MR = torch_path.grad_b_and_t(dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a)
     da, dx = torch_path.grad_a_and_x(dy, x, t_MR, weight, a_RK, seed, call.dropout, call.dx_dtype, need_a, need_x)
     return dx, dy.sum(0) if need_bias else None, da, db
@@ -194,7 +192,7 @@ def _grads_by_torch(dy, x, weight, a_RK, b_NR, s_MR, seed, call: Call, needs):
 def _grads_by_torch_as_kernels(dy, x, weight, a_RK, b_NR, s_MR, seed, call: Call, needs):
     """The same under the kernels' mask, where that plays a part."""
     masked = needs[0] or needs[3]
-    mask = _mask(seed, call, (len(dy), a_RK.shape[1]), dy.device, not call.fell_back) if masked else None
+    mask = _mask(seed, call, (len(as_rows(dy)), a_RK.shape[1]), dy.device, not call.fell_back) if masked else None
     return _grads_by_torch(dy, x, weight, a_RK, b_NR, s_MR, mask, call, needs)
 
 
@@ -202,6 +200,7 @@ def _grads_by_kernels(dy, x, weight, a_RK, b_NR, s_MR, seed, call: Call, needs):
     """(dX, dbias, dA, dB)"""
     need_x, _, need_bias, need_a, need_b = needs
     path, plan = _path(True), call.plan
+    dy, x = path.for_launches(dy), path.for_launches(x)
     db, t_MR, dbias = path.grad_b_and_t(
         dy, s_MR, b_NR, call.scaling, need_b, need_x or need_a, need_bias, plan.reads
     )  # fmt: skip
@@ -220,11 +219,20 @@ def own_of_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(..., N) of y, (M, N) or so already, for a Function to return, where nobody else has y: no view, as one that is
     returned may not be changed in place. y itself gets the shape, which costs half of what gives matmul's products
     theirs."""
-    own = not y._is_view()
-    if own and y.ndim == x.ndim:
-        return y
-    shape = *x.shape[:-1], y.shape[-1]
-    return y.resize_(shape) if own and y.is_contiguous() else torch.ops.aten._unsafe_view.default(y, shape)
+    return y if y.ndim == x.ndim and not y._is_view() else _shaped(y, x.shape[:-1])
+
+
+def own_of_each(ys, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each as `own_of_rows` gives it."""
+    ndim, lead = x.ndim, x.shape[:-1]
+    return tuple([y if y.ndim == ndim and not y._is_view() else _shaped(y, lead) for y in ys])
+
+
+def _shaped(y: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+    """(*lead, N) of y, itself if it may be. Sizes one by one: a tuple of them takes torch as long again."""
+    if not y._is_view() and y.is_contiguous():
+        return y.resize_(*lead, y.shape[-1])
+    return torch.ops.aten._unsafe_view.default(y, (*lead, y.shape[-1]))
 
 
 def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

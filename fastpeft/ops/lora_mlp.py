@@ -136,26 +136,22 @@ class LoraMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, call: Call, *flat):
-        needs = needs_of(ctx.needs_input_grad[0], ctx.needs_input_grad[2:])
-        seeds = draw_seeds(x, call)
+        wanted = ctx.needs_input_grad
+        needs, seeds = needs_of(wanted[0], wanted[2:]), draw_seeds(x, call)
         if not call.triton:
             seeds = list(map(torch_path.keeping, seeds, call.dropouts, [x.device] * 3))
-        y_MN, gate_MH, up_MH, s, call = run_forward(as_rows(x), flat, seeds, call, needs)
-        if not any(ctx.needs_input_grad):
-            return own_of_rows(y_MN, x)
-        seeds = list(map(torch_path.kept, seeds)) if any(call.dropouts) else seeds
-        ctx.save_for_backward(*kept(x, gate_MH, up_MH, s, flat, seeds, call, needs))
-        ctx.call, ctx.needs = call, needs
-        ctx.input_dtype = x.dtype
-        return own_of_rows(y_MN, x)
+        y, gate_MH, up_MH, s, call = run_forward(x, flat, seeds, call, needs)
+        if True in wanted:
+            seeds = list(map(torch_path.kept, seeds)) if any(call.dropouts) else seeds
+            ctx.save_for_backward(*kept(x, gate_MH, up_MH, s, flat, seeds, call, needs))
+            ctx.call, ctx.needs, ctx.input_dtype = call, needs, x.dtype
+        return own_of_rows(y, x)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        x, *saved = ctx.saved_tensors
         with without_autocast(dy):
-            given = None if x is None else as_rows(x), *saved
-            dx, dbias, da, db = run_backward(as_rows(dy), given, ctx.call, ctx.needs)
+            dx, dbias, da, db = run_backward(as_rows(dy), ctx.saved_tensors, ctx.call, ctx.needs)
         dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
         gate, up, down = zip((None, None, None), dbias, da, db, strict=True)
         return dx, None, *gate, *up, *down
@@ -177,13 +173,13 @@ def _projections(flat, dtype: torch.dtype) -> tuple[Tensors, Tensors, Tensors]:
     return tuple(map(Tensors, weights, biases, flat[2::4], flat[3::4]))
 
 
-def run_forward(x_MK, flat, seeds, call: Call, needs: Needs):
-    """(y [M, N], g [M, H], u [M, H], the three S, the call as it was served) on the call's backend."""
-    x, projections = cast(x_MK, call.dtype), _projections(flat, call.dtype)
+def run_forward(x, flat, seeds, call: Call, needs: Needs):
+    """(y (..., N) or [M, N], g [M, H], u [M, H], the three S, the call as it was served) on the call's backend."""
+    x, projections = cast(x, call.dtype), _projections(flat, call.dtype)
     keep = needs.inner and not call.recompute
 
     def by_torch(seeds):
-        return torch_path.forward(x, projections, seeds, call, keep)
+        return torch_path.forward(as_rows(x), projections, seeds, call, keep)
 
     if not call.triton:
         return *by_torch(seeds), call
@@ -191,7 +187,7 @@ def run_forward(x_MK, flat, seeds, call: Call, needs: Needs):
         lambda: _kind("forward", call, x, projections),
         call.demanded,
         lambda: _path(True).forward(x, projections, seeds, call),
-        lambda: by_torch(_masks(seeds, call, x, projections, False)),
+        lambda: by_torch(_masks(seeds, call, as_rows(x), projections, False)),
     )
     return *found, call if by_kernels else call._replace(fell_back=True)
 
@@ -224,12 +220,13 @@ def _masks(seeds, call: Call, rows: Tensor, projections, needed: bool):
 
 def run_backward(dy_MN, saved, call: Call, needs: Needs):
     """(dX, and of each projection dbias, dA, dB), each None where `needs` does not ask for it."""
-    x_MK, *products = saved[:3]
+    x, *products = saved[:3]
     s, seeds, projections = saved[3:6], saved[6:9], _projections(saved[9:], call.dtype)
-    dy, x = cast(dy_MN, call.dtype), cast(x_MK, call.dtype)
+    dy, x = cast(dy_MN, call.dtype), cast(x, call.dtype)
 
     def by_torch(seeds):
-        return torch_path.backward(dy, x, products, s, projections, seeds, call, needs)
+        x_MK = None if x is None else as_rows(x)
+        return torch_path.backward(dy, x_MK, products, s, projections, seeds, call, needs)
 
     def by_torch_as_kernels():
         return by_torch(_masks(seeds, call, dy, projections, not call.fell_back))
@@ -256,12 +253,18 @@ def run_backward(dy_MN, saved, call: Call, needs: Needs):
 def decide(x: Tensor, flat, activation: str, scalings, dropouts, dtype: torch.dtype, recompute: bool, patched) -> Call:
     """The call's numbers, and its backend by `dispatch`; without elements the torch path, as a kernel has no grid over
     nothing."""
-    rank = max([0 if a is None else a.shape[0] for a in flat[2::4]])
+    rank = max([a.shape[0] for a in flat[2::4] if a is not None])
     something = x.numel() * flat[0].numel() * flat[8].numel() * rank > 0  # x and the weights of gate and down
     triton = something and choose_backend(x, dtype, rank, patched).backend == "triton"
     dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
-    numbers = (tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute)
-    return Call(activation, *numbers, triton, triton and is_demanded(patched))
+    demanded = triton and is_demanded(patched)
+    return Call(activation, tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute, triton, demanded)
+
+
+def _widened(flat: list, dtype: torch.dtype) -> list:
+    """With every A and B in the widest type of theirs and this."""
+    wide = widest(dtype, *[each for each in flat[2::4] + flat[3::4] if each is not None])
+    return [cast(each, wide) if number % 4 > 1 else each for number, each in enumerate(flat)]
 
 
 def apply_lora_mlp(
@@ -270,22 +273,24 @@ def apply_lora_mlp(
 ) -> Tensor:  # fmt: skip
     """`lora_mlp` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`. The dropout
     of a projection is the probability in force."""
-    projections, device_type = (gate, up, down), device_type_of(x)
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    device_type, dtype = device_type_of(x), x.dtype
+    autocast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
+    if autocast:
+        dtype = torch.get_autocast_dtype(device_type)
     flat = [*gate[:4], *up[:4], *down[:4]]
-    for name, weight in () if autocast else zip(SIDES, flat[0::4], strict=True):
+    for number, weight in enumerate(() if autocast else flat[0::4]):
         if weight.dtype is not dtype:
             raise OpError(
-                f"lora_mlp: x is {dtype} but {name}'s weight is {weight.dtype}; cast one, or use torch.autocast"
+                f"lora_mlp: x is {dtype} but {SIDES[number]}'s weight is {weight.dtype}; cast one, or use "
+                "torch.autocast"
             )
-    others = [each for each in flat[2::4] + flat[3::4] if each is not None and each.dtype is not dtype]
-    if others:
-        wide = widest(dtype, *others)
-        flat = [cast(each, wide) if number % 4 > 1 else each for number, each in enumerate(flat)]
+    for matrix in flat[2::4] + flat[3::4]:
+        if matrix is not None and matrix.dtype is not dtype:
+            flat = _widened(flat, dtype)
+            break
     numbers = [
-        [1.0 if each.lora_A is None else float(each.scaling) for each in projections],
-        [0.0 if each.lora_A is None else float(each.dropout) for each in projections],
+        [1.0 if each.lora_A is None else float(each.scaling) for each in (gate, up, down)],
+        [0.0 if each.lora_A is None else float(each.dropout) for each in (gate, up, down)],
     ]
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_mlp_compiled import compiled_lora_mlp

@@ -34,7 +34,7 @@ from fastpeft.ops.lora_linear import (
     cast_all,
     lora_linear_reference,
     of_rows,
-    own_of_rows,
+    own_of_each,
     widest,
 )
 from fastpeft.ops.lora_linear import _check as check_lora
@@ -103,9 +103,10 @@ class LoraProjectionsFunction(torch.autograd.Function):
         if call.plans is None and seeds is not None:
             seeds = list(map(keeping, seeds, call.dropouts, [x.device] * len(a)))
         ys, ss, call = run_forward(x, bases, biases, a, b, seeds, call)
-        if not any(ctx.needs_input_grad):
+        wanted = ctx.needs_input_grad
+        if True not in wanted:
             return ys
-        needs = _needs(ctx.needs_input_grad)
+        needs = Needs(wanted[0], *_quarters(wanted[2:]))
         nothing = (None,) * len(a)
         for_x_or_a, for_w = needs.x or True in needs.a, not call.based and True in needs.weight
         ctx.save_for_backward(
@@ -117,9 +118,9 @@ class LoraProjectionsFunction(torch.autograd.Function):
             *(ss if False not in needs.b else [s if need else None for s, need in zip(ss, needs.b, strict=True)]),
         )
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.needs = call, needs
-        ctx.input_dtype = x.dtype
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.call, ctx.needs, ctx.input_dtype = call, needs, x.dtype
+        if True in needs.bias:
+            ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         return ys
 
     @staticmethod
@@ -127,14 +128,12 @@ class LoraProjectionsFunction(torch.autograd.Function):
     def backward(ctx, *dys):
         x, *saved = ctx.saved_tensors
         seeds, saved = saved[: len(dys)], saved[len(dys) :]
-        like = next((dy for dy in dys if dy is not None), None)
-        if like is None:
+        used = [dy for dy in dys if dy is not None]
+        if not used:
             return None, None, *(None for _ in range(4 * len(dys)))
-        flat = [dy if dy is None else as_rows(dy) for dy in dys], x if x is None else as_rows(x)
+        like = used[0]
         with without_autocast(like):
-            dx, dbases, dbiases, da, db = run_backward(*flat, *_quarters(saved), seeds, ctx.call, ctx.needs)
-        if ctx.call.based:
-            dbases = [grad if grad is None else of_rows(grad, like) for grad in dbases]
+            dx, dbases, dbiases, da, db = run_backward(dys, x, *_quarters(saved), seeds, ctx.call, ctx.needs)
         if True in ctx.needs.bias:
             dbiases = map(cast, dbiases, ctx.bias_dtypes)
         dx = dx if dx is None else of_rows(cast(dx, ctx.input_dtype), like)
@@ -146,10 +145,6 @@ def _quarters(tensors) -> tuple:
     return tensors[:count], tensors[count : 2 * count], tensors[2 * count : 3 * count], tensors[3 * count :]
 
 
-def _needs(needs_input_grad) -> Needs:
-    return Needs(needs_input_grad[0], *_quarters(needs_input_grad[2:]))
-
-
 def run_forward(x, bases, biases, a, b, seeds, call: Call):
     """((y (..., N), ...), which are no views, (S [M, R], ...), the call as it was served) on the backend that
     `call.plans` stand for."""
@@ -158,16 +153,15 @@ def run_forward(x, bases, biases, a, b, seeds, call: Call):
         bases = cast_all(bases, call.dtype)
     if call.plans is None:
         ys, ss = torch_path.forward(x, bases, biases, a, b, seeds, call)
-        return tuple([own_of_rows(y, x) for y in ys]), ss, call
-    x_MK = as_rows(x)
-    tensors = (x_MK, list(map(as_rows, bases)) if call.based else bases, biases, a, b)
+        return own_of_each(ys, x), ss, call
+    tensors = (x, bases, biases, a, b)
     (ys, ss), by_kernels = kernels_or_torch(
-        lambda: _kind("forward", call, x_MK, a, b),
+        lambda: _kind("forward", call, x, a, b),
         call.demanded,
         lambda: _path(True).forward(*tensors, seeds, call),
-        lambda: torch_path.forward(*tensors, _masks(seeds, call, x_MK.shape, x_MK.device, False), call),
+        lambda: torch_path.forward(*tensors, _masks(seeds, call, as_rows(x).shape, x.device, False), call),
     )
-    return tuple([own_of_rows(y, x) for y in ys]), ss, call if by_kernels else call._replace(fell_back=True)
+    return own_of_each(ys, x), ss, call if by_kernels else call._replace(fell_back=True)
 
 
 def _kind(phase: str, call: Call, rows, a, b) -> tuple:
@@ -186,18 +180,18 @@ def _masks(seeds, call: Call, shape: tuple[int, int], device, needed: bool):
     return seeds if masks is None else torch_path.given_masks(masks, [path.honoured(p) for p in call.dropouts])
 
 
-def run_backward(dys, x_MK, weights, a, b, ss, seeds, call: Call, needs: Needs):
-    """(dX, [dW, ...], [dbias, ...], [dA, ...], [dB, ...]), None where `needs` does not ask for it, or where dY is None,
-    which not all may be."""
+def run_backward(dys, x, weights, a, b, ss, seeds, call: Call, needs: Needs):
+    """(dX [M, K], [dW, ...], [dbias, ...], [dA, ...], [dB, ...]) of dY (..., N), None where `needs` does not ask for
+    it, or where dY is None, which not all may be. dW of a base product is as its dY."""
     count = len(dys)
     have = [p for p, dy in enumerate(dys) if dy is not None]
     if len(have) < count:
         dy, *tensors = ([each[p] for p in have] for each in (dys, weights, a, b, ss, seeds))
         some = Needs(needs.x, *(tuple(each[p] for p in have) for each in needs[1:]))
-        dx, *found = run_backward(dy, x_MK, *tensors, call.only(have), some)
+        dx, *found = run_backward(dy, x, *tensors, call.only(have), some)
         return dx, *(_put([None] * count, have, each) for each in found)
     dy, weight = cast_all(dys, call.dtype), cast_all(weights, call.dtype)
-    x = cast(x_MK, call.dtype)
+    x = cast(x, call.dtype)
     dx, dbias, da, db = _rank_grads(dy, x, weight, a, b, ss, seeds, call, needs)
     dw = [None] * count
     if True in needs.weight:
@@ -208,7 +202,7 @@ def run_backward(dys, x_MK, weights, a, b, ss, seeds, call: Call, needs: Needs):
 
 def _grad_of_base(given, dy, x, call: Call) -> Tensor:
     """dW of a weight, of a base product dY as it was `given`."""
-    return given if call.based else dy.t() @ x
+    return given if call.based else as_rows(dy).t() @ as_rows(x)
 
 
 def _put(into: list, places: Sequence[int], values: Sequence) -> list:
@@ -218,16 +212,17 @@ def _put(into: list, places: Sequence[int], values: Sequence) -> list:
 
 
 def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs):
-    """(dX, [dbias, ...], [dA, ...], [dB, ...]) on the call's backend."""
+    """(dX [M, K], [dbias, ...], [dA, ...], [dB, ...]) on the call's backend."""
     seeds = seeds if any(call.dropouts) else None
     for_x_or_a = needs.x or True in needs.a
 
     def by_torch(seeds):
-        dbias = [each.sum(0) if need else None for each, need in zip(dy, needs.bias, strict=True)]
-        return dbias, *torch_path.grads(dy, x, weight, a, b, s, seeds, call, needs)
+        rows, x_MK = list(map(as_rows, dy)), None if x is None else as_rows(x)
+        dbias = [each.sum(0) if need else None for each, need in zip(rows, needs.bias, strict=True)]
+        return dbias, *torch_path.grads(rows, x_MK, weight, a, b, s, seeds, call, needs)
 
     def by_torch_as_kernels():
-        shape = (len(dy[0]), a[0].shape[1]) if for_x_or_a else None
+        shape = (len(as_rows(dy[0])), a[0].shape[1]) if for_x_or_a else None
         return by_torch(_masks(seeds, call, shape, dy[0].device, not call.fell_back) if for_x_or_a else None)
 
     if call.plans is None:
@@ -246,12 +241,12 @@ def _rank_grads(dy, x, weight, a, b, s, seeds, call: Call, needs: Needs):
 
 def decide(x: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str | None, based: bool) -> Call:
     """The call's numbers, and its backend by `dispatch`, as in `lora_linear`."""
-    elements = x.numel() * min([each.numel() for each in b])
-    triton = elements > 0 and choose_backend(x, dtype, patched=patched).backend == "triton"
-    plans = lora_linear_plans(x, dtype, a, b, dropouts) if triton else None
-    dx_dtype = widest(dtype, x)
-    demanded = triton and is_demanded(patched)
-    return Call(tuple(scalings), tuple(dropouts), dtype, dx_dtype, plans, demanded, based=based)
+    something = x.numel() and 0 not in [each.numel() for each in b]
+    dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
+    if not something or choose_backend(x, dtype, patched=patched).backend != "triton":
+        return Call(scalings, dropouts, dtype, dx_dtype, None, False, False, based)
+    plans = lora_linear_plans(x, dtype, a, b, dropouts)
+    return Call(scalings, dropouts, dtype, dx_dtype, plans, is_demanded(patched), False, based)
 
 
 def apply_lora_projections(
@@ -261,20 +256,26 @@ def apply_lora_projections(
 
     based: `weight` is none, but the base product (..., N), which somebody else has computed; without a bias.
     """
-    device_type = device_type_of(x)
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    device_type, dtype = device_type_of(x), x.dtype
+    autocast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
     bases, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
-    dtype = torch.get_autocast_dtype(device_type) if autocast and not based else x.dtype
-    for weight in () if based else bases:
-        if not autocast and weight.dtype != dtype:
+    if autocast and not based:
+        dtype = torch.get_autocast_dtype(device_type)
+    for weight in () if autocast or based else bases:
+        if weight.dtype is not dtype:
             raise OpError(f"lora_projections: x is {dtype} but a weight is {weight.dtype}; cast one, or use autocast")
-    wide = widest(dtype, *a, *b)
-    a, b, scalings = cast_all(a, wide), cast_all(b, wide), tuple(map(float, scalings))
+    for matrix in a + b:
+        if matrix.dtype is not dtype:
+            wide = widest(dtype, *a, *b)
+            a, b = cast_all(a, wide), cast_all(b, wide)
+            break
     if torch.compiler.is_compiling():
         from fastpeft.ops._lora_projections_compiled import compiled_lora_projections
 
         flat = as_rows(x), tuple(map(as_rows, bases)) if based else bases
-        ys = compiled_lora_projections(*flat, biases, a, b, scalings, list(dropouts), dtype, patched_backend, based)
+        ys = compiled_lora_projections(
+            *flat, biases, a, b, list(scalings), list(dropouts), dtype, patched_backend, based
+        )
         return [of_rows(y, x) for y in ys]
     call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
     if autocast:
@@ -328,4 +329,7 @@ def lora_projections(
             check_lora(x, *each)
         except OpError as error:
             raise OpError(f"lora_projections: projection {number}: {error}") from None
-    return apply_lora_projections(x, [each._replace(dropout=each.dropout if training else 0.0) for each in projections])
+    numbers = [(float(each.scaling), each.dropout if training else 0.0) for each in projections]
+    return apply_lora_projections(
+        x, [Projection(*each[:4], *own) for each, own in zip(projections, numbers, strict=True)]
+    )

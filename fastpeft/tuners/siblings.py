@@ -235,7 +235,7 @@ def projection_of(layer: nn.Module, name: str) -> Projection:
     """A layer with one adapter, for the op; without a weight where the layer has its base product for itself."""
     settings = layer.settings(name)
     base = (layer.matrix(), layer._bias_with(name, settings)) if layer.plain_base() else (None, None)
-    return Projection(*base, *layer.factors(name), settings.scaling, layer.dropout_of(name))
+    return Projection(*base, *layer.factors(name), float(settings.scaling), layer.dropout_of(name))
 
 
 def _fits(projection: Projection, x: Tensor) -> bool:
