@@ -6,7 +6,8 @@ The steps, the most valuable first: the environment, the machine's ceilings, the
 LoRA (single layers, and those that are one op) and of attention over a prefix, whole training steps, the first cells of
 every other bench, and what else the time allows, torch.compile last. Each is on disk when it is over: DIR/checkin.json
 is valid from the first second on (schema in report.py), DIR/checkin.jsonl has its results as JSON lines, DIR/table.txt
-the tables, DIR/summary.txt the screen that is printed last, DIR/tuned the table of tuning, which benches after it use.
+the tables, DIR/summary.txt the screen that is printed last, DIR/tuned the table of tuning, which benches after it use,
+DIR/overhead.txt what the ops' Python takes on this processor, measured beside the tests with the GPU hidden.
 --resume goes on in a folder, with the steps that were not finished. What crashes or hangs is named and left out.
 --smoke takes the whole course on a CPU, on tiny shapes; no figure of it counts.
 
@@ -14,10 +15,12 @@ Exit status: 0; 1 if a test failed or an implementation raised or died; 2 for wr
 """
 
 import argparse
+import contextlib
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,10 +89,27 @@ def _environment(course: Course, budget: Budget) -> Ended:
     return Ended("done", f"missing: {', '.join(absent)}" if absent else "")
 
 
+@contextlib.contextmanager
+def _overhead(course: Course, budget: Budget) -> Iterator[None]:
+    """`benchmarks.overhead` beside what is done within, and as long after it as there is time."""
+    command = [sys.executable, "-m", f"{__package__}.overhead", "--calls", "10" if course.smoke else "400"]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    with (course.out / "overhead.txt").open("w") as stream:
+        process = start(command, hidden, stdout=stream, stderr=stream)
+        try:
+            yield
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, budget.left()))
+        finally:
+            if process.poll() is None:
+                end(process)
+
+
 def _tests(course: Course, budget: Budget) -> Ended:
     course.worker.end()  # the device is theirs alone
     workers = 0 if course.smoke else TEST_WORKERS
-    found = run_tests([path.resolve() for path in course.tests], course.out, budget.left(), workers)
+    with _overhead(course, budget):
+        found = run_tests([path.resolve() for path in course.tests], course.out, budget.left(), workers)
     document = report.load(course.path)
     document["tests"] = found
     report.save(document, course.path)

@@ -1,15 +1,17 @@
 """What an op's own Python costs, in microseconds: `lora_linear` and a patched layer around it with kernels that compute
 nothing, beside a bare torch.autograd.Function of the same tensors, which is the least there is.
 
-    python -m benchmarks.overhead
+    python -m benchmarks.overhead [--calls N]
 
 In a loop of nothing else, and cold: between large products, as in a step on a CPU, where the interpreter's code and
 objects have left the caches each time and cost ten times as much. And on the Triton path, by the plans that a GPU has
-where no table knows better, with launches and vendor's products that compute nothing, and without what Triton's own
-launcher takes: there beside a Function that has as many arguments, saves the same and makes the same allocations and
-launches with everything known before; and once more with kernels that are not even launched, which leaves the op alone.
+where no table knows better, of a batch x (B, S, K), with launches and vendor's products that compute nothing, and
+without what Triton's own launcher takes: there beside a Function that has as many arguments, saves the same and makes
+the same allocations, products and launches with everything known before; and once more without what prepares products
+and launches, which leaves the op alone.
 """
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -27,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpeft
 from fastpeft import dispatch
+from fastpeft.info import cpu_name
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its path serves CPU tensors then
@@ -348,6 +351,7 @@ def measured_on_kernels(calls: int = CALLS, repeats: int = REPEATS) -> list[OnKe
 
 
 def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALLS) -> int:
+    print(f"{cpu_name()}, torch {torch.__version__}")
     print(f"{'':16}  forward us  backward us  cold forward us  cold backward us  Python functions")
     for name, forward, backward, cold_forward, cold_backward, entered in measured(calls, repeats, cold_calls):
         cold = f"{cold_forward:15.1f}  {cold_backward:16.1f}"
@@ -368,4 +372,6 @@ def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALL
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
+    parser.add_argument("--calls", type=int, default=CALLS, metavar="N", help=f"in a row (default {CALLS})")
+    raise SystemExit(main(parser.parse_args().calls))

@@ -305,7 +305,7 @@ def gated_backward(
     t_down, a = down or (None, None)
     matrices = [None if each is None else each.b for each in sides]
     ranks = [0 if a is None else a.shape[0], *[0 if b is None else b.shape[1] for b in matrices]]
-    given = next((each for each in (a, *matrices) if each is not None), dh)
+    given = [each for each in (a, *matrices, dh) if each is not None][0]
     drops, mode = dropout is not None, dot_mode(dh.dtype, given.dtype)
     grid, run, sizes, options = _gated_backward_launch(
         rows, columns, *ranks, dh.dtype, mode, activation, with_h, drops, tiles, *_launched_on(dh)

@@ -69,6 +69,8 @@ def assert_files_are_left(out, document):
     assert "done: environment" in summary and "2 passed" in summary
     assert "targets: none of them was measured" in summary
     assert json.loads((out / "checkin.json").read_text())["stamp"]["commit"]
+    overhead = (out / "overhead.txt").read_text()
+    assert "a patched layer" in overhead and "a gated MLP, few rows" in overhead
 
 
 def assert_resuming_repeats_only_what_is_not_done(out, document):

@@ -42,7 +42,8 @@ def test_an_op_on_kernels_enters_few_functions_for_a_launch():
 def test_the_times_are_of_calls(capsys):
     assert overhead.main(calls=300, repeats=7, cold_calls=7) == 0
     lines, _, on_kernels = capsys.readouterr().out.partition("\n\n")
-    lines = lines.splitlines()
+    machine, *lines = lines.splitlines()
+    assert machine.endswith(f"torch {torch.__version__}")
     assert [line[:16].strip() for line in lines[1:]] == ["a bare Function", "lora_linear", "a patched layer"]
     kernels = {line[:27].strip(): list(map(float, line[27:].split()[:12])) for line in on_kernels.splitlines()[1:]}
     assert kernels.keys() == ON_KERNELS.keys()

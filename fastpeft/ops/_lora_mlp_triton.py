@@ -99,7 +99,7 @@ def _through_activation(dy, gate, up, s, t_down, projections, dropout, call, nee
     """(`kernels.Grads`, dA of down or None): with every rank-r product that the kernel can hold."""
     down = projections[2]
     a = projections[0].a, projections[1].a, down.a
-    most = kernels.fused_rank(dy.dtype, next(each.dtype for each in a if each is not None))
+    most = kernels.fused_rank(dy.dtype, [each.dtype for each in a if each is not None][0])
     inside = down.a is not None and down.a.shape[0] <= most
     sides = [
         kernels.Side(s[i], projections[i].b, call.scalings[i])

@@ -33,7 +33,6 @@ from fastpeft.ops.lora_linear import (
     _is_number,
     as_rows,
     cast,
-    cast_all,
     lora_linear_reference,
     of_rows,
     own_of_rows,
@@ -169,8 +168,11 @@ def kept(x, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list[Te
 
 def _projections(flat, dtype: torch.dtype) -> tuple[Tensors, Tensors, Tensors]:
     """In the dtype of the products."""
-    weights, biases = cast_all(flat[0::4], dtype), cast_all(flat[1::4], dtype)
-    return tuple(map(Tensors, weights, biases, flat[2::4], flat[3::4]))
+    for each in (*flat[0::4], *flat[1::4]):
+        if each is not None and each.dtype is not dtype:
+            flat = [cast(each, dtype) if number % 4 < 2 else each for number, each in enumerate(flat)]
+            break
+    return Tensors(*flat[:4]), Tensors(*flat[4:8]), Tensors(*flat[8:])
 
 
 def run_forward(x, flat, seeds, call: Call, needs: Needs):
