@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from fastpeft.errors import OpError
@@ -23,12 +24,22 @@ class _Nothing:
         pass
 
 
+@functools.cache
+def _apply_of(function: type[torch.autograd.Function]) -> Callable:
+    """What `function.apply` comes to outside of functorch's transforms."""
+    return super(torch.autograd.Function, function).apply
+
+
 def applied(function: type[torch.autograd.Function], *arguments):
     """function.apply(*arguments). While gradients are off it is its forward alone: autograd, which would find that out
-    in five microseconds, is not asked. What else it refuses, tangents and transforms, it is shown."""
-    tangents = forward_ad._current_level >= 0
-    if torch.is_grad_enabled() or tangents or torch._C._are_functorch_transforms_active():
+    in five microseconds, is not asked. What else it refuses, tangents and transforms, it is shown. Otherwise it is
+    asked without torch's own Python before it, which takes a few microseconds to look in every argument for a tensor
+    that an ended transform of functorch has left behind: here the first alone may be one."""
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        first, *others = arguments
+        return _apply_of(function)(unwrap_if_dead(first) if isinstance(first, torch.Tensor) else first, *others)
     return function.forward(_Nothing(len(arguments)), *arguments)
 
 

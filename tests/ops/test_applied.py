@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastpeft.dispatch import backend
-from fastpeft.ops import lora_linear, lora_projections
+from fastpeft.ops import _first_order, lora_linear, lora_projections
 from fastpeft.ops._first_order import applied
 
 M, K, N, R = 21, 24, 19, 4
@@ -39,6 +39,7 @@ def test_an_op_gives_the_same_and_does_without_autograd(op, path, monkeypatch):
     with backend(path):
         torch.manual_seed(7)
         expected, after = op(*tensors), torch.rand(1)
+        monkeypatch.setattr(_first_order, "_apply_of", None)
         monkeypatch.setattr(torch.autograd.Function, "apply", None)
         torch.manual_seed(7)
         with torch.no_grad():
@@ -53,6 +54,25 @@ def test_gradients_are_had_where_they_are_on():
     assert torch.equal(torch.autograd.grad(y, x, torch.ones(3))[0], torch.full((3,), 2.0))
     with torch.inference_mode():
         assert torch.equal(applied(Doubled, x, 1.0), 2 * x)
+
+
+@pytest.mark.parametrize("op", [one, three])
+def test_what_a_transform_has_left_behind_has_its_gradient(op):
+    left = []
+
+    def total(x):
+        left.append(2 * x)
+        return x.square().sum()
+
+    x, weight, a, b = (torch.randn(shape, requires_grad=shape != (N, K)) for shape in ((M, K), (N, K), (R, K), (N, R)))
+    torch.func.grad(total)(x)
+    (given,) = left
+    assert torch._C._functorch.is_functorch_wrapped_tensor(given)
+    found = []
+    for each in (given, 2 * x):
+        torch.manual_seed(7)
+        found.append(torch.autograd.grad(op(each, weight, a, b).sum(), [x, a, b]))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
