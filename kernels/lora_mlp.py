@@ -13,6 +13,7 @@ it waits for memory is this project's own; the in-place kernels of Unsloth and L
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -254,15 +255,16 @@ def _launched_on(x: Tensor) -> tuple[str, int]:
 
 def gated_forward(
     gate: Tensor, up: Tensor, activation: str, a: Tensor | None = None, dropout: Dropout | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | None = None, lead: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(h = act(gate)⊙up [M, H], S = drop(h) aᵀ [M, R] in a's dtype, or None without a [R, H])."""
+    """(h = act(gate)⊙up [M, H], or (*lead, H), which are as many, S = drop(h) aᵀ [M, R] in a's dtype, or None without
+    a [R, H])."""
     (rows, columns), rank, has, drops = gate.shape, 1 if a is None else a.shape[0], a is not None, dropout is not None
     mode = dot_mode(gate.dtype, gate.dtype if a is None else a.dtype)
     grid, run, options = _gated_forward_launch(
         rows, columns, rank, gate.dtype, mode, activation, has, drops, tiles, *_launched_on(gate)
     )
-    h = torch.empty_like(gate)
+    h = torch.empty(*(lead or (rows,)), columns, dtype=gate.dtype, device=gate.device)
     sums, s, s_parts = [], None, None
     if has:
         s, s_parts = shares_or_whole(grid[1], (rows, rank), a.dtype, gate.device, 1.0, sums)

@@ -54,8 +54,7 @@ def forward(x: Tensor, projections, seeds, call):
         shrunk = shared_kernels.shrink_all(x_MK, matrices, matrices[0].dtype, [dropouts[i] for i in own])
         s = shrunk if len(own) == 2 else [shrunk[0] if i in own else None for i in (0, 1)]
     gate, up = _products(x_MK, projections, s, call.scalings, plans)
-    h, s_down = kernels.gated_forward(gate, up, call.activation, down.a, dropouts[2])
-    h = h if x.ndim == 2 else h.view(*x.shape[:-1], -1)
+    h, s_down = kernels.gated_forward(gate, up, call.activation, down.a, dropouts[2], lead=x.shape[:-1])
     return _product(h, down, s_down, call.scalings[2], plans[2]), gate, up, (*s, s_down)
 
 
