@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _dora_linear_torch as torch_path
-from fastpeft.ops._autocast import device_type_of, without_autocast
+from fastpeft.ops._autocast import autocast_dtype, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, of_rows, own_of_rows, widest
 from fastpeft.ops.lora_linear import _kind as kind_of_lora
@@ -132,9 +132,7 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     x (..., K); weight (N, K) in x's dtype, any under autocast; bias (N,) or None; lora_A (r, K), lora_B (N, r); factor
     (N,); `dropout` is the probability in force. Raises BackendError if Triton was demanded and cannot serve the call.
     """
-    device = device_type_of(x)
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     wide = widest(dtype, lora_A, lora_B, factor)
     a, b = cast(lora_A, wide), cast(lora_B, wide)
     call = decide(x, dtype, a, b, float(scaling), dropout, patched)
@@ -144,5 +142,5 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
 
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether `apply_dora` computes a layer's call. torch.compile traces the definition instead, and fuses that."""
-    same = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    same = weight.dtype == x.dtype or autocast_dtype(x) is not None
     return same and x.ndim > 0 and not weight.requires_grad and not torch.compiler.is_compiling()

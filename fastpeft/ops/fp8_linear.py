@@ -17,7 +17,7 @@ is exact in fp32, and multiplied: the same numbers up to the rounding of sums.
 import torch
 
 from fastpeft.errors import OpError
-from fastpeft.ops._autocast import device_type_of, without_autocast
+from fastpeft.ops._autocast import autocast_dtype, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import DTYPES, as_rows, cast, of_rows
 
@@ -128,9 +128,7 @@ def apply_fp8(x, weight, weight_scale, bias):
         raise OpError(f"fp8_linear: weight is {weight.dtype}; {FP8} is needed, which mixed precision may not cast")
     if weight.requires_grad and torch.is_grad_enabled():
         raise OpError("fp8_linear: weight wants a gradient, which float8 cannot have; weight.requires_grad_(False)")
-    kind, dtype = device_type_of(x), x.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x) or x.dtype
     with without_autocast(x):
         y_MN = applied(Fp8LinearFunction, as_rows(x), weight, weight_scale, bias, dtype)
     return of_rows(y_MN, x)

@@ -21,7 +21,7 @@ from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_linear_torch as torch_path
-from fastpeft.ops._autocast import device_type_of, without_autocast
+from fastpeft.ops._autocast import autocast_dtype, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import as_rows
 
@@ -258,11 +258,11 @@ def widest(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.dtype:
 
 def decide(x: torch.Tensor, dtype: torch.dtype, a_RK, b_NR, scaling: float, dropout: float, patched) -> Call:
     """The call's numbers, and its backend by `dispatch`. A kernel has no grid over nothing, while torch's products of
-    no rows are zeros: without elements, or a rank, it is the torch path."""
+    no rows are zeros: without elements, or a rank, it is the torch path. On the meta device nothing is drawn."""
     elements = x.numel() * b_NR.numel()
     dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
     if not elements or choose_backend(x, dtype, patched=patched).backend != "triton":
-        return Call(scaling, dropout, dtype, dx_dtype, None)
+        return Call(scaling, 0.0 if x.is_meta else dropout, dtype, dx_dtype, None)
     plan = lora_linear_plan(x, dtype, a_RK, b_NR, dropout)
     return Call(scaling, dropout, dtype, dx_dtype, plan, is_demanded(patched))
 
@@ -272,11 +272,9 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
     Exactly one of `weight` (N, K) and `residual` (..., N) is given; `dropout` is the probability in force.
     """
-    device_type, dtype = device_type_of(x), x.dtype
-    autocast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
-    if autocast and weight is not None:
-        dtype = torch.get_autocast_dtype(device_type)
-    if weight is not None and not autocast and weight.dtype != dtype:
+    narrow = autocast_dtype(x)
+    dtype = x.dtype if narrow is None or weight is None else narrow
+    if weight is not None and narrow is None and weight.dtype is not dtype:
         raise OpError(f"lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     a_RK, b_NR = lora_A, lora_B
     if a_RK.dtype is not dtype or b_NR.dtype is not dtype:
@@ -288,7 +286,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
         tensors = (as_rows(x), weight, bias, None if residual is None else as_rows(residual), a_RK, b_NR)
         return of_rows(compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend), x)
     call = decide(x, dtype, a_RK, b_NR, float(scaling), dropout, patched_backend)
-    if autocast:
+    if narrow is not None:
         with without_autocast(x):
             return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call)
     return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call)

@@ -24,7 +24,7 @@ from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_mlp_torch as torch_path
-from fastpeft.ops._autocast import device_type_of, without_autocast
+from fastpeft.ops._autocast import autocast_dtype, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import given_mask
 from fastpeft.ops.lora_linear import (
@@ -260,7 +260,8 @@ def decide(x: Tensor, flat, activation: str, scalings, dropouts, dtype: torch.dt
     triton = something and choose_backend(x, dtype, rank, patched).backend == "triton"
     dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
     demanded = triton and is_demanded(patched)
-    return Call(activation, tuple(scalings), tuple(dropouts), dtype, dx_dtype, recompute, triton, demanded)
+    dropouts = (0.0, 0.0, 0.0) if x.is_meta else tuple(dropouts)
+    return Call(activation, tuple(scalings), dropouts, dtype, dx_dtype, recompute, triton, demanded)
 
 
 def _widened(flat: list, dtype: torch.dtype) -> list:
@@ -275,12 +276,10 @@ def apply_lora_mlp(
 ) -> Tensor:  # fmt: skip
     """`lora_mlp` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`. The dropout
     of a projection is the probability in force."""
-    device_type, dtype = device_type_of(x), x.dtype
-    autocast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
-    if autocast:
-        dtype = torch.get_autocast_dtype(device_type)
+    narrow = autocast_dtype(x)
+    dtype = narrow or x.dtype
     flat = [*gate[:4], *up[:4], *down[:4]]
-    for number, weight in enumerate(() if autocast else flat[0::4]):
+    for number, weight in enumerate(flat[0::4] if narrow is None else ()):
         if weight.dtype is not dtype:
             raise OpError(
                 f"lora_mlp: x is {dtype} but {SIDES[number]}'s weight is {weight.dtype}; cast one, or use "

@@ -23,7 +23,7 @@ from fastpeft.dispatch import Plan, choose_backend, lora_linear_plans
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
-from fastpeft.ops._autocast import device_type_of, without_autocast
+from fastpeft.ops._autocast import autocast_dtype, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import keeping, kept
 from fastpeft.ops.lora_linear import (
@@ -244,7 +244,8 @@ def decide(x: Tensor, dtype: torch.dtype, a, b, scalings, dropouts, patched: str
     something = x.numel() and 0 not in [each.numel() for each in b]
     dx_dtype = dtype if x.dtype is dtype else widest(dtype, x)
     if not something or choose_backend(x, dtype, patched=patched).backend != "triton":
-        return Call(scalings, dropouts, dtype, dx_dtype, None, False, False, based)
+        drawn = (0.0,) * len(b) if x.is_meta else dropouts
+        return Call(scalings, drawn, dtype, dx_dtype, None, False, False, based)
     plans = lora_linear_plans(x, dtype, a, b, dropouts)
     return Call(scalings, dropouts, dtype, dx_dtype, plans, is_demanded(patched), False, based)
 
@@ -256,12 +257,10 @@ def apply_lora_projections(
 
     based: `weight` is none, but the base product (..., N), which somebody else has computed; without a bias.
     """
-    device_type, dtype = device_type_of(x), x.dtype
-    autocast = torch.is_autocast_enabled(device_type) and dtype != torch.float64
+    narrow = autocast_dtype(x)
+    dtype = x.dtype if narrow is None or based else narrow
     bases, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
-    if autocast and not based:
-        dtype = torch.get_autocast_dtype(device_type)
-    for weight in () if autocast or based else bases:
+    for weight in bases if narrow is None and not based else ():
         if weight.dtype is not dtype:
             raise OpError(f"lora_projections: x is {dtype} but a weight is {weight.dtype}; cast one, or use autocast")
     for matrix in a + b:
@@ -278,7 +277,7 @@ def apply_lora_projections(
         )
         return [of_rows(y, x) for y in ys]
     call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
-    if autocast:
+    if narrow is not None:
         with without_autocast(x):
             return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b))
     return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b))

@@ -23,7 +23,7 @@ from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _mixed_lora_linear_torch as torch_path
-from fastpeft.ops._autocast import device_type_of, without_autocast
+from fastpeft.ops._autocast import autocast_dtype, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops.lora_linear import _check as check_lora
 from fastpeft.ops.lora_linear import as_rows, cast, of_rows, own_of_rows, widest
@@ -250,10 +250,9 @@ def apply_mixed_lora(
     """
     compiling = torch.compiler.is_compiling()
     used, rows = (_used.__wrapped__ if compiling else _used)(tuple(rows))  # torch.compile warns of caches
-    device_type = device_type_of(x)
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device_type) if autocast and weight is not None else x.dtype
-    if weight is not None and not autocast and weight.dtype != dtype:
+    narrow = autocast_dtype(x)
+    dtype = x.dtype if narrow is None or weight is None else narrow
+    if weight is not None and narrow is None and weight.dtype != dtype:
         raise OpError(f"mixed_lora_linear: x is {dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     if not used:
         return residual if weight is None else torch.nn.functional.linear(x, weight, bias)

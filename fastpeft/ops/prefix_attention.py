@@ -24,7 +24,7 @@ from fastpeft.dispatch import Plan, prefix_attention_plan
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _prefix_attention_torch as torch_path
-from fastpeft.ops._autocast import without_autocast
+from fastpeft.ops._autocast import autocast_dtype, without_autocast
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._prefix_attention_scores import (
     Scores,
@@ -265,8 +265,7 @@ def apply_prefix_attention(tensors: Tensors, scores: Scores, dropout: float, pat
 
 def in_common_dtype(tensors: Tensors) -> Tensors:
     """What is multiplied, in autocast's dtype where that is in force."""
-    device_type = tensors.q_BHSD.device.type
-    if not torch.is_autocast_enabled(device_type) or tensors.q_BHSD.dtype == torch.float64:
+    dtype = autocast_dtype(tensors.q_BHSD)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return Tensors(*(t.to(dtype) if t.is_floating_point() else t for t in tensors[:5]), *tensors[5:])

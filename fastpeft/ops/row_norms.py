@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastpeft.dispatch import choose_backend
 from fastpeft.fallback import is_demanded, kernels_or_torch
+from fastpeft.ops._autocast import without_autocast
 
 BLOCK_ELEMENTS = 1 << 18  # of W at a time on the torch path, which a CPU's cache holds between the product and the sum
 
@@ -42,7 +43,7 @@ def row_norms_torch(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: floa
     wide = wide_dtype(weight_NK, a_RK, b_NR)
     a, b = a_RK.to(wide), b_NR.to(wide)
     norms = torch.empty(len(weight_NK), dtype=wide, device=weight_NK.device)
-    with torch.autocast(weight_NK.device.type, enabled=False):
+    with without_autocast(weight_NK):
         for rows in _blocks(*weight_NK.shape):
             updated = torch.addmm(weight_NK[rows].to(wide), b[rows], a, alpha=scaling)
             norms[rows] = torch.linalg.vector_norm(updated, dim=1)

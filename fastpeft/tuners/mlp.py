@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastpeft.dispatch import MAX_RANK
 from fastpeft.distributed import give_class, is_apart, own_class, own_weight
+from fastpeft.ops._autocast import autocast_dtype
 from fastpeft.ops.lora_mlp import Projection, apply_lora_mlp
 from fastpeft.tuners.gated_mlp import GatedMlp, Read, activation_of, gated_mlp_of, is_as_read
 from fastpeft.tuners.layer import AdapterLayer, give_back_forward, patched_class
@@ -128,7 +129,7 @@ def _projection(child: nn.Module) -> Projection | None:
 def _fits(projection: Projection, x: Tensor) -> bool:
     """Whether the op takes a weight for x, frozen and in its dtype."""
     weight = projection.weight
-    same = weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64)
+    same = weight.dtype == x.dtype or autocast_dtype(x) is not None
     frozen = not weight.requires_grad or not torch.is_grad_enabled()
     return same and frozen and weight.device == x.device and weight.is_floating_point()
 

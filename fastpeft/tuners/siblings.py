@@ -21,6 +21,7 @@ from torch.autograd.function import FunctionCtx
 
 from fastpeft.dispatch import MAX_RANK
 from fastpeft.distributed import is_apart, is_sharded, sharded_by_itself
+from fastpeft.ops._autocast import autocast_dtype, is_autocast
 from fastpeft.ops.lora_projections import Projection, apply_lora_projections
 
 KEY = "_fastpeft_siblings"  # where a projection remembers its Siblings
@@ -214,7 +215,7 @@ def _circumstances(x: Tensor, tracing: bool) -> list:
     if tracing:
         return []
     version = None if x.is_inference() else x._version
-    return [version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)]
+    return [version, torch.is_grad_enabled(), is_autocast(x)]
 
 
 def _lone_adapter(layer: nn.Module, based: bool) -> str | None:
@@ -241,7 +242,7 @@ def projection_of(layer: nn.Module, name: str) -> Projection:
 def _fits(projection: Projection, x: Tensor) -> bool:
     """Whether the op takes x; if not, the layer itself says why."""
     weight, a = projection.weight, projection.lora_A
-    same = weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    same = weight is None or weight.dtype == x.dtype or autocast_dtype(x) is not None
     held = a.shape[0] <= MAX_RANK  # beyond, `lora_linear` has slices of ranks, which this op has not
     reads = a if weight is None else weight
     return x.ndim > 0 and same and held and reads.device == x.device and reads.shape[-1] == x.shape[-1]
