@@ -374,4 +374,5 @@ def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALL
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
     parser.add_argument("--calls", type=int, default=CALLS, metavar="N", help=f"in a row (default {CALLS})")
-    raise SystemExit(main(parser.parse_args().calls))
+    asked = parser.parse_args().calls
+    raise SystemExit(main(asked, cold_calls=min(asked, COLD_CALLS)))

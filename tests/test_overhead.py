@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from benchmarks import overhead
+from fastpeft import selection
 from fastpeft.kernels import _common
 
 
-def test_an_op_enters_few_functions_beside_those_of_autograd():
+def test_an_op_enters_few_functions_beside_those_of_autograd(monkeypatch):
+    monkeypatch.setattr(selection, "_any_open", False)  # as it is while nobody has chosen adapters in a block
     rows = {name: entered for name, *_, entered in overhead.measured(calls=1, repeats=1, cold_calls=1)}
     assert rows["lora_linear"] - rows["a bare Function"] <= 8
     assert rows["a patched layer"] - rows["lora_linear"] <= 30
