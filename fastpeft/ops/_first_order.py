@@ -35,9 +35,10 @@ def applied(function: type[torch.autograd.Function], *arguments):
     in five microseconds, is not asked. What else it refuses, tangents and transforms, it is shown. Otherwise it is
     asked without torch's own Python before it, which takes a few microseconds to look in every argument for a tensor
     that an ended transform of functorch has left behind: here the first alone may be one. torch.compile traces that."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling():
-        return function.apply(*arguments)
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if transformed or torch.compiler.is_dynamo_compiling():
+            return function.apply(*arguments)
         first, *others = arguments
         return _apply_of(function)(unwrap_if_dead(first) if isinstance(first, torch.Tensor) else first, *others)
     return function.forward(_Nothing(len(arguments)), *arguments)

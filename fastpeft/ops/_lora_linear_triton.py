@@ -75,7 +75,7 @@ def expand(s, x, weight, bias, b, scale, plan: Plan, shared: dict):
         add_product(as_rows(y), s, b.t(), scale)
         return y
     y = kernels.tail(s, b, x.dtype, bias=bias, scale=scale, lead=x.shape[:-1])
-    as_rows(y).addmm_(_rows(x, shared), weight.t())
+    y.view(-1, b.shape[0]).addmm_(_rows(x, shared), weight.t())
     return y
 
 

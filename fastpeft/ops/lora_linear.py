@@ -128,7 +128,8 @@ class LoraLinearFunction(torch.autograd.Function):
         with without_autocast(dy):
             dx, dw, dbias, da, db = run_backward(dy, *ctx.saved_tensors, ctx.call, needs)
         dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
-        return dx, dw, cast(dbias, ctx.bias_dtype), dy if need_residual else None, da, db, None
+        dbias = None if dbias is None else cast(dbias, ctx.bias_dtype)
+        return dx, dw, dbias, dy if need_residual else None, da, db, None
 
 
 def run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call):
