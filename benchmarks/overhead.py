@@ -7,8 +7,8 @@ In a loop of nothing else, and cold: between large products, as in a step on a C
 objects have left the caches each time and cost ten times as much. And on the Triton path, by the plans that a GPU has
 where no table knows better, of a batch x (B, S, K), with launches and vendor's products that compute nothing, and
 without what Triton's own launcher takes: there beside a Function that has as many arguments, saves the same and makes
-the same allocations, products and launches with everything known before; and once more without what prepares products
-and launches, which leaves the op alone.
+the same allocations, products and launches with everything known before. `own` is what a call takes beyond that where
+it runs a program (`fastpeft.ops._programs`), `first` what the first of calls alike does, which finds everything out.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastpeft
 from fastpeft import dispatch
 from fastpeft.info import cpu_name
+from fastpeft.ops import _programs
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its path serves CPU tensors then
@@ -155,34 +156,59 @@ def _launch(kernel, grid, arguments, options):
     kernel[grid](*arguments, **options)
 
 
-def steps_of(action: Callable[[], object]) -> list[Callable[[], object]]:
-    """What the action launches, multiplies and allocates, in order, to be done again."""
-    steps = []
-    with empty_launches(steps), Recorded(steps):
-        action()
-    return [each if callable(each) else functools.partial(_launch, *each) for each in steps]
+class Steps(NamedTuple):
+    """What an action launches, multiplies and allocates, in order, to be done again; and of each of its results, which
+    of these gives it, in its shape."""
+
+    actions: list[Callable[[], object]]
+    results: list[int]
+
+    def again(self) -> list[torch.Tensor]:
+        """The results. What else the steps give is there together with them, as what an op makes is."""
+        made = [action() for action in self.actions]
+        return [made[place] for place in self.results]
 
 
-def again(steps: list[Callable[[], object]]) -> list:
-    """What the steps give, which is there together, as what an op makes is."""
-    return [step() for step in steps]
+def steps_of(action: Callable[[], object]) -> Steps:
+    noted = []
+    with empty_launches(noted), Recorded(noted):
+        found = action()
+    actions = [each if callable(each) else functools.partial(_launch, *each) for each in noted]
+    made, results = [each() for each in actions], []
+    for result in [found] if isinstance(found, torch.Tensor) else found:
+        alike = (
+            place
+            for place, each in enumerate(made)
+            if each is not None
+            and place not in results
+            and (each.numel(), each.dtype) == (result.numel(), result.dtype)
+        )
+        place = next(alike, None)
+        if place is None:  # a part of a buffer
+            place = len(actions)
+            actions.append(functools.partial(torch.Tensor.detach, result.detach()))
+        elif made[place].shape != result.shape:
+            actions[place] = functools.partial(torch.empty, result.shape, dtype=result.dtype)
+        results.append(place)
+    return Steps(actions, results)
 
 
 class Least(torch.autograd.Function):
-    """Does what is known before in forward and in backward, saves what it is told, and gives what it is given."""
+    """Does what is known before in forward and in backward, saves what it is told, and gives what comes of it."""
 
     @staticmethod
     def forward(ctx, known, *tensors):
-        steps, _, outs, saved, _ = known
-        _ = again(steps)
+        steps, _, saved, _ = known
+        outs = steps.again()
         ctx.save_for_backward(*saved)
         ctx.known = known
-        return tuple(out.detach() for out in outs)
+        return tuple(outs)
 
     @staticmethod
     def backward(ctx, *dys):
-        _ = ctx.saved_tensors, again(ctx.known[1])
-        return ctx.known[4]
+        _ = ctx.saved_tensors
+        _, steps, _, others = ctx.known
+        return None, *steps.again(), *others
 
 
 def cases_on_kernels() -> dict[str, tuple[Callable, list[torch.Tensor], list[torch.Tensor]]]:
@@ -191,18 +217,20 @@ def cases_on_kernels() -> dict[str, tuple[Callable, list[torch.Tensor], list[tor
     mlp = importlib.import_module("fastpeft.ops.lora_mlp")
     half, cases = dict(dtype=torch.float16), {}
     for words, shape in (("", SHARED), (", few rows", FEW)):
-        x, dy, width = torch.randn(shape, requires_grad=True, **half), torch.randn(shape, **half), shape[-1]
-        weight = torch.randn(width, width, **half)
+        x, width = torch.randn(shape, requires_grad=True, **half), shape[-1]
+        dys = [torch.randn(shape, **half) for _ in range(3)]
+        weights = [torch.randn(width, width, **half) for _ in range(3)]
         a = [torch.randn(RANK, width, requires_grad=True, **half) for _ in range(3)]
         b = [torch.randn(width, RANK, requires_grad=True, **half) for _ in range(3)]
-        three = [ops["lora_linear"].Projection(weight, None, *each, 2.0, 0.0) for each in zip(a, b, strict=True)]
-        one, wanted = (x, weight, None, None, a[0], b[0], 2.0, 0.0), [x, *a, *b]
+        each = zip(weights, a, b, strict=True)
+        three = [ops["lora_linear"].Projection(weight, None, *adapter, 2.0, 0.0) for weight, *adapter in each]
+        one, wanted = (x, weights[0], None, None, a[0], b[0], 2.0, 0.0), [x, *a, *b]
         cases |= {
-            "lora_linear" + words: (functools.partial(ops["lora_linear"].apply_lora, *one), [x, a[0], b[0]], [dy]),
+            "lora_linear" + words: (functools.partial(ops["lora_linear"].apply_lora, *one), [x, a[0], b[0]], dys[:1]),
             "three projections" + words: (
-                functools.partial(ops["lora_projections"].apply_lora_projections, x, three), wanted, [dy] * 3
+                functools.partial(ops["lora_projections"].apply_lora_projections, x, three), wanted, dys
             ),
-            "a gated MLP" + words: (functools.partial(mlp.apply_lora_mlp, x, *three, "silu"), wanted, [dy]),
+            "a gated MLP" + words: (functools.partial(mlp.apply_lora_mlp, x, *three, "silu"), wanted, dys[:1]),
         }  # fmt: skip
     return cases
 
@@ -267,87 +295,64 @@ def measured(
         return list(zip(names, *columns, map(python_calls, forwards), strict=True))
 
 
-KERNELS = {  # what an op calls for its launches, and where in each's results is what the op gives a shape in place
-    "lora_linear": ("_lora_linear_triton", {"forward": 0, "grad_b_and_t": None, "grad_a_and_x": 1}),
-    "three projections": ("_lora_projections_triton", {"forward": 0, "grads": 1}),
-    "a gated MLP": ("_lora_mlp_triton", {"forward": 0, "backward": 0}),
-}
-
-
-def _given_again(results: tuple, place: int | None) -> Callable[..., tuple]:
-    """Gives the results each time; those in `place`, a tensor or several, made anew."""
-    if place is None:
-        return lambda *_: results
-    before, shaped, after = results[:place], results[place], results[place + 1 :]
-    one = isinstance(shaped, torch.Tensor)
-    made = [functools.partial(torch.empty, each.shape, dtype=each.dtype) for each in ((shaped,) if one else shaped)]
-    if one:
-        return lambda *_: (*before, made[0](), *after)
-    return lambda *_: (*before, [make() for make in made], *after)
-
-
-def without_launches(name: str, action: Callable[[], object]):
-    """Within it what the op of this name calls for its launches gives what it gave in `action`."""
-    file, functions = KERNELS[name.partition(",")[0]]
-    path, given = importlib.import_module(f"fastpeft.ops.{file}"), {}
-
-    def noting(function: str, original: Callable):
-        def note(*arguments):
-            results = original(*arguments)
-            given[function] = _given_again(results, functions[function])
-            return results
-
-        return note
-
-    with mock.patch.multiple(path, **{each: noting(each, getattr(path, each)) for each in functions}):
-        action()
-    return mock.patch.multiple(path, **given)
-
-
 class OnKernels(NamedTuple):
     """Of a case, of a forward without a gradient, one with, and a backward: microseconds, those of what makes the same
-    steps alone, launches, and Python functions that each enters beyond that; and the same without the launches."""
+    steps alone, launches, and Python functions that each enters beyond that; and the microseconds of the first of calls
+    alike, which finds everything out."""
 
     name: str
     times: list[float]
     least: list[float]
     launches: list[int]
     entered: list[int]
-    alone: list[float]
-    alone_least: list[float]
-    alone_entered: list[int]
+    first: list[float]
 
 
-def _measured(forward, wanted, dys, calls: int, repeats: int) -> tuple[list, list, list, list]:
-    """(microseconds, those of the same steps, launches, functions entered beyond these), as of `OnKernels`."""
-    out = forward()
-    backward = functools.partial(torch.autograd.grad, out, wanted, dys, retain_graph=True)
-    grads, outs = backward(), [out] if isinstance(out, torch.Tensor) else out
+def _least(forward, out, wanted, backward) -> tuple[list[Callable], list[int]]:
+    """(What does the same as a forward without a gradient, one with, and a backward, with all known before; launches of
+    each)."""
     steps = [steps_of(action) for action in (forward, forward, backward)]
-    node = outs[0].grad_fn
+    node = out.grad_fn
     others = [None] * (len(node.next_functions) - 1 - len(wanted))
-    known = *steps[1:], outs, node.saved_tensors, (None, *grads, *others)
+    known = *steps[1:], node.saved_tensors, others
     least = functools.partial(Least.apply, known, *wanted, *others)
-    least_back = functools.partial(torch.autograd.grad, least(), wanted, dys, retain_graph=True)
-    actions = forward, backward, functools.partial(again, steps[0]), least, least_back
+    least_back = functools.partial(torch.autograd.grad, least(), wanted, backward.args[2], retain_graph=True)
+    launches = [sum(action.func is _launch for action in each.actions) for each in steps]
+    return [steps[0].again, least, least_back], launches
+
+
+def _measured(name: str, forward, wanted, dys, calls: int, repeats: int) -> OnKernels:
+    _programs.forget()
+    first = forward()
+
+    def anew():
+        _programs.forget()
+        forward()
+
+    def backward_of(out):
+        return functools.partial(torch.autograd.grad, out, wanted, dys, retain_graph=True)
+
+    out = forward()
+    backward = backward_of(out)
+    least, launches = _least(forward, out if isinstance(out, torch.Tensor) else out[0], wanted, backward)
+    _programs.forget()  # that steps were written down was a call of its own kind
+    forward(), forward(), backward()
     with torch.no_grad():
-        no_gradient, no_gradient_least = microseconds([actions[0], actions[2]], calls, repeats)
-        entered = [python_calls(actions[0]) - python_calls(actions[2])]
-    times = microseconds(actions, calls, repeats)
-    entered += [python_calls(actions[n]) - python_calls(actions[n + 3]) for n in (0, 1)]
-    launches = [sum(step.func is _launch for step in each) for each in steps]
-    return [no_gradient, *times[:2]], [no_gradient_least, *times[3:]], launches, entered
+        found = [microseconds([forward, least[0], anew], calls, repeats)]
+        forward(), forward()
+        entered = [python_calls(forward) - python_calls(least[0])]
+    forward(), forward()
+    found += [microseconds([forward, least[1], anew], calls, repeats)]
+    forward(), forward()
+    found += [microseconds([backward, least[2], backward_of(first)], calls, repeats)]
+    entered += [python_calls(each) - python_calls(one) for each, one in ((forward, least[1]), (backward, least[2]))]
+    times, bare, anew_times = map(list, zip(*found, strict=True))
+    return OnKernels(name, times, bare, launches, entered, anew_times)
 
 
 def measured_on_kernels(calls: int = CALLS, repeats: int = REPEATS) -> list[OnKernels]:
     with empty_launches():
-        rows = []
-        for name, (forward, wanted, dys) in cases_on_kernels().items():
-            found = _measured(forward, wanted, dys, calls, repeats)
-            with without_launches(name, lambda: torch.autograd.grad(forward(), wanted, dys)):  # noqa: B023
-                times, least, _, entered = _measured(forward, wanted, dys, calls, repeats)
-            rows.append(OnKernels(name, *found, times, least, entered))
-        return rows
+        return [_measured(name, *case, calls, repeats) for name, case in cases_on_kernels().items()]
 
 
 def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALLS) -> int:
@@ -358,14 +363,14 @@ def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALL
         print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {cold}  {entered:16}")
     if not torch.cuda.is_available():
         columns = "".join(
-            f"{words:>15}  least   own  alone" for words in ("no gradient us", "forward us", "backward us")
+            f"{words:>15}  least   own  first" for words in ("no gradient us", "forward us", "backward us")
         )
         print(f"\n{'on kernels':27}{columns}  launches")
         for row in measured_on_kernels(calls, repeats):
-            numbers = zip(row.times, row.least, row.alone, row.alone_least, strict=True)
+            numbers = zip(row.times, row.least, row.first, strict=True)
             columns = "".join(
-                f"{took:15.1f}  {least:5.1f}  {took - least:4.1f}  {alone - bare:5.1f}"
-                for took, least, alone, bare in numbers
+                f"{took:15.1f}  {least:5.1f}  {took - least:4.1f}  {first - least:5.1f}"
+                for took, least, first in numbers
             )
             print(f"{row.name:27}{columns}  {', '.join(map(str, row.launches))}")
     return 0

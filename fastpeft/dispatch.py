@@ -86,6 +86,11 @@ def requested_backend(patched: str | None = None) -> str:
     return _context.get() or patched or _default or backend_of_environment()
 
 
+def circumstances(patched: str | None = None) -> tuple:
+    """What the answers to both questions hang on beside tensors and numbers: while it is equal, so are they."""
+    return requested_backend(patched), _plan.get(), tables.generation
+
+
 @functools.cache
 def backend_of_environment() -> str:
     """FASTPEFT_BACKEND, as it is when the first call asks: to look there takes as long as all other questions."""

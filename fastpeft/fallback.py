@@ -35,9 +35,14 @@ _lock = threading.Lock()
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("fastpeft_no_fallback", default=False)
 
 
+def is_strict() -> bool:
+    """Whether it is a block of `no_fallback`."""
+    return _strict.get()
+
+
 def is_demanded(patched: str | None) -> bool:
     """Whether a call that Triton serves must run there or raise; `patched` is what `patch` was given."""
-    return _strict.get() or requested_backend(patched) == "triton"
+    return is_strict() or requested_backend(patched) == "triton"
 
 
 @contextlib.contextmanager
@@ -52,6 +57,11 @@ def kernel_failures() -> dict[str, str]:
     """What has fallen back in this process: op, phase, device and what the call was -> why. Empty where nothing has; it
     raises nothing."""
     return {_words(kind): reason for kind, reason in _failed.items()}
+
+
+def something_failed() -> bool:
+    """Whether any kernel has, in this process."""
+    return bool(_failed)
 
 
 def kernels_or_torch(

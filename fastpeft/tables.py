@@ -43,6 +43,7 @@ _lock = threading.Lock()
 _plans: dict[torch.device, Mapping[tuple, Plan]] = {}
 _used: dict[torch.device, tuple[Table, ...]] = {}
 _files: list[Table] | None = None
+generation = 0  # counts what has changed in the above
 
 
 def user_directory() -> str:
@@ -74,17 +75,20 @@ def tables_of(device: torch.device) -> tuple[Table, ...]:
 
 def use_none(device: torch.device) -> None:
     """From now on this process takes no table on the device, as it must be to measure what is predicted."""
+    global generation
     with _lock:
         _plans[device], _used[device] = {}, ()
+        generation += 1
 
 
 def forget() -> None:
     """The next call on each device reads the files again."""
-    global _files
+    global _files, generation
     with _lock:
         _plans.clear()
         _used.clear()
         _files = None
+        generation += 1
 
 
 def power_of_two(size: int) -> int:
@@ -140,6 +144,7 @@ def triton_version() -> str:
 
 
 def _load(device: torch.device) -> Mapping[tuple, Plan]:
+    global generation
     with _lock:
         if device not in _plans:
             name = torch.cuda.get_device_name(device)
@@ -157,6 +162,7 @@ def _load(device: torch.device) -> Mapping[tuple, Plan]:
                 for bucket, (entry, _) in chosen.items()
                 if entry.op not in TILE_FIELDS
             }
+            generation += 1
         return _plans[device]
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,29 @@ def on_device_of(tensor: torch.Tensor):
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _ANYWHERE
     return torch.cuda.device(tensor.device)
+
+
+_watch: ContextVar[Callable | None] = ContextVar("fastpeft_launches", default=None)
+
+
+@contextlib.contextmanager
+def watched_launches(watch: Callable):
+    """Within it, in this thread, watch(kernel, grid, arguments, options) is called in the place of every launch."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def launch(kernel, grid: tuple[int, ...], on: torch.Tensor, /, *arguments, **options) -> None:
+    """kernel[grid](*arguments, **options) on the device of the tensor `on`."""
+    watch = _watch.get()
+    with on_device_of(on):
+        if watch is None:
+            kernel[grid](*arguments, **options)
+        else:
+            watch(kernel, grid, arguments, options)
 
 
 def processor_count(tensor: torch.Tensor) -> int:

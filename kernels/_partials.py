@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft.kernels._common import UPCAST, cdiv, on_device_of
+from fastpeft.kernels._common import UPCAST, cdiv, launch
 
 FEW, MOST = 3, 6  # sums of one launch: Triton looks at each argument, so that few have a kernel with fewer
 WAITING = 8 << 20  # bytes of shares that may wait for those of other outputs, so that one launch adds up all
@@ -106,9 +106,9 @@ def add_up(sums: list[Sum], beyond: int = 0) -> None:
         number = len(sizes)
         nothing, zeros = _REST[number]
         kernel = _sum_partials_kernel if number <= FEW else _sum_many_partials_kernel
-        with on_device_of(outs[0]):
-            kernel[(cdiv(max(sizes), BLOCK), number)](
-                *parts, *nothing, *outs, *nothing, *scales, *zeros, *counts, *zeros, *sizes, *zeros,
-                COUNT=number, BLOCK=BLOCK, enable_fp_fusion=True,
-            )  # fmt: skip
+        launch(
+            kernel, (cdiv(max(sizes), BLOCK), number), outs[0],
+            *parts, *nothing, *outs, *nothing, *scales, *zeros, *counts, *zeros, *sizes, *zeros,
+            COUNT=number, BLOCK=BLOCK, enable_fp_fusion=True,
+        )  # fmt: skip
         del sums[:MOST]

@@ -237,24 +237,31 @@ def adopt(device: torch.device, name: str | None) -> None:
         _own.pop(device, None)
     else:
         _own[device] = name
+    forget()
 
 
 PREPARED = 256  # launches of one kind that are kept, those of the last sizes: a kilobyte each
-_by_tiles: list = []
+_forgetting: list[Callable[[], None]] = []
 
 
 def by_tiles(prepare: Callable) -> Callable:
     """Keeps what `prepare` gives for its last arguments, as long as tables are what they were: what hangs on sizes and
     tables alone is worked out once, which takes longer than to find it again. Not to be changed. A module's constants
     count as fixed: whoever puts another in their place, or in that of a function, has this `forget`."""
-    _by_tiles.append(functools.lru_cache(PREPARED)(prepare))
-    return _by_tiles[-1]
+    prepared = functools.lru_cache(PREPARED)(prepare)
+    also_forget(prepared.cache_clear)
+    return prepared
+
+
+def also_forget(clear: Callable[[], None]) -> None:
+    """`forget` calls this too."""
+    _forgetting.append(clear)
 
 
 def forget() -> None:
     """What was worked out by tables that have changed."""
-    for kept in _by_tiles:
-        kept.cache_clear()
+    for clear in _forgetting:
+        clear()
 
 
 def register(name: str, family: str, rows: list[Row]) -> None:

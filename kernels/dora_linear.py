@@ -18,7 +18,7 @@ from fastpeft.kernels._common import (
     dot,
     dot_mode,
     keep_mask,
-    on_device_of,
+    launch,
     processor_count,
     rank_block,
     split_evenly,
@@ -116,14 +116,14 @@ def combine(plain, bias, base, gain, s, b, scale: float) -> torch.Tensor:
     mode = dot_mode(base.dtype, b.dtype)
     tiles = tiles_for("expand", rank, mode, False, table_of(base.device))
     out = torch.empty_like(base)
-    with on_device_of(base):
-        _dora_combine_kernel[(cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)](
-            plain, None if bias is None else bias.contiguous(), base, gain.contiguous(), s, b, out, scale,
-            rows, columns, rank, *b.stride(),
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(rank), tiles.ranks),
-            HAS_PLAIN=plain is not None, HAS_BIAS=bias is not None, MODE=mode, HALF=TRITON_TYPES[base.dtype],
-            UPCAST=UPCAST, **tiles.options,
-        )  # fmt: skip
+    launch(
+        _dora_combine_kernel, (cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),), base,
+        plain, None if bias is None else bias.contiguous(), base, gain.contiguous(), s, b, out, scale,
+        rows, columns, rank, *b.stride(),
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(rank), tiles.ranks),
+        HAS_PLAIN=plain is not None, HAS_BIAS=bias is not None, MODE=mode, HALF=TRITON_TYPES[base.dtype],
+        UPCAST=UPCAST, **tiles.options,
+    )  # fmt: skip
     return out
 
 
@@ -136,11 +136,11 @@ def scaled_grad(dy, base, gain, need_out: bool, need_sum: bool) -> tuple[torch.T
     sums, total, parts = [], None, None
     if need_sum:
         total, parts = shares_or_whole(runs, (columns,), torch.float32, dy.device, 1.0, sums)
-    with on_device_of(dy):
-        _dora_grad_kernel[(column_blocks, runs)](
-            dy, base, gain.contiguous(), out, parts, rows, columns, run, *dy.stride(), BLOCK_M=tiles.rows,
-            BLOCK_N=tiles.columns, WITH_OUT=need_out, WITH_SUM=need_sum, **tiles.options,
-        )  # fmt: skip
+    launch(
+        _dora_grad_kernel, (column_blocks, runs), dy,
+        dy, base, gain.contiguous(), out, parts, rows, columns, run, *dy.stride(), BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.columns, WITH_OUT=need_out, WITH_SUM=need_sum, **tiles.options,
+    )  # fmt: skip
     add_up(sums)
     return out, total
 
@@ -149,9 +149,9 @@ def drop(x: torch.Tensor, dropout: Dropout, onto: torch.Tensor | None = None) ->
     """mask⊙x/(1 - p) like x [M, K], or added to `onto`, in place."""
     (rows, columns), tiles = x.shape, STREAM
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if onto is None else onto
-    with on_device_of(x):
-        _dora_drop_kernel[(cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),)](
-            x, out, dropout.seed, dropout.keep_scale, dropout.threshold, rows, columns, *x.stride(),
-            BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, ONTO=onto is not None, **tiles.options,
-        )  # fmt: skip
+    launch(
+        _dora_drop_kernel, (cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns),), x,
+        x, out, dropout.seed, dropout.keep_scale, dropout.threshold, rows, columns, *x.stride(),
+        BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, ONTO=onto is not None, **tiles.options,
+    )  # fmt: skip
     return out

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import Dropout, cdiv, dot, dot_mode, keep_mask, on_device_of, processor_count, rank_block
+from fastpeft.kernels._common import Dropout, cdiv, dot, dot_mode, keep_mask, launch, processor_count, rank_block
 from fastpeft.kernels._tiles import Tiles, optional_tiles, table_of
 from fastpeft.kernels.lora_linear import _known_multiple, _mask_arguments, constants
 from fastpeft.kernels.lora_linear import tail as by_pointers
@@ -150,13 +150,13 @@ def tail(
         TensorDescriptor(out, [rows, columns], [columns, 1], stored),
     )
     programs = min(processor_count(x), cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns))
-    with on_device_of(p):
-        _persistent_tail_kernel[(programs,)](
-            *descriptors[:2], bias, residual, p, q, descriptors[2], seed, scale * keep_scale, threshold,
-            rows, columns, x.shape[1], rank, *q.stride(), *(residual.stride() if residual is not None else (0, 0)),
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, BLOCK_R=min(rank_block(rank), tiles.ranks),
-            GROUP=8, W_BY_DEPTH=by_depth, IN_HALVES=in_halves, HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None, DROPOUT=dropout is not None, BASE_MODE=dot_mode(dtype, dtype),
-            **constants(math.gcd(rank, 16), mode, dtype, tiles),
-        )  # fmt: skip
+    launch(
+        _persistent_tail_kernel, (programs,), p,
+        *descriptors[:2], bias, residual, p, q, descriptors[2], seed, scale * keep_scale, threshold,
+        rows, columns, x.shape[1], rank, *q.stride(), *(residual.stride() if residual is not None else (0, 0)),
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, BLOCK_R=min(rank_block(rank), tiles.ranks),
+        GROUP=8, W_BY_DEPTH=by_depth, IN_HALVES=in_halves, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, DROPOUT=dropout is not None, BASE_MODE=dot_mode(dtype, dtype),
+        **constants(math.gcd(rank, 16), mode, dtype, tiles),
+    )  # fmt: skip
     return out

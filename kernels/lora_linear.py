@@ -33,7 +33,7 @@ from fastpeft.kernels._common import (
     dot,
     dot_mode,
     keep_mask,
-    on_device_of,
+    launch,
     processor_count,
     rank_block,
     split_evenly,
@@ -269,11 +269,11 @@ def shrink(
     sums = []
     out, parts = shares_or_whole(grid[1], (rows, rank), dtype, device, 1.0, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
-    with on_device_of(x):
-        _shrink_kernel[grid](
-            x, a, parts, seed, scale * keep_scale, threshold, rows, depth, rank, run, *strides, *a.stride(),
-            **options,
-        )  # fmt: skip
+    launch(
+        _shrink_kernel, grid, x,
+        x, a, parts, seed, scale * keep_scale, threshold, rows, depth, rank, run, *strides, *a.stride(),
+        **options,
+    )  # fmt: skip
     add_up(sums)
     return out
 
@@ -316,13 +316,13 @@ def tail(
     grid, options = _tail_launch(rows, columns, rank, dtype, *modes, drops, wide, *has, tiles, table_of(p.device))
     seed, keep_scale, threshold = _mask_arguments(dropout)
     out = torch.empty(*(lead or (rows,)), columns, dtype=out_dtype or dtype, device=p.device)
-    with on_device_of(p):
-        _tail_kernel[grid](
-            x, w, bias, residual, p, q, out, seed, scale * keep_scale, threshold,
-            rows, columns, x.shape[1] if base else 0, rank,
-            *(x.stride() if base else (0, 0)), *(w.stride() if base else (0, 0)), *q.stride(),
-            *(residual.stride() if residual is not None else (0, 0)), **options,
-        )  # fmt: skip
+    launch(
+        _tail_kernel, grid, p,
+        x, w, bias, residual, p, q, out, seed, scale * keep_scale, threshold,
+        rows, columns, x.shape[1] if base else 0, rank,
+        *(x.stride() if base else (0, 0)), *(w.stride() if base else (0, 0)), *q.stride(),
+        *(residual.stride() if residual is not None else (0, 0)), **options,
+    )  # fmt: skip
     return out
 
 
@@ -359,10 +359,10 @@ def grad_b_and_t(
     t, t_parts = shares(column_blocks, (rows, rank), s.dtype, device, scale, own)
     db, db_parts = shares(runs, (columns, rank), b.dtype, device, scale, own)
     dbias, bias_parts = shares(runs, (columns,), torch.float32, device, 1.0, own) if with_bias else (None, None)
-    with on_device_of(dy):
-        _grad_b_and_t_kernel[grid](
-            dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *strides, *b.stride(), **options
-        )
+    launch(
+        _grad_b_and_t_kernel, grid, dy,
+        dy, s, b, t_parts, db_parts, bias_parts, rows, columns, rank, run, *strides, *b.stride(), **options
+    )  # fmt: skip
     if sums is None:
         add_up(own)
     return db, t, dbias
@@ -418,12 +418,12 @@ def grad_columns(
         product, parts = share(grid[1], shape, dtype, device, factor, sums)
     if with_sum:
         total, total_parts = share(grid[1], (columns,), torch.float32, device, 1.0, sums)
-    with on_device_of(x):
-        _grad_columns_kernel[grid](
-            t, x, fused, parts, tail_out, total_parts, seed, factor if whole else keep_scale, threshold,
-            rows, columns, rank, run, *strides,
-            *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)), **options,
-        )  # fmt: skip
+    launch(
+        _grad_columns_kernel, grid, x,
+        t, x, fused, parts, tail_out, total_parts, seed, factor if whole else keep_scale, threshold,
+        rows, columns, rank, run, *strides,
+        *(fused.stride() if fuse else (0, 0)), *((1, rank) if transposed else (columns, 1)), **options,
+    )  # fmt: skip
     if tail_of is not None and not fuse:
         tail_out = tail(t, tail_of.t(), x.dtype, dropout=dropout)
     add_up(sums)

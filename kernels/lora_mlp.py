@@ -28,7 +28,7 @@ from fastpeft.kernels._common import (
     dot,
     dot_mode,
     keep_mask,
-    on_device_of,
+    launch,
     processor_count,
     rank_block,
     split_evenly,
@@ -269,11 +269,11 @@ def gated_forward(
     if has:
         s, s_parts = shares_or_whole(grid[1], (rows, rank), a.dtype, gate.device, 1.0, sums)
     seed, keep_scale, threshold = _mask_arguments(dropout)
-    with on_device_of(gate):
-        _gated_forward_kernel[grid](
-            gate, up, a, h, s_parts, seed, keep_scale, threshold, rows, columns, rank, run,
-            *_strides(a), **options,
-        )  # fmt: skip
+    launch(
+        _gated_forward_kernel, grid, gate,
+        gate, up, a, h, s_parts, seed, keep_scale, threshold, rows, columns, rank, run,
+        *_strides(a), **options,
+    )  # fmt: skip
     add_up(sums)
     return h, s
 
@@ -319,12 +319,12 @@ def gated_backward(
     da = da_parts = None
     if down is not None:
         da, da_parts = shares(grid[1], (ranks[0], columns), a.dtype, dh.device, keep_scale, sums)
-    with on_device_of(dh):
-        _gated_backward_kernel[grid](
-            dh, gate, up, dgate, dh, h, t_down, a, da_parts, seed, keep_scale, threshold,
-            *gate_given, *up_given, *sizes, run,
-            *_strides(a), *_strides(matrices[0]), *_strides(matrices[1]), **options,
-        )  # fmt: skip
+    launch(
+        _gated_backward_kernel, grid, dh,
+        dh, gate, up, dgate, dh, h, t_down, a, da_parts, seed, keep_scale, threshold,
+        *gate_given, *up_given, *sizes, run,
+        *_strides(a), *_strides(matrices[0]), *_strides(matrices[1]), **options,
+    )  # fmt: skip
     add_up(sums)
     return Grads(dgate, dh, h, [gate_t, up_t], [gate_db, up_db], da)
 

@@ -23,7 +23,7 @@ from fastpeft.kernels._common import (
     dot,
     dot_mode,
     keep_mask,
-    on_device_of,
+    launch,
     processor_count,
     rank_block,
     split_evenly,
@@ -326,11 +326,11 @@ def shrink_all(
     )
     sums = []
     out, parts = shares_or_whole(grid[1], shape, dtype, x.device, 1.0, sums)
-    with on_device_of(x):
-        _shrink_all_kernel[grid](
-            x, *four(whole(a), None), parts, *seeds, *scales, *thresholds, rows, depth, *ranks, run, *strides,
-            **options,
-        )  # fmt: skip
+    launch(
+        _shrink_all_kernel, grid, x,
+        x, *four(whole(a), None), parts, *seeds, *scales, *thresholds, rows, depth, *ranks, run, *strides,
+        **options,
+    )  # fmt: skip
     add_up(sums)
     return matrices_of(out, places)
 
@@ -370,11 +370,11 @@ def grad_all_columns(
     tail = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if with_tail else None
     sums = []
     grads, parts = share(grid[1], shape, a[0].dtype, x.device, 1.0, sums)
-    with on_device_of(x):
-        _grad_all_columns_kernel[grid](
-            x, *four(ts, None), *four(whole(a), None), parts, tail, *seeds, *scales, *thresholds,
-            rows, columns, *ranks, run, *strides, **options,
-        )  # fmt: skip
+    launch(
+        _grad_all_columns_kernel, grid, x,
+        x, *four(ts, None), *four(whole(a), None), parts, tail, *seeds, *scales, *thresholds,
+        rows, columns, *ranks, run, *strides, **options,
+    )  # fmt: skip
     add_up(sums)
     return matrices_of(grads, places), tail
 
@@ -420,11 +420,11 @@ def tail_all(
     grid, ranks, options = _tail_all_launch(
         rows, columns, ranks, data_dtype, mode, drops, wide, onto is not None, tiles, *_launched_on(out)
     )
-    with on_device_of(out):
-        _tail_all_kernel[grid](
-            *four(ts, None), *four(whole(a), None), out, *seeds, *scales, *thresholds, rows, columns, *ranks,
-            **options,
-        )  # fmt: skip
+    launch(
+        _tail_all_kernel, grid, out,
+        *four(ts, None), *four(whole(a), None), out, *seeds, *scales, *thresholds, rows, columns, *ranks,
+        **options,
+    )  # fmt: skip
     return out
 
 

@@ -27,7 +27,7 @@ from fastpeft.kernels._common import (
     dot,
     dot_mode,
     keep_mask,
-    on_device_of,
+    launch,
     processor_count,
     rank_block,
     split_evenly,
@@ -233,13 +233,13 @@ def shrink(
     run, runs = split_evenly(depth, tiles.depth, processor_count(x) // max(1, len(blocks)))
     sums = []
     out, parts = shares_or_whole(runs, (layout.elements,), matrices.dtype, device, 1.0, sums)
-    with on_device_of(x):
-        _mixed_shrink_kernel[(len(blocks), runs)](
-            x, matrices, parts, seed, _segments.order(layout, device), blocks, _segments.segments(layout, device),
-            _segments.factors(layout, device), layout.tokens, depth, layout.elements, run, *x.stride(),
-            BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(max(layout.ranks)), OF_B=of_b,
-            DROPOUT=dropout, **constants(layout.rank_unit, mode, x.dtype, tiles),
-        )  # fmt: skip
+    launch(
+        _mixed_shrink_kernel, (len(blocks), runs), x,
+        x, matrices, parts, seed, _segments.order(layout, device), blocks, _segments.segments(layout, device),
+        _segments.factors(layout, device), layout.tokens, depth, layout.elements, run, *x.stride(),
+        BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=rank_block(max(layout.ranks)), OF_B=of_b,
+        DROPOUT=dropout, **constants(layout.rank_unit, mode, x.dtype, tiles),
+    )  # fmt: skip
     add_up(sums)
     return out
 
@@ -260,15 +260,15 @@ def expand(
     tiles = tiles or _tiles("expand", layout, mode, dropout or out.dtype != dtype, out)
     rest = () if residual is out else (len(layout.rest) * layout.tokens,)
     blocks = _segments.blocks((*layout.counts, *rest), tiles.rows, device)
-    with on_device_of(out):
-        _mixed_expand_kernel[(len(blocks), cdiv(columns, tiles.columns))](
-            p, matrices, residual, out, seed, _segments.order(layout, device), blocks,
-            _segments.segments(layout, device), _segments.factors(layout, device), layout.tokens, columns,
-            *(residual.stride() if residual is not None else (0, 0)),
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(max(layout.ranks)), tiles.ranks),
-            OF_B=of_b, HAS_RESIDUAL=residual is not None, DROPOUT=dropout,
-            **constants(layout.rank_unit, mode, dtype, tiles),
-        )  # fmt: skip
+    launch(
+        _mixed_expand_kernel, (len(blocks), cdiv(columns, tiles.columns)), out,
+        p, matrices, residual, out, seed, _segments.order(layout, device), blocks,
+        _segments.segments(layout, device), _segments.factors(layout, device), layout.tokens, columns,
+        *(residual.stride() if residual is not None else (0, 0)),
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_R=min(rank_block(max(layout.ranks)), tiles.ranks),
+        OF_B=of_b, HAS_RESIDUAL=residual is not None, DROPOUT=dropout,
+        **constants(layout.rank_unit, mode, dtype, tiles),
+    )  # fmt: skip
     return out
 
 
@@ -288,14 +288,15 @@ def grad_columns(
     sums = torch.empty(count, size, dtype=torch.float32, device=device)
     out = torch.empty(sum(layout.ranks) * columns, dtype=t.dtype, device=device)
     block = 256 if UPCAST else 1024
-    with on_device_of(x):
-        _mixed_grad_columns_kernel[(column_blocks, count)](
-            t, x, sums, seed, _segments.order(layout, device), runs, segments, layout.tokens, columns, size,
-            *x.stride(), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(max(layout.ranks)),
-            OF_B=of_b, DROPOUT=dropout, **constants(layout.rank_unit, mode, x.dtype, tiles),
-        )  # fmt: skip
-        _mixed_sum_kernel[(cdiv(size, block), len(layout.ranks))](
-            sums, out, firsts, segments, _segments.factors(layout, device), columns, size, block, of_b,
-            dropout, layout.rank_unit, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _mixed_grad_columns_kernel, (column_blocks, count), x,
+        t, x, sums, seed, _segments.order(layout, device), runs, segments, layout.tokens, columns, size,
+        *x.stride(), BLOCK_M=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=rank_block(max(layout.ranks)),
+        OF_B=of_b, DROPOUT=dropout, **constants(layout.rank_unit, mode, x.dtype, tiles),
+    )  # fmt: skip
+    launch(
+        _mixed_sum_kernel, (cdiv(size, block), len(layout.ranks)), x,
+        sums, out, firsts, segments, _segments.factors(layout, device), columns, size, block, of_b,
+        dropout, layout.rank_unit, enable_fp_fusion=True,
+    )  # fmt: skip
     return out

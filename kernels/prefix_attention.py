@@ -26,11 +26,11 @@ from fastpeft.kernels._common import (
     Dropout,
     cdiv,
     dot_mode,
-    on_device_of,
     processor_count,
     rank_block,
     split_evenly,
 )
+from fastpeft.kernels._common import launch as _launch
 from fastpeft.kernels._partials import add_up
 from fastpeft.kernels._tiles import table_of
 
@@ -157,8 +157,7 @@ def _tiles(kernel: str, shared: dict, device: torch.device) -> AttentionTiles:
 
 def launch(kernel, grid: tuple[int, ...], tensor: torch.Tensor, arguments: dict) -> None:
     if 0 not in grid:
-        with on_device_of(tensor):
-            kernel[grid](**arguments)
+        _launch(kernel, grid, tensor, **arguments)
 
 
 def forward(

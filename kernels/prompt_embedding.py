@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import INTERPRETED, cdiv, next_power_of_2, on_device_of
+from fastpeft.kernels._common import INTERPRETED, cdiv, launch, next_power_of_2
 
 COLUMNS = 32 if INTERPRETED else 2048  # at most; the interpreter's are few, so that there are several blocks
 SUMMED_COLUMNS = 32 if INTERPRETED else 256
@@ -117,14 +117,14 @@ def prepend(
     out = torch.empty(batch, count + tokens, hidden, dtype=rows.dtype, device=rows.device)
     block = min(COLUMNS, next_power_of_2(hidden))
     programs = batch * tokens + count * cdiv(hidden, block) * (batch if by_sample else 1)
-    with on_device_of(rows):
-        _prepend_kernel[(programs,)](
-            ids, rows, prompt, start, out, batch, tokens, count, hidden, len(rows),
-            *((0, 0) if ids is None else ids.stride()), *((0,) if ids is not None else ()), *rows.stride(),
-            *(() if by_sample else (0,)), *prompt.stride(),
-            BLOCK_H=block, LOOK_UP=ids is not None, BY_SAMPLE=by_sample, STARTS=start is not None,
-            num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _prepend_kernel, (programs,), rows,
+        ids, rows, prompt, start, out, batch, tokens, count, hidden, len(rows),
+        *((0, 0) if ids is None else ids.stride()), *((0,) if ids is not None else ()), *rows.stride(),
+        *(() if by_sample else (0,)), *prompt.stride(),
+        BLOCK_H=block, LOOK_UP=ids is not None, BY_SAMPLE=by_sample, STARTS=start is not None,
+        num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 
@@ -134,9 +134,9 @@ def grad_prompt(dout: torch.Tensor, count: int, dtype: torch.dtype, start: torch
     batch, _, hidden = dout.shape
     out = torch.empty(count, hidden, dtype=dtype, device=dout.device)
     block = min(SUMMED_COLUMNS, next_power_of_2(hidden))
-    with on_device_of(dout):
-        _grad_prompt_kernel[(count * cdiv(hidden, block),)](
-            dout, start, out, batch, hidden, *dout.stride(), min(SAMPLES, next_power_of_2(batch)), block,
-            start is not None, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _grad_prompt_kernel, (count * cdiv(hidden, block),), dout,
+        dout, start, out, batch, hidden, *dout.stride(), min(SAMPLES, next_power_of_2(batch)), block,
+        start is not None, num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
     return out

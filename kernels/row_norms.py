@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels._common import UPCAST, cdiv, on_device_of, processor_count, rank_block, split_evenly
+from fastpeft.kernels._common import UPCAST, cdiv, launch, processor_count, rank_block, split_evenly
 from fastpeft.kernels._tiles import INTERPRETED, Tiles
 
 # Predicted: chosen from what the compiler reports, measured on no GPU. `ranks` are the most that are taken at a time.
@@ -88,10 +88,10 @@ def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: flo
     run, runs = split_evenly(depth, tiles.columns, processor_count(weight) // max(1, row_blocks))
     block = min(rank_block(rank), tiles.ranks)
     out = torch.empty(runs, rows, dtype=torch.float32, device=weight.device)
-    with on_device_of(weight):
-        _row_norms_kernel[(row_blocks, runs)](
-            weight, a, b, out, scale, rows, depth, rank, run, *weight.stride(), *a.stride(), *b.stride(),
-            BLOCK_N=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=block, ONE_BLOCK=rank <= block, SPLIT=runs > 1,
-            IEEE=mode == "ieee", UPCAST=UPCAST, **tiles.options,
-        )  # fmt: skip
+    launch(
+        _row_norms_kernel, (row_blocks, runs), weight,
+        weight, a, b, out, scale, rows, depth, rank, run, *weight.stride(), *a.stride(), *b.stride(),
+        BLOCK_N=tiles.rows, BLOCK_K=tiles.columns, BLOCK_R=block, ONE_BLOCK=rank <= block, SPLIT=runs > 1,
+        IEEE=mode == "ieee", UPCAST=UPCAST, **tiles.options,
+    )  # fmt: skip
     return out[0] if runs == 1 else out.sum(0).sqrt_()

@@ -10,6 +10,8 @@ import dataclasses
 import numpy as np
 import torch
 
+from fastpeft.ops import _programs
+
 
 @contextlib.contextmanager
 def overflow_checks():
@@ -64,12 +66,14 @@ def symmetric_products():
 
 
 class GuardedTorch:
-    """Stands in for `torch` in a module of kernels: `empty` hands out the middle of a larger, filled storage."""
+    """Stands in for `torch` in a module of kernels: `empty` hands out the middle of a larger, filled storage. Programs
+    that were recorded before are forgotten: they have torch's own."""
 
     ZONE = 1024  # elements on either side, and a fill that no product of the tests comes to
     FILL = 77
 
     def __init__(self):
+        _programs.forget()
         self.allocations = []
 
     def __getattr__(self, name):

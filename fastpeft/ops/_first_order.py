@@ -9,6 +9,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from fastpeft.errors import OpError
+from fastpeft.ops._autocast import without_autocast
 
 
 class _Nothing:
@@ -42,6 +43,15 @@ def applied(function: type[torch.autograd.Function], *arguments):
         first, *others = arguments
         return _apply_of(function)(unwrap_if_dead(first) if isinstance(first, torch.Tensor) else first, *others)
     return function.forward(_Nothing(len(arguments)), *arguments)
+
+
+def apply_narrowed(narrow: torch.dtype | None, function, x: torch.Tensor, *others):
+    """applied(function, x, *others), where autocast, which has had its say if there is a `narrow` dtype, casts
+    nothing."""
+    if narrow is None:
+        return applied(function, x, *others)
+    with without_autocast(x):
+        return applied(function, x, *others)
 
 
 class _End(torch.autograd.Function):

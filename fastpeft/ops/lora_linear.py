@@ -21,9 +21,10 @@ from fastpeft.dispatch import Plan, choose_backend, lora_linear_plan
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_linear_torch as torch_path
-from fastpeft.ops._autocast import autocast_dtype, without_autocast
-from fastpeft.ops._first_order import applied, first_order
+from fastpeft.ops._autocast import autocast_dtype
+from fastpeft.ops._first_order import apply_narrowed, first_order
 from fastpeft.ops._lora_linear_torch import as_rows
+from fastpeft.ops._programs import Programs, backward_of, forward_of, known, learn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -46,7 +47,8 @@ class Call(NamedTuple):
     """What a call computes besides its tensors; `plan` is None on the torch path.
 
     `dtype` is that of the base product, `dx_dtype` that of the sum dX: x's, where autocast narrowed x. `demanded`:
-    whether Triton must serve it; `fell_back`: whether its kernels failed in forward (`fastpeft.fallback`).
+    whether Triton must serve it; `fell_back`: whether its kernels failed in forward (`fastpeft.fallback`); `programs`:
+    what calls like it have come to, once there are several.
     """
 
     scaling: float
@@ -56,6 +58,7 @@ class Call(NamedTuple):
     plan: Plan | None
     demanded: bool = False
     fell_back: bool = False
+    programs: Programs | None = None
 
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, p=0.0):
@@ -101,35 +104,49 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight_NK, bias_N, residual, a_RK, b_NR, call: Call):
-        need_x, need_w, _, _, need_a, need_b, _ = ctx.needs_input_grad
-        seed = None
+        needs, seed = ctx.needs_input_grad, None
         if call.dropout:
             seed = _path(call.plan is not None).draw_seed(x)
-            if call.plan is None and (need_x or need_a):
+            if call.plan is None and (needs[0] or needs[4]):
                 seed = torch_path.keeping(seed, call.dropout, x.device)
-        y, s_MR, call = run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call)
-        ctx.save_for_backward(
-            x if need_a or need_w else None,
-            weight_NK if need_x else None,
-            a_RK if need_x or need_a else None,
-            b_NR if need_x or need_a else None,
-            s_MR if need_b else None,
-            seed if seed is None else torch_path.kept(seed),
-        )
-        ctx.call = call
-        ctx.input_dtype, ctx.bias_dtype = x.dtype, None if bias_N is None else bias_N.dtype
+        tensors = x, weight_NK, bias_N, residual, a_RK, b_NR, seed
+        y, saved, fell_back = forward_of(call, needs, _forward, tensors)
+        if True in needs:
+            ctx.save_for_backward(*saved)
+            ctx.call = call._replace(fell_back=True, programs=None) if fell_back else call
+            ctx.dtypes = x.dtype, None if bias_N is None else bias_N.dtype
         return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        need_x, need_w, need_bias, need_residual, need_a, need_b, _ = ctx.needs_input_grad
-        needs = (need_x, need_w, need_bias, need_a, need_b)
-        with without_autocast(dy):
-            dx, dw, dbias, da, db = run_backward(dy, *ctx.saved_tensors, ctx.call, needs)
-        dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
-        dbias = None if dbias is None else cast(dbias, ctx.bias_dtype)
-        return dx, dw, dbias, dy if need_residual else None, da, db, None
+        return backward_of(ctx.call, ctx.needs_input_grad, _backward, (dy, *ctx.saved_tensors), ctx.dtypes)
+
+
+def _forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call, needs):
+    """(y, what backward reads, whether the kernels failed); needs: whether each of `apply`'s arguments wants a
+    gradient."""
+    y, s_MR, call = run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call)
+    need_x, need_w, _, _, need_a, need_b, _ = needs
+    saved = (
+        x if need_a or need_w else None,
+        weight_NK if need_x else None,
+        a_RK if need_x or need_a else None,
+        b_NR if need_x or need_a else None,
+        s_MR if need_b else None,
+        seed if seed is None else torch_path.kept(seed),
+    )
+    return y, saved, call.fell_back
+
+
+def _backward(dy, x, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs, dtypes):
+    """A gradient for each of `apply`'s arguments; dtypes: those of x and the bias."""
+    need_x, need_w, need_bias, need_residual, need_a, need_b, _ = needs
+    of_tensors = need_x, need_w, need_bias, need_a, need_b
+    s_MR = None if s_MR is None else s_MR.contiguous()  # as it was: a hook may have given it other strides
+    dx, dw, dbias, da, db = run_backward(dy, x, weight_NK, a_RK, b_NR, s_MR, seed, call, of_tensors)
+    dx = None if dx is None else of_rows(cast(dx, dtypes[0]), dy)
+    return dx, dw, cast(dbias, dtypes[1]), dy if need_residual else None, da, db, None
 
 
 def run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call):
@@ -273,6 +290,13 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
     Exactly one of `weight` (N, K) and `residual` (..., N) is given; `dropout` is the probability in force.
     """
+    given, asked = (x, lora_B, lora_A, residual if weight is None else weight), (scaling, dropout, weight is None)
+    if bias is not None:
+        given, asked = (*given, bias), (*asked, True)
+    found = known(LoraLinearFunction, given, patched_backend, asked)
+    if found is not None:
+        tensors = (x, weight, bias, residual, lora_A, lora_B)
+        return apply_narrowed(found.narrow, LoraLinearFunction, *tensors, found.call)
     narrow = autocast_dtype(x)
     dtype = x.dtype if narrow is None or weight is None else narrow
     if weight is not None and narrow is None and weight.dtype is not dtype:
@@ -287,10 +311,9 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
         tensors = (as_rows(x), weight, bias, None if residual is None else as_rows(residual), a_RK, b_NR)
         return of_rows(compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend), x)
     call = decide(x, dtype, a_RK, b_NR, float(scaling), dropout, patched_backend)
-    if narrow is not None:
-        with without_autocast(x):
-            return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call)
-    return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call)
+    if call.plan is not None and a_RK is lora_A and b_NR is lora_B:  # what is cast here, autograd records
+        learn(LoraLinearFunction, given, patched_backend, asked, call, narrow)
+    return apply_narrowed(narrow, LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):
@@ -380,4 +403,4 @@ def lora_linear(
         BackendError: the triton backend was demanded and cannot serve the call.
     """
     _check(x, weight, bias, lora_A, lora_B, scaling, dropout)
-    return apply_lora(x, weight, bias, None, lora_A, lora_B, scaling, dropout if training else 0.0)
+    return apply_lora(x, weight, bias, None, lora_A, lora_B, float(scaling), dropout if training else 0.0)

@@ -15,6 +15,7 @@ again while dg and du are. Each projection has a mask of its own, as three separ
 
 import functools
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ from fastpeft.dispatch import choose_backend
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_mlp_torch as torch_path
-from fastpeft.ops._autocast import autocast_dtype, without_autocast
-from fastpeft.ops._first_order import applied, first_order
+from fastpeft.ops._autocast import autocast_dtype
+from fastpeft.ops._first_order import apply_narrowed, first_order
 from fastpeft.ops._lora_linear_torch import given_mask
+from fastpeft.ops._programs import Programs, backward_of, forward_of, known, learn
 from fastpeft.ops.lora_linear import (
     DTYPES,
     Projection,
@@ -56,7 +58,8 @@ class Tensors(NamedTuple):
 
 class Call(NamedTuple):
     """What a call computes besides its tensors. dropouts: the probabilities in force, 0 without LoRA. `dtype` is that
-    of the products, `dx_dtype` that of the sum dX: x's, where autocast narrowed x. The last two as in `lora_linear`."""
+    of the products, `dx_dtype` that of the sum dX: x's, where autocast narrowed x. The last three as in
+    `lora_linear`."""
 
     activation: str
     scalings: tuple[float, float, float]
@@ -67,6 +70,7 @@ class Call(NamedTuple):
     triton: bool
     demanded: bool = False
     fell_back: bool = False
+    programs: Programs | None = None
 
 
 class Needs(NamedTuple):
@@ -135,25 +139,41 @@ class LoraMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, call: Call, *flat):
-        wanted = ctx.needs_input_grad
-        needs, seeds = needs_of(wanted[0], wanted[2:]), draw_seeds(x, call)
+        wanted, seeds = ctx.needs_input_grad, draw_seeds(x, call)
         if not call.triton:
             seeds = list(map(torch_path.keeping, seeds, call.dropouts, [x.device] * 3))
-        y, gate_MH, up_MH, s, call = run_forward(x, flat, seeds, call, needs)
+        y, saved, fell_back = forward_of(call, wanted, _forward, (x, *flat, *seeds))
         if True in wanted:
-            seeds = list(map(torch_path.kept, seeds)) if any(call.dropouts) else seeds
-            ctx.save_for_backward(*kept(x, gate_MH, up_MH, s, flat, seeds, call, needs))
-            ctx.call, ctx.needs, ctx.input_dtype = call, needs, x.dtype
-        return own_of_rows(y, x)
+            ctx.save_for_backward(*saved)
+            ctx.call = call._replace(fell_back=True, programs=None) if fell_back else call
+            ctx.input_dtype = x.dtype
+        return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        with without_autocast(dy):
-            dx, dbias, da, db = run_backward(as_rows(dy), ctx.saved_tensors, ctx.call, ctx.needs)
-        dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
-        gate, up, down = zip((None, None, None), dbias, da, db, strict=True)
-        return dx, None, *gate, *up, *down
+        return backward_of(ctx.call, ctx.needs_input_grad, _backward, (dy, *ctx.saved_tensors), ctx.input_dtype)
+
+
+def _forward(x, *others):
+    """(y, what backward reads, whether the kernels failed); others: `flat`, three seeds, the call, and whether each of
+    `apply`'s arguments wants a gradient."""
+    *tensors, call, wanted = others
+    flat, seeds, needs = tensors[:12], tensors[12:], needs_of(wanted[0], wanted[2:])
+    y, gate_MH, up_MH, s, call = run_forward(x, flat, seeds, call, needs)
+    saved = kept(x, gate_MH, up_MH, s, flat, list(map(torch_path.kept, seeds)), call, needs)
+    return own_of_rows(y, x), saved, call.fell_back
+
+
+def _backward(dy, *others):
+    """A gradient for each of `apply`'s arguments; others: what was saved, the call, what is wanted, and x's dtype."""
+    *saved, call, wanted, dtype = others
+    # What the op made is contiguous, as it was: a hook may have given it other strides.
+    saved[1:6] = [each if each is None else each.contiguous() for each in saved[1:6]]
+    dx, dbias, da, db = run_backward(as_rows(dy), saved, call, needs_of(wanted[0], wanted[2:]))
+    dx = None if dx is None else of_rows(cast(dx, dtype), dy)
+    gate, up, down = zip((None, None, None), dbias, da, db, strict=True)
+    return dx, None, *gate, *up, *down
 
 
 def kept(x, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list[Tensor | None]:
@@ -168,10 +188,8 @@ def kept(x, gate_MH, up_MH, s, flat, seeds, call: Call, needs: Needs) -> list[Te
 
 def _projections(flat, dtype: torch.dtype) -> tuple[Tensors, Tensors, Tensors]:
     """In the dtype of the products."""
-    for each in (*flat[0::4], *flat[1::4]):
-        if each is not None and each.dtype is not dtype:
-            flat = [cast(each, dtype) if number % 4 < 2 else each for number, each in enumerate(flat)]
-            break
+    if any([each is not None and each.dtype is not dtype for each in (*flat[0::4], *flat[1::4])]):
+        flat = [cast(each, dtype) if number % 4 < 2 else each for number, each in enumerate(flat)]
     return Tensors(*flat[:4]), Tensors(*flat[4:8]), Tensors(*flat[8:])
 
 
@@ -276,9 +294,15 @@ def apply_lora_mlp(
 ) -> Tensor:  # fmt: skip
     """`lora_mlp` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`. The dropout
     of a projection is the probability in force."""
+    flat = matrices = [*gate[:4], *up[:4], *down[:4]]
+    given = [x, *[each for each in flat if each is not None]]
+    some = [each.bias is None for each in (gate, up, down)], [each.lora_A is None for each in (gate, up, down)]
+    asked = gate[4:], up[4:], down[4:], activation, recompute, some
+    found = known(LoraMlpFunction, given, patched_backend, asked)
+    if found is not None:
+        return apply_narrowed(found.narrow, LoraMlpFunction, x, found.call, *flat)
     narrow = autocast_dtype(x)
     dtype = narrow or x.dtype
-    flat = [*gate[:4], *up[:4], *down[:4]]
     for number, weight in enumerate(flat[0::4] if narrow is None else ()):
         if weight.dtype is not dtype:
             raise OpError(
@@ -298,8 +322,9 @@ def apply_lora_mlp(
 
         return of_rows(compiled_lora_mlp(as_rows(x), flat, activation, *numbers, dtype, recompute, patched_backend), x)
     call = decide(x, flat, activation, *numbers, dtype, recompute, patched_backend)
-    with without_autocast(x):
-        return applied(LoraMlpFunction, x, call, *flat)
+    if call.triton and all(map(operator.is_, flat, matrices)):  # what is cast here, autograd records
+        learn(LoraMlpFunction, given, patched_backend, asked, call, narrow)
+    return apply_narrowed(narrow, LoraMlpFunction, x, call, *flat)
 
 
 def _check(x, projections, activation: str) -> None:

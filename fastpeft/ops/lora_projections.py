@@ -23,9 +23,10 @@ from fastpeft.dispatch import Plan, choose_backend, lora_linear_plans
 from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
-from fastpeft.ops._autocast import autocast_dtype, without_autocast
-from fastpeft.ops._first_order import applied, first_order
+from fastpeft.ops._autocast import autocast_dtype
+from fastpeft.ops._first_order import apply_narrowed, first_order
 from fastpeft.ops._lora_linear_torch import keeping, kept
+from fastpeft.ops._programs import Programs, backward_of, forward_of, known, learn
 from fastpeft.ops.lora_linear import (
     Projection,
     as_rows,
@@ -54,6 +55,7 @@ class Call(NamedTuple):
     demanded: bool = False
     fell_back: bool = False
     based: bool = False
+    programs: Programs | None = None
 
     def only(self, which: Sequence[int]) -> "Call":
         """The call of these projections."""
@@ -98,46 +100,71 @@ class LoraProjectionsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, call: Call, *tensors):
-        bases, biases, a, b = _quarters(tensors)
+        count = len(tensors) // 4
+        biases = tensors[count : 2 * count]
         seeds = _path(call.plans is not None).draw_seeds(x, call.dropouts) if any(call.dropouts) else None
         if call.plans is None and seeds is not None:
-            seeds = list(map(keeping, seeds, call.dropouts, [x.device] * len(a)))
-        ys, ss, call = run_forward(x, bases, biases, a, b, seeds, call)
+            seeds = list(map(keeping, seeds, call.dropouts, [x.device] * count))
         wanted = ctx.needs_input_grad
-        if True not in wanted:
-            return ys
-        needs = Needs(wanted[0], *_quarters(wanted[2:]))
-        nothing = (None,) * len(a)
-        for_x_or_a, for_w = needs.x or True in needs.a, not call.based and True in needs.weight
-        ctx.save_for_backward(
-            x if for_w or True in needs.a else None,
-            *(nothing if seeds is None else map(kept, seeds)),
-            *(bases if needs.x and not call.based else nothing),
-            *(a if for_x_or_a else nothing),
-            *(b if for_x_or_a else nothing),
-            *(ss if False not in needs.b else [s if need else None for s, need in zip(ss, needs.b, strict=True)]),
-        )
-        ctx.set_materialize_grads(False)
-        ctx.call, ctx.needs, ctx.input_dtype = call, needs, x.dtype
-        if True in needs.bias:
-            ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        given = (x, *tensors) if seeds is None else (x, *tensors, *seeds)
+        ys, saved, fell_back = forward_of(call, wanted, _forward, given)
+        if True in wanted:
+            ctx.save_for_backward(*saved)
+            ctx.set_materialize_grads(False)
+            ctx.call = call._replace(fell_back=True, programs=None) if fell_back else call
+            ctx.dtypes = x.dtype, [None if bias is None else bias.dtype for bias in biases]
         return ys
 
     @staticmethod
     @first_order
     def backward(ctx, *dys):
-        x, *saved = ctx.saved_tensors
-        seeds, saved = saved[: len(dys)], saved[len(dys) :]
-        used = [dy for dy in dys if dy is not None]
-        if not used:
+        call, have = ctx.call, [p for p, dy in enumerate(dys) if dy is not None]
+        if not have:
             return None, None, *(None for _ in range(4 * len(dys)))
-        like = used[0]
-        with without_autocast(like):
-            dx, dbases, dbiases, da, db = run_backward(dys, x, *_quarters(saved), seeds, ctx.call, ctx.needs)
-        if True in ctx.needs.bias:
-            dbiases = map(cast, dbiases, ctx.bias_dtypes)
-        dx = dx if dx is None else of_rows(cast(dx, ctx.input_dtype), like)
-        return dx, None, *dbases, *dbiases, *da, *db
+        if len(have) < len(dys):
+            call = call._replace(programs=None)
+        return backward_of(call, ctx.needs_input_grad, _backward, (*dys, *ctx.saved_tensors), ctx.dtypes)
+
+
+@functools.cache
+def _needs(wanted: tuple[bool, ...]) -> Needs:
+    """Of whether each of `apply`'s arguments wants a gradient."""
+    return Needs(wanted[0], *_quarters(wanted[2:]))
+
+
+def _forward(x, *others):
+    """((y, ...), what backward reads, whether the kernels failed); others: what `apply` was given, seeds where anything
+    drops, the call, and what is wanted."""
+    *tensors, call, wanted = others
+    count = len(call.scalings)
+    bases, biases, a, b = _quarters(tensors[: 4 * count])
+    seeds = tensors[4 * count :] or None
+    ys, ss, call = run_forward(x, bases, biases, a, b, seeds, call)
+    needs, nothing = _needs(wanted), (None,) * count
+    for_x_or_a, for_w = needs.x or True in needs.a, not call.based and True in needs.weight
+    saved = (
+        x if for_w or True in needs.a else None,
+        *(nothing if seeds is None else map(kept, seeds)),
+        *(bases if needs.x and not call.based else nothing),
+        *(a if for_x_or_a else nothing),
+        *(b if for_x_or_a else nothing),
+        *(s if need else None for s, need in zip(ss, needs.b, strict=True)),
+    )
+    return ys, saved, call.fell_back
+
+
+def _backward(*given):
+    """A gradient for each of `apply`'s arguments, of the dY of each projection and what was saved; dtypes: those of x
+    and of the biases."""
+    *tensors, call, wanted, dtypes = given
+    count, needs = len(call.scalings), _needs(wanted)
+    dys, x, *saved = tensors[:count], *tensors[count:]
+    seeds, weights, a, b, ss = (saved[start : start + count] for start in range(0, 5 * count, count))
+    ss = [s if s is None else s.contiguous() for s in ss]  # as they were: a hook may have given them other strides
+    dx, dbases, dbiases, da, db = run_backward(dys, x, weights, a, b, ss, seeds, call, needs)
+    like = next(dy for dy in dys if dy is not None)
+    dx = None if dx is None else of_rows(cast(dx, dtypes[0]), like)
+    return dx, None, *dbases, *map(cast, dbiases, dtypes[1]), *da, *db
 
 
 def _quarters(tensors) -> tuple:
@@ -257,9 +284,16 @@ def apply_lora_projections(
 
     based: `weight` is none, but the base product (..., N), which somebody else has computed; without a bias.
     """
-    narrow = autocast_dtype(x)
-    dtype = x.dtype if narrow is None or based else narrow
     bases, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
+    given = [x, *b, *a, *bases, *[bias for bias in biases if bias is not None]]
+    some = None if len(given) == 1 + 3 * len(b) else tuple([bias is None for bias in biases])
+    asked = scalings, dropouts, based, some
+    found = known(LoraProjectionsFunction, given, patched_backend, asked)
+    if found is not None:
+        tensors = (*bases, *biases, *a, *b)
+        return list(apply_narrowed(found.narrow, LoraProjectionsFunction, x, found.call, *tensors))
+    narrow, matrices = autocast_dtype(x), (a, b)
+    dtype = x.dtype if narrow is None or based else narrow
     for weight in bases if narrow is None and not based else ():
         if weight.dtype is not dtype:
             raise OpError(f"lora_projections: x is {dtype} but a weight is {weight.dtype}; cast one, or use autocast")
@@ -277,10 +311,9 @@ def apply_lora_projections(
         )
         return [of_rows(y, x) for y in ys]
     call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
-    if narrow is not None:
-        with without_autocast(x):
-            return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b))
-    return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b))
+    if call.plans is not None and a is matrices[0] and b is matrices[1]:  # what is cast here, autograd records
+        learn(LoraProjectionsFunction, given, patched_backend, asked, call, narrow)
+    return list(apply_narrowed(narrow, LoraProjectionsFunction, x, call, *bases, *biases, *a, *b))
 
 
 def lora_projections(

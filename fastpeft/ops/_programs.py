@@ -1,0 +1,161 @@
+"""What calls on the kernels come to, written down once and done again.
+
+Which allocations, views, launches and vendor's products a call makes, in which order and of which sizes, hangs on what
+its tensors are like and on what is asked for, not on values. To find it out takes an op's Python several times as long
+as to do it. So the second of calls alike is recorded (`_recording`), as a function of straight lines, its program, and
+later ones run that. What is alike is asked of torch in one go, by the `TensorGuards` that torch.compile has for the
+same question: type, dtype, device, sizes, strides, whether a gradient is wanted, and what intercepts torch's
+operations.
+
+A program calls the same functions with the same arguments in the same order as what it was recorded of, and lets go of
+each tensor behind its last use. What reads more of a tensor than that question covers (a value, an address) is not
+recorded, and runs as it is.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+from fastpeft.dispatch import circumstances
+from fastpeft.fallback import is_of_a_kernel, is_strict, something_failed
+from fastpeft.ops._autocast import device_type_of, is_autocast, without_autocast
+
+SIZES, ALIKE = 1024, 8  # sizes that are known, and calls for tensors of the same: the last ones
+
+
+class Known(NamedTuple):
+    """A call for tensors that the guards let through, and under all that was asked."""
+
+    guards: Any
+    asked: tuple
+    call: Any
+    narrow: torch.dtype | None  # autocast's dtype: guards see whether it is on, but not this
+
+
+_known: dict[tuple, tuple[Known, ...]] = {}
+
+
+def forget() -> None:
+    """The next calls find everything out."""
+    _known.clear()
+
+
+@functools.cache
+def _hang_on_tiles() -> None:
+    from fastpeft.kernels import _tiles
+
+    _tiles.also_forget(forget)
+
+
+def _guards(tensors: Sequence[Tensor]):
+    """None for tensors that no guards let through, as one that is there twice, or whose Python is not torch's own."""
+    if not all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors):
+        return None
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return guards if guards.check(*tensors) else None
+
+
+def _asked(x: Tensor, patched: str | None, rest: tuple) -> tuple:
+    """All that a call hangs on beside its tensors."""
+    tf32 = x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return rest, circumstances(patched), is_strict(), tf32
+
+
+def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple) -> Known | None:
+    """What `learn` was told of tensors and everything else alike.
+
+    Args:
+        function: the op's autograd.Function.
+        tensors: x, a matrix of the layer's, and all others that the call has.
+        patched: the backend that `patch` was given.
+        rest: whatever else was asked for, to be compared, and which of the tensors that may be missing are.
+    """
+    if torch.compiler.is_compiling() or not _known:
+        return None
+    found = _known.get((function, tensors[0].shape, tensors[1].shape))
+    if found is None:
+        return None
+    asked = _asked(tensors[0], patched, rest)
+    for each in found:
+        alike = each.asked == asked and each.guards.check(*tensors)
+        if alike and (each.narrow is None or each.narrow is torch.get_autocast_dtype(device_type_of(tensors[0]))):
+            return each
+    return None
+
+
+def learn(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple, call, narrow) -> None:
+    """Keeps the call, a NamedTuple with a field `programs`, with programs of its own, for the next that is alike."""
+    guards = _guards(tensors)
+    if guards is None:
+        return
+    _hang_on_tiles()
+    new = Known(guards, _asked(tensors[0], patched, rest), call._replace(programs=Programs()), narrow)
+    while len(_known) >= SIZES:
+        _known.pop(next(iter(_known)), None)
+    place = function, tensors[0].shape, tensors[1].shape
+    _known[place] = (new, *_known.get(place, ()))[:ALIKE]
+
+
+class Programs:
+    """Of calls alike: those of their forwards and of their backwards, each by the gradients that are wanted."""
+
+    def __init__(self):
+        self.forward: dict[tuple, Callable] = {}
+        self.backward: dict[tuple, tuple[tuple[Any, Callable], ...]] = {}
+
+
+def forward_of(call, needs: tuple, function: Callable, tensors: tuple):
+    """function(*tensors, call, needs), by a program if calls alike have one: of tensors that are as they were when the
+    call was known."""
+    programs, rest = call.programs, (call, needs)
+    if programs is None or something_failed():
+        return function(*tensors, *rest)
+    if (program := programs.forward.get(needs)) is not None:
+        return _run(program, function, tensors, rest)
+    result, programs.forward[needs] = _recorded(function, tensors, rest)
+    return result
+
+
+def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others):
+    """function(*tensors, call, needs, *others) under no autocast, likewise: of a gradient and of what was saved, which
+    is asked again, as a hook may have changed it."""
+    programs, rest = call.programs, (call, needs, *others)
+    if programs is not None and not something_failed():
+        given, found = [each for each in tensors if each is not None], programs.backward.get(needs, ())
+        for guards, program in found:
+            if guards.check(*given):  # which were made without autocast
+                return _run(program, function, tensors, rest)
+        if not is_autocast(given[0]) and (guards := _guards(given)) is not None:
+            result, program = _recorded(function, tensors, rest)
+            programs.backward[needs] = ((guards, program), *found)[:ALIKE]
+            return result
+    with without_autocast(next(each for each in tensors if each is not None)):
+        return function(*tensors, *rest)
+
+
+def _run(program: Callable, function: Callable, tensors: tuple, rest: tuple):
+    """By the program; where a kernel fails in it, as the function deals with that."""
+    try:
+        return program(*tensors)
+    except Exception as error:
+        if not is_of_a_kernel(error):
+            raise
+    return function(*tensors, *rest)
+
+
+def _recorded(function: Callable, tensors: tuple, rest: tuple) -> tuple[Any, Callable]:
+    """(function(*tensors, *rest), what gives the same of tensors alike)."""
+    from fastpeft.ops._recording import Recording
+
+    def as_it_is(*given):
+        return function(*given, *rest)
+
+    recording = Recording(tensors)
+    with recording.watching():
+        result = function(*tensors, *rest)
+    program = None if something_failed() else recording.program(result)
+    return result, program or as_it_is

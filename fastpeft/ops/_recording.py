@@ -1,0 +1,126 @@
+"""A function of straight lines, written while another one runs: what that does to tensors, in order (`_programs`)."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastpeft.kernels._common import on_device_of, watched_launches
+
+MOST = 200  # lines: what takes more is no call whose Python counts
+
+# What is asked of a tensor and `TensorGuards` cover; of one that was made in the function, which comes out alike, these
+# as well.
+_FIELDS = ("shape", "dtype", "device", "ndim", "is_cuda", "is_cpu", "is_meta", "nbytes", "itemsize", "requires_grad")
+_METHODS = ("stride", "size", "dim", "numel", "is_contiguous", "is_floating_point", "element_size", "__len__")
+_COVERED = {getattr(Tensor, name).__get__ for name in _FIELDS} | {getattr(Tensor, name) for name in _METHODS}
+_OF_OWN = {Tensor._is_view, Tensor.storage_offset}
+
+_CONSTANTS = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+class Recording(TorchFunctionMode):
+    """Within it what is called with tensors, and what is launched, becomes lines of a program.
+
+    Nothing is written of what only asks, as `_COVERED`, or gives the tensor that it was given. Anything that a line
+    cannot say, or that the guards do not cover, and the recording is `refused`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]):
+        super().__init__()
+        self._parameters = [f"given_{number}" for number in range(len(tensors))]
+        of_each = zip(tensors, self._parameters, strict=True)
+        self._names = {id(tensor): name for tensor, name in of_each if tensor is not None}
+        self._kept = [tensor for tensor in tensors if tensor is not None]  # so that no other gets an id of theirs
+        self._lines: list[tuple[str, set[str]]] = []  # and what each mentions
+        self._mentioned: set[str] = set()
+        self._constants: dict[str, object] = {}
+        self._on_a_gpu = self._kept[0].is_cuda
+        self.refused = len(self._names) < len(self._kept)  # a tensor that was given twice need not be, later
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _COVERED or (func in _OF_OWN and not self._is_given(args[0])):
+            return out
+        changes = getattr(func, "__name__", "_").endswith("_") or "out" in kwargs
+        if changes or not (isinstance(out, Tensor) and id(out) in self._names):
+            self._write(self._constant(func), args, kwargs, out)
+        return out
+
+    @contextlib.contextmanager
+    def watching(self):
+        """The block in which everything is written down."""
+        with watched_launches(self._launch), self:
+            yield
+
+    def _launch(self, kernel, grid, arguments, options) -> None:
+        self._write(f"{self._constant(kernel)}[{self._source(grid)}]", arguments, options, None)
+        with torch._C.DisableTorchFunction():  # the interpreter is made of torch
+            kernel[grid](*arguments, **options)
+
+    def _is_given(self, tensor) -> bool:
+        return self._names.get(id(tensor), "given").startswith("given")
+
+    def _write(self, function: str, args, kwargs, out) -> None:
+        self._mentioned = set()
+        given = [self._source(each) for each in args]
+        given += [f"{name}={self._source(each)}" for name, each in kwargs.items()]
+        line = f"{function}({', '.join(given)})"
+        results = list(out) if isinstance(out, (tuple, list)) else [out]
+        new = [each for each in results if isinstance(each, Tensor) and id(each) not in self._names]
+        if new:
+            for each in new:
+                self._names[id(each)] = f"made_{len(self._names)}"
+                self._kept.append(each)
+            names = [self._source(each) for each in results]
+            line = f"{', '.join(names)}{',' * isinstance(out, (tuple, list))} = {line}"
+        elif out is not None and not (isinstance(out, Tensor) and results):
+            self.refused = True  # a number that was read from a tensor
+        self._lines.append((line, self._mentioned))
+        self.refused |= len(self._lines) > MOST
+
+    def _constant(self, value) -> str:
+        name = next((name for name, each in self._constants.items() if each is value), f"fixed_{len(self._constants)}")
+        self._constants[name] = value
+        return name
+
+    def _source(self, value) -> str:
+        """An expression for it."""
+        if isinstance(value, Tensor):
+            name = self._names.get(id(value))
+            if name is None:  # from elsewhere: another call's may be another
+                self.refused = True
+                return "None"
+            self._mentioned.add(name)
+            return name
+        if type(value) in (tuple, list, torch.Size):
+            inner = "".join(f"{self._source(each)}, " for each in value)
+            return f"[{inner}]" if type(value) is list else f"({inner})"
+        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        if not (isinstance(value, _CONSTANTS) or type(value).__module__.startswith("triton.language")):
+            self.refused = True
+        return self._constant(value)
+
+    def program(self, result) -> Callable | None:
+        """Takes what the recorded function took, and gives what it gave, `result`: tensors and None in tuples and
+        lists. None, if the recording was refused."""
+        self._mentioned = set()
+        lines, used = [f"return {self._source(result)}"], self._mentioned | set(self._parameters)
+        if self.refused:
+            return None
+        for line, mentioned in reversed(self._lines):
+            if last := sorted(mentioned - used):
+                lines.append(f"del {', '.join(last)}")
+            lines.append(line)
+            used |= mentioned
+        if self._on_a_gpu:
+            lines = [f"    {line}" for line in lines] + [f"with {self._constant(on_device_of)}(given_0):"]
+        body = "\n    ".join(reversed(lines))
+        scope = dict(self._constants)
+        exec(f"def program({', '.join(self._parameters)}):\n    {body}", scope)
+        return scope["program"]
