@@ -11,6 +11,7 @@ import torch
 import fastpeft
 from fastpeft import BackendError, dispatch, fallback, ops
 from fastpeft.dispatch import Choice
+from fastpeft.ops import _programs
 from fastpeft.ops.lora_mlp import Projection
 from fastpeft.ops.mixed_lora_linear import apply_mixed_lora
 from tests.counting import count
@@ -136,6 +137,7 @@ def break_(monkeypatch, place, how=None):
     def fail(*args, **kwargs):
         raise how if how is not None else OutOfResources(300_000, 232_448, "shared memory")
 
+    _programs.forget()  # which have what was there before
     module, name = place
     monkeypatch.setattr(importlib.import_module(f"fastpeft.ops.{module}"), name, fail)
 

@@ -18,27 +18,26 @@ def test_an_op_enters_few_functions_beside_those_of_autograd(monkeypatch):
     assert rows["a patched layer"] - rows["lora_linear"] <= 30
 
 
-# Launches, functions entered beyond what makes these, and those of the op alone, without what makes its launches: of a
-# call without a gradient, a forward, a backward.
+# Launches of a call without a gradient, of a forward and of a backward. Functions entered beyond those of a bare
+# Function that makes the same allocations, products and launches one by one: MOST at most. A program enters none.
 ON_KERNELS = {
-    "lora_linear": ([3, 3, 4], [55, 46, 50], [28, 16, 20]),
-    "three projections": ([5, 5, 6], [92, 76, 95], [30, 14, 18]),
-    "a gated MLP": ([7, 7, 6], [120, 105, 105], [36, 20, 19]),
-    "lora_linear, few rows": ([1, 1, 3], [47, 35, 49], [28, 16, 20]),
-    "three projections, few rows": ([1, 1, 5], [69, 53, 90], [30, 14, 18]),
-    "a gated MLP, few rows": ([2, 2, 5], [94, 78, 101], [36, 20, 19]),
+    "lora_linear": [3, 3, 4],
+    "three projections": [5, 5, 6],
+    "a gated MLP": [7, 7, 6],
+    "lora_linear, few rows": [1, 1, 3],
+    "three projections, few rows": [1, 1, 5],
+    "a gated MLP, few rows": [2, 2, 5],
 }
+MOST = [10, 1, 0]
 
 
 @pytest.mark.interpreter
-def test_an_op_on_kernels_enters_few_functions_for_a_launch():
+def test_an_op_on_kernels_enters_few_functions():
     rows = {row.name: row for row in overhead.measured_on_kernels(calls=1, repeats=1)}
     assert rows.keys() == ON_KERNELS.keys()
-    for name, (launches, entered, alone) in ON_KERNELS.items():
-        row = rows[name]
-        assert row.launches == launches, name
-        for counts, bounds in ((row.entered, entered), (row.alone_entered, alone)):
-            assert all(0 < found <= most for found, most in zip(counts, bounds, strict=True)), row
+    for name, launches in ON_KERNELS.items():
+        assert rows[name].launches == launches, name
+        assert all(found <= most for found, most in zip(rows[name].entered, MOST, strict=True)), rows[name]
 
 
 def test_the_times_are_of_calls(capsys):
@@ -50,8 +49,9 @@ def test_the_times_are_of_calls(capsys):
     kernels = {line[:27].strip(): list(map(float, line[27:].split()[:12])) for line in on_kernels.splitlines()[1:]}
     assert kernels.keys() == ON_KERNELS.keys()
     for row in kernels.values():
-        assert all(0 < least < took for took, least in zip(row[::4], row[1::4], strict=True))
-        assert all(0 < alone < own for own, alone in zip(row[2::4], row[3::4], strict=True))
+        for took, least, own, first in zip(*(row[place::4] for place in range(4)), strict=True):
+            assert least > 0 and abs(took - least - own) < 0.2 and own < first
+        assert row[2] > 0 and row[6] > 0  # a backward's own is within what the machine's pace changes by
     numbers = [list(map(float, line[16:].split())) for line in lines[1:]]
     bare, op, layer = (each[0] for each in numbers)
     assert 0 < bare < op < layer

@@ -31,11 +31,15 @@ def _apply_of(function: type[torch.autograd.Function]) -> Callable:
     return super(torch.autograd.Function, function).apply
 
 
-def applied(function: type[torch.autograd.Function], *arguments):
-    """function.apply(*arguments). While gradients are off it is its forward alone: autograd, which would find that out
-    in five microseconds, is not asked. What else it refuses, tangents and transforms, it is shown. Otherwise it is
-    asked without torch's own Python before it, which takes a few microseconds to look in every argument for a tensor
-    that an ended transform of functorch has left behind: here the first alone may be one. torch.compile traces that."""
+def applied(function: type[torch.autograd.Function], *arguments, narrow: torch.dtype | None = None):
+    """function.apply(*arguments), beyond autocast, which has had its say where there is a `narrow` dtype. While
+    gradients are off it is its forward alone: autograd, which would find that out in five microseconds, is not asked.
+    What else it refuses, tangents and transforms, it is shown. Otherwise it is asked without torch's own Python before
+    it, which takes a few microseconds to look in every argument for a tensor that an ended transform of functorch has
+    left behind: here the first alone may be one. torch.compile traces that."""
+    if narrow is not None:
+        with without_autocast(arguments[0]):
+            return applied(function, *arguments)
     transformed = torch._C._are_functorch_transforms_active()
     if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         if transformed or torch.compiler.is_dynamo_compiling():
@@ -43,15 +47,6 @@ def applied(function: type[torch.autograd.Function], *arguments):
         first, *others = arguments
         return _apply_of(function)(unwrap_if_dead(first) if isinstance(first, torch.Tensor) else first, *others)
     return function.forward(_Nothing(len(arguments)), *arguments)
-
-
-def apply_narrowed(narrow: torch.dtype | None, function, x: torch.Tensor, *others):
-    """applied(function, x, *others), where autocast, which has had its say if there is a `narrow` dtype, casts
-    nothing."""
-    if narrow is None:
-        return applied(function, x, *others)
-    with without_autocast(x):
-        return applied(function, x, *others)
 
 
 class _End(torch.autograd.Function):

@@ -36,12 +36,12 @@ class Known(NamedTuple):
     narrow: torch.dtype | None  # autocast's dtype: guards see whether it is on, but not this
 
 
-_known: dict[tuple, tuple[Known, ...]] = {}
+KNOWN: dict[tuple, tuple[Known, ...]] = {}  # to be asked where there is something, and nothing is compiled
 
 
 def forget() -> None:
     """The next calls find everything out."""
-    _known.clear()
+    KNOWN.clear()
 
 
 @functools.cache
@@ -74,9 +74,7 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
         patched: the backend that `patch` was given.
         rest: whatever else was asked for, to be compared, and which of the tensors that may be missing are.
     """
-    if torch.compiler.is_compiling() or not _known:
-        return None
-    found = _known.get((function, tensors[0].shape, tensors[1].shape))
+    found = KNOWN.get((function, tensors[0].shape, tensors[1].shape))
     if found is None:
         return None
     asked = _asked(tensors[0], patched, rest)
@@ -94,10 +92,10 @@ def learn(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple,
         return
     _hang_on_tiles()
     new = Known(guards, _asked(tensors[0], patched, rest), call._replace(programs=Programs()), narrow)
-    while len(_known) >= SIZES:
-        _known.pop(next(iter(_known)), None)
+    while len(KNOWN) >= SIZES:
+        KNOWN.pop(next(iter(KNOWN)), None)
     place = function, tensors[0].shape, tensors[1].shape
-    _known[place] = (new, *_known.get(place, ()))[:ALIKE]
+    KNOWN[place] = (new, *KNOWN.get(place, ()))[:ALIKE]
 
 
 class Programs:

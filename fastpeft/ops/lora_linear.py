@@ -22,9 +22,9 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_linear_torch as torch_path
 from fastpeft.ops._autocast import autocast_dtype
-from fastpeft.ops._first_order import apply_narrowed, first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import as_rows
-from fastpeft.ops._programs import Programs, backward_of, forward_of, known, learn
+from fastpeft.ops._programs import KNOWN, Programs, backward_of, forward_of, known, learn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -110,7 +110,10 @@ class LoraLinearFunction(torch.autograd.Function):
             if call.plan is None and (needs[0] or needs[4]):
                 seed = torch_path.keeping(seed, call.dropout, x.device)
         tensors = x, weight_NK, bias_N, residual, a_RK, b_NR, seed
-        y, saved, fell_back = forward_of(call, needs, _forward, tensors)
+        by_program = call.programs is not None
+        y, saved, fell_back = (
+            forward_of(call, needs, _forward, tensors) if by_program else _forward(*tensors, call, needs)
+        )
         if True in needs:
             ctx.save_for_backward(*saved)
             ctx.call = call._replace(fell_back=True, programs=None) if fell_back else call
@@ -151,7 +154,7 @@ def _backward(dy, x, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs, dtype
 
 def run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call):
     """(y (..., N), no view, S [M, R], the call as it was served) on the backend that `call.plan` stands for."""
-    x, weight, bias = cast(x, call.dtype), cast(weight_NK, call.dtype), cast(bias_N, call.dtype)
+    x, weight, bias = cast_all((x, weight_NK, bias_N), call.dtype)
     tensors = (x, weight, bias, residual, a_RK, b_NR, call.scaling)
     if call.plan is None:
         y, s = torch_path.forward(*tensors, seed, call.dropout)
@@ -293,10 +296,11 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     given, asked = (x, lora_B, lora_A, residual if weight is None else weight), (scaling, dropout, weight is None)
     if bias is not None:
         given, asked = (*given, bias), (*asked, True)
-    found = known(LoraLinearFunction, given, patched_backend, asked)
+    compiling = torch.compiler.is_compiling()
+    found = None if compiling or not KNOWN else known(LoraLinearFunction, given, patched_backend, asked)
     if found is not None:
         tensors = (x, weight, bias, residual, lora_A, lora_B)
-        return apply_narrowed(found.narrow, LoraLinearFunction, *tensors, found.call)
+        return applied(LoraLinearFunction, *tensors, found.call, narrow=found.narrow)
     narrow = autocast_dtype(x)
     dtype = x.dtype if narrow is None or weight is None else narrow
     if weight is not None and narrow is None and weight.dtype is not dtype:
@@ -305,7 +309,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     if a_RK.dtype is not dtype or b_NR.dtype is not dtype:
         wide = widest(dtype, a_RK, b_NR)
         a_RK, b_NR = cast(a_RK, wide), cast(b_NR, wide)
-    if torch.compiler.is_compiling():
+    if compiling:
         from fastpeft.ops._lora_linear_compiled import compiled_lora_linear
 
         tensors = (as_rows(x), weight, bias, None if residual is None else as_rows(residual), a_RK, b_NR)
@@ -313,7 +317,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     call = decide(x, dtype, a_RK, b_NR, float(scaling), dropout, patched_backend)
     if call.plan is not None and a_RK is lora_A and b_NR is lora_B:  # what is cast here, autograd records
         learn(LoraLinearFunction, given, patched_backend, asked, call, narrow)
-    return apply_narrowed(narrow, LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call)
+    return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call, narrow=narrow)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, dropout):

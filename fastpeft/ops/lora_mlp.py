@@ -26,9 +26,9 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_mlp_torch as torch_path
 from fastpeft.ops._autocast import autocast_dtype
-from fastpeft.ops._first_order import apply_narrowed, first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import given_mask
-from fastpeft.ops._programs import Programs, backward_of, forward_of, known, learn
+from fastpeft.ops._programs import KNOWN, Programs, backward_of, forward_of, known, learn
 from fastpeft.ops.lora_linear import (
     DTYPES,
     Projection,
@@ -298,9 +298,10 @@ def apply_lora_mlp(
     given = [x, *[each for each in flat if each is not None]]
     some = [each.bias is None for each in (gate, up, down)], [each.lora_A is None for each in (gate, up, down)]
     asked = gate[4:], up[4:], down[4:], activation, recompute, some
-    found = known(LoraMlpFunction, given, patched_backend, asked)
+    compiling = torch.compiler.is_compiling()
+    found = None if compiling or not KNOWN else known(LoraMlpFunction, given, patched_backend, asked)
     if found is not None:
-        return apply_narrowed(found.narrow, LoraMlpFunction, x, found.call, *flat)
+        return applied(LoraMlpFunction, x, found.call, *flat, narrow=found.narrow)
     narrow = autocast_dtype(x)
     dtype = narrow or x.dtype
     for number, weight in enumerate(flat[0::4] if narrow is None else ()):
@@ -317,14 +318,14 @@ def apply_lora_mlp(
         [1.0 if each.lora_A is None else float(each.scaling) for each in (gate, up, down)],
         [0.0 if each.lora_A is None else float(each.dropout) for each in (gate, up, down)],
     ]
-    if torch.compiler.is_compiling():
+    if compiling:
         from fastpeft.ops._lora_mlp_compiled import compiled_lora_mlp
 
         return of_rows(compiled_lora_mlp(as_rows(x), flat, activation, *numbers, dtype, recompute, patched_backend), x)
     call = decide(x, flat, activation, *numbers, dtype, recompute, patched_backend)
     if call.triton and all(map(operator.is_, flat, matrices)):  # what is cast here, autograd records
         learn(LoraMlpFunction, given, patched_backend, asked, call, narrow)
-    return apply_narrowed(narrow, LoraMlpFunction, x, call, *flat)
+    return applied(LoraMlpFunction, x, call, *flat, narrow=narrow)
 
 
 def _check(x, projections, activation: str) -> None:

@@ -24,9 +24,9 @@ from fastpeft.errors import OpError
 from fastpeft.fallback import is_demanded, kernels_or_torch, mask_of_kernels
 from fastpeft.ops import _lora_projections_torch as torch_path
 from fastpeft.ops._autocast import autocast_dtype
-from fastpeft.ops._first_order import apply_narrowed, first_order
+from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import keeping, kept
-from fastpeft.ops._programs import Programs, backward_of, forward_of, known, learn
+from fastpeft.ops._programs import KNOWN, Programs, backward_of, forward_of, known, learn
 from fastpeft.ops.lora_linear import (
     Projection,
     as_rows,
@@ -288,10 +288,11 @@ def apply_lora_projections(
     given = [x, *b, *a, *bases, *[bias for bias in biases if bias is not None]]
     some = None if len(given) == 1 + 3 * len(b) else tuple([bias is None for bias in biases])
     asked = scalings, dropouts, based, some
-    found = known(LoraProjectionsFunction, given, patched_backend, asked)
+    compiling = torch.compiler.is_compiling()
+    found = None if compiling or not KNOWN else known(LoraProjectionsFunction, given, patched_backend, asked)
     if found is not None:
         tensors = (*bases, *biases, *a, *b)
-        return list(apply_narrowed(found.narrow, LoraProjectionsFunction, x, found.call, *tensors))
+        return list(applied(LoraProjectionsFunction, x, found.call, *tensors, narrow=found.narrow))
     narrow, matrices = autocast_dtype(x), (a, b)
     dtype = x.dtype if narrow is None or based else narrow
     for weight in bases if narrow is None and not based else ():
@@ -302,7 +303,7 @@ def apply_lora_projections(
             wide = widest(dtype, *a, *b)
             a, b = cast_all(a, wide), cast_all(b, wide)
             break
-    if torch.compiler.is_compiling():
+    if compiling:
         from fastpeft.ops._lora_projections_compiled import compiled_lora_projections
 
         flat = as_rows(x), tuple(map(as_rows, bases)) if based else bases
@@ -313,7 +314,7 @@ def apply_lora_projections(
     call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
     if call.plans is not None and a is matrices[0] and b is matrices[1]:  # what is cast here, autograd records
         learn(LoraProjectionsFunction, given, patched_backend, asked, call, narrow)
-    return list(apply_narrowed(narrow, LoraProjectionsFunction, x, call, *bases, *biases, *a, *b))
+    return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b, narrow=narrow))
 
 
 def lora_projections(

@@ -1,0 +1,58 @@
+"""What the tests of programs share: calls that stay alike."""
+
+import torch
+from torch import nn
+
+from fastpeft.ops.lora_linear import Projection, apply_lora
+from tests.op_calls import OPS
+
+K, N, R = 20, 24, 4
+WITH_PROGRAMS = [name for name in OPS if name.partition("-")[0] in ("lora", "projections", "mlp")]
+DTYPES = {"half": (torch.float16, torch.float16), "wide": (torch.float16, torch.float32), "fp32": (torch.float32,) * 2}
+
+
+def differentiated(compute, tensors) -> list[torch.Tensor]:
+    """The results under one seed, and the gradients of all tensors that want one."""
+    torch.manual_seed(3)
+    out = compute(*tensors)
+    wanted = [each for each in tensors if isinstance(each, torch.Tensor) and each.requires_grad]
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, wanted, dy)]
+
+
+def same(found, expected):
+    return all(torch.equal(each, other) for each, other in zip(found, expected, strict=True))
+
+
+def projection(inputs: int, outputs: int, bias: bool, dtypes, scaling=0.5, dropout=0.0) -> Projection:
+    dtype, adapter = dtypes
+    bias = torch.randn(outputs, dtype=dtype, requires_grad=True) if bias else None
+    matrices = [torch.randn(shape, dtype=adapter, requires_grad=True) for shape in ((R, inputs), (outputs, R))]
+    return Projection(torch.randn(outputs, inputs, dtype=dtype) / inputs**0.5, bias, *matrices, scaling, dropout)
+
+
+def layer_call(**changes):
+    """(a function of nothing, what it is of): `apply_lora` on tensors that stay."""
+    torch.manual_seed(5)
+    given = {
+        "x": torch.randn(3, 8, K, requires_grad=True),
+        "weight": torch.randn(N, K),
+        "bias": torch.randn(N),
+        "residual": None,
+        "lora_A": nn.Parameter(torch.randn(R, K)),
+        "lora_B": nn.Parameter(torch.randn(N, R)),
+        "scaling": 0.5,
+        "dropout": 0.0,
+        "patched_backend": None,
+        **changes,
+    }
+
+    def call():
+        torch.manual_seed(6)
+        y = apply_lora(*given.values())
+        if not y.requires_grad:
+            return [y]
+        wanted = [each for each in given.values() if isinstance(each, torch.Tensor) and each.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), wanted)]
+
+    return call, given

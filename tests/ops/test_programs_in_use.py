@@ -1,0 +1,284 @@
+"""Programs beside what else intercepts, repeats, breaks or outlives a call."""
+
+import contextlib
+import importlib
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastpeft
+from fastpeft import BackendError, dispatch, fallback
+from fastpeft.dispatch import backend, override_plan
+from fastpeft.kernels import _common
+from fastpeft.ops import _programs
+from fastpeft.ops.lora_linear import apply_lora
+from fastpeft.ops.lora_projections import apply_lora_projections
+from tests.memory import Allocations
+from tests.op_calls import OPS
+from tests.ops.programs_cases import DTYPES, WITH_PROGRAMS, K, N, R, differentiated, layer_call, projection, same
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("on_triton")]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_has_programs_of_its_own(inside, counted):
+    """A backward has them too, but not within autocast."""
+    _, given = layer_call()
+    tensors = [given[name] for name in ("x", "lora_A", "lora_B")]
+
+    def call(dtype):
+        with torch.autocast("cpu", dtype):
+            y = apply_lora(*given.values())
+            if inside:
+                return [y, *torch.autograd.grad(y.float().square().sum(), tensors)]
+        return [y, *torch.autograd.grad(y.float().square().sum(), tensors)]
+
+    for dtype in (torch.bfloat16, torch.float16):
+        found = [call(dtype) for _ in range(3)]
+        assert found[0][0].dtype is dtype and same(found[1], found[0]) and same(found[2], found[0])
+    assert counted["ran"] == (2 if inside else 4)
+
+
+def test_without_gradients_a_forward_has_its_own_program(counted):
+    call, _ = layer_call()
+    expected = call()[0]
+    call()
+    with torch.no_grad():
+        assert torch.equal(call()[0], expected)
+        assert counted["ran"] == 0  # one that keeps nothing for a backward is another
+        assert torch.equal(call()[0], expected)
+    assert counted["recorded"] == ["_forward", "_backward", "_forward"]
+    assert counted["ran"] == 1
+
+
+def test_layers_alike_share_a_program(counted):
+    calls = [layer_call()[0] for _ in range(4)]
+    for call in calls:
+        call()
+    assert len(counted["recorded"]) == 2 and counted["ran"] == 4
+
+
+def test_a_tensor_that_is_there_twice_is_not_taken_for_two(counted):
+    call, given = layer_call(weight=torch.randn(K, K), bias=None, lora_B=nn.Parameter(torch.randn(K, R)))
+    given["x"] = given["weight"]
+    expected = call()
+    assert same(call(), expected) and same(call(), expected)
+    assert counted["recorded"] == [] and not _programs.KNOWN
+
+
+def test_a_subclass_of_tensors_is_not_recorded(counted):
+    class Own(torch.Tensor):
+        pass
+
+    call, given = layer_call()
+    given["weight"] = given["weight"].as_subclass(Own)
+    expected = call()
+    assert same(call(), expected) and same(call(), expected)
+    assert counted["recorded"] == []
+
+
+def test_transforms_of_functorch_are_refused_as_ever(counted):
+    call, given = layer_call()
+    for _ in range(3):
+        call()
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: apply_lora(x, *list(given.values())[1:]).sum())(given["x"].detach())
+    assert counted["ran"] == 2
+
+
+def test_a_derivative_of_a_gradient_is_refused_as_ever():
+    call, given = layer_call()
+    for _ in range(3):
+        call()
+    y = apply_lora(*given.values())
+    (dx,) = torch.autograd.grad(y.sum(), given["x"], create_graph=True)
+    with pytest.raises(fastpeft.errors.OpError, match="first derivatives only"):
+        torch.autograd.grad(dx.sum(), given["lora_A"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant, counted):
+    _, given = layer_call(dropout=0.4)
+
+    def call():
+        torch.manual_seed(7)
+        y = checkpoint(lambda x: apply_lora(x, *list(given.values())[1:]), given["x"], use_reentrant=reentrant)
+        leaves = [given[name] for name in ("x", "lora_A", "lora_B")]
+        for leaf in leaves:
+            leaf.grad = None
+        y.square().sum().backward()
+        return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+    expected = call()
+    assert all(same(call(), expected) for _ in range(3))
+    assert counted["ran"] >= 6
+
+
+def test_what_a_hook_makes_of_saved_tensors_is_asked_again(counted):
+    call, _ = layer_call()
+    expected = call()
+    call()
+    turned = torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved.detach().t().contiguous() if saved.ndim == 2 else saved.detach(),
+        lambda saved: saved.t() if saved.ndim == 2 else saved,
+    )
+    for _ in range(3):
+        with turned:
+            found = call()
+        for each, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(each, other)
+    assert counted["recorded"] == ["_forward", "_backward", "_backward"]
+    assert same(call(), expected)
+
+
+def test_an_unused_projection_has_a_backward_without_a_program(counted):
+    layers = [projection(K, N, False, DTYPES["fp32"]) for _ in range(2)]
+    x = torch.randn(6, K, requires_grad=True)
+    found = []
+    for _ in range(3):
+        _, y = apply_lora_projections(x, layers)
+        found.append([y, *torch.autograd.grad(y.sum(), (x, *layers[1][2:4]))])
+    assert same(found[1], found[0]) and same(found[2], found[0])
+    assert counted["recorded"] == ["_forward"]
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_kernel_that_fails_in_a_program_falls_back(phase, monkeypatch):
+    """To the torch path, under the mask that was drawn."""
+    from triton.runtime.errors import OutOfResources
+    from triton.runtime.interpreter import InterpretedFunction
+
+    def choose(x, dtype, width=0, patched=None, of="rank"):
+        return dispatch.Choice("triton", "a test")
+
+    module = importlib.import_module("fastpeft.ops.lora_linear")
+    monkeypatch.setattr(module, "choose_backend", choose)
+    place = {"forward": "_shrink_kernel", "backward": "_grad_columns_kernel"}[phase]
+    broken = getattr(importlib.import_module("fastpeft.kernels.lora_linear"), place)
+    launch = InterpretedFunction.__getitem__
+
+    def launcher(kernel, grid):
+        if kernel is broken:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return launch(kernel, grid)
+
+    call, given = layer_call(dropout=0.4)
+    with backend("auto"):
+        for _ in range(3):
+            expected = call()
+        monkeypatch.setattr(InterpretedFunction, "__getitem__", launcher)
+        try:
+            with pytest.warns(RuntimeWarning, match=f"lora_linear, {phase}, on cpu.*OutOfResources"):
+                found = call()
+        finally:
+            fallback._failed.clear()
+            fallback._drawn.clear()
+    for each, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(BackendError, match="cannot be done without"):
+        call()
+
+
+@pytest.mark.parametrize("name", WITH_PROGRAMS)
+def test_a_program_holds_no_more_memory(name):
+    """At its peak, than what it was recorded of; and none of it afterwards."""
+    op, tensors, options, plan = OPS[name]
+    given = tensors()
+    peaks, left = [], []
+
+    def watched(function, tensors, *rest):
+        with Allocations() as allocated:
+            result = function(*tensors, *rest)
+        peaks.append(allocated.peak)
+        left.append(allocated.live)
+        return result
+
+    record = _programs._recorded
+
+    def recorded(function, tensors, rest):
+        result, program = record(function, tensors, rest)
+        watched(function, tensors, *rest)
+        watched(program, tensors)
+        return result, program
+
+    with override_plan(plan) if plan else contextlib.nullcontext(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_programs, "_recorded", recorded)
+        for _ in range(2):
+            differentiated(lambda *each: op(*each, **options), given)
+    assert len(peaks) == 4
+    for place in (0, 2):
+        assert 0 < peaks[place + 1] <= peaks[place] and left[place + 1] == left[place]
+
+
+def test_a_program_keeps_no_tensor():
+    call, given = layer_call()
+    for _ in range(3):
+        call()
+    known = [weakref.ref(each) for each in given.values() if isinstance(each, torch.Tensor)]
+    del call
+    given.clear()
+    assert _programs.KNOWN and all(each() is None for each in known)
+
+
+def test_what_is_known_has_an_end(monkeypatch):
+    monkeypatch.setattr(_programs, "SIZES", 3)
+    monkeypatch.setattr(_programs, "ALIKE", 2)
+    call, given = layer_call()
+    for rows in range(1, 7):
+        given["x"] = torch.randn(rows, K)
+        call()
+    assert [key[1][0] for key in _programs.KNOWN] == [4, 5, 6]
+    for scaling in (1.0, 2.0, 3.0):
+        given["scaling"] = scaling
+        call()
+    assert [each.asked[0][0] for each in list(_programs.KNOWN.values())[-1]] == [3.0, 2.0]
+
+
+def test_threads(counted, monkeypatch):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    calls = [layer_call() for _ in range(2)]
+    calls[1][1]["scaling"] = 0.25
+    expected = [call() for call, _ in calls]
+    _programs.forget()
+    wrong, start, alone = [], threading.Barrier(4), threading.Lock()
+    launch = InterpretedFunction.__getitem__
+
+    def launcher(kernel, grid):
+        def run(*arguments, **options):
+            with alone:  # the interpreter knows one grid at a time
+                return launch(kernel, grid)(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", launcher)
+
+    def work(number):
+        start.wait()
+        for _ in range(6):
+            with backend("triton"):
+                if not same(calls[number % 2][0](), expected[number % 2]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong and counted["ran"] > 20
+
+
+def test_a_launch_that_fails_ends_the_recording(monkeypatch):
+    call, _ = layer_call()
+    call()
+    monkeypatch.setattr(_common, "on_device_of", None)
+    with pytest.raises(TypeError):
+        call()
+    monkeypatch.undo()
+    assert _common._watch.get() is None and torch.overrides._get_current_function_mode() is None
+    with backend("triton"):
+        assert same(call(), call())

@@ -1,0 +1,84 @@
+"""What one line of a program may say, and what it may not."""
+
+import contextlib
+
+import pytest
+import torch
+
+from fastpeft.ops import _recording
+from tests.ops.programs_cases import same
+
+pytestmark = pytest.mark.interpreter
+
+
+def test_on_a_gpu_the_device_is_that_of_the_first_tensor(monkeypatch):
+    """There a program's launches are on its device, whichever is current; each launch of an op is likewise."""
+    entered = []
+
+    @contextlib.contextmanager
+    def on_device_of(tensor):
+        entered.append(tensor)
+        yield
+
+    monkeypatch.setattr(_recording, "on_device_of", on_device_of)
+    x = torch.ones(3)
+    recording = _recording.Recording((x,))
+    recording._on_a_gpu = True
+    with recording.watching():
+        y = x + 1
+    assert torch.equal(recording.program(y)(x), y) and entered == [x]
+
+
+# What one line of a program may say, and what it may not.
+
+
+def recorded(function, *tensors):
+    recording = _recording.Recording(tensors)
+    with recording.watching():
+        result = function(*tensors)
+    return result, recording.program(result)
+
+
+def sums(x, y):
+    z = torch.empty_like(x)
+    torch.add(x, y, out=z)
+    left, right = z.view(-1).split(3)
+    z = z.add_(1.0).contiguous()
+    return [torch.cat([left, right]), (z.t(), None)], x.shape[0] * 2, x.dtype
+
+
+def test_a_program_of_results_in_place_and_in_parts():
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    expected, program = recorded(sums, x, y)
+    assert program is not None
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    found, expected = program(x, y), sums(x, y)
+    assert same(found[0][:1], expected[0][:1]) and torch.equal(found[0][1][0], expected[0][1][0])
+    assert found[0][1][1] is None and found[1:] == expected[1:] == (4, torch.float32)
+
+
+ELSEWHERE = torch.ones(2, 3)
+REFUSED = {
+    "a value": lambda x: x * x.sum().item(),
+    "a truth": lambda x: x if x.sum() > 0 else -x,
+    "an address": lambda x: x + x.data_ptr() % 16,
+    "a storage": lambda x: x + len(x.untyped_storage()),
+    "a view's base": lambda x: x if x._is_view() else x + 1,
+    "an offset": lambda x: x + x.storage_offset(),
+    "a tensor from elsewhere": lambda x: x + ELSEWHERE,
+    "a result from elsewhere": lambda x: ELSEWHERE,
+    "a number that no literal says": lambda x: x * float("inf"),
+    "too much": lambda x: [x + number for number in range(_recording.MOST + 1)],
+    "a generator": lambda x: torch.empty_like(x).normal_(generator=torch.Generator()),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_guards_do_not_cover_is_not_recorded(what):
+    _, program = recorded(REFUSED[what], torch.rand(2, 3))
+    assert program is None
+
+
+def test_a_tensor_given_twice_is_not_recorded():
+    x = torch.rand(2, 3)
+    assert recorded(torch.add, x, x)[1] is None
