@@ -101,3 +101,36 @@ def symmetric_products():
 
     with symmetric_products():
         yield
+
+
+@pytest.fixture
+def on_kernels():
+    """Nothing is known of any call, and all are on the kernels."""
+    from fastpeft.dispatch import backend
+    from fastpeft.ops import _programs
+
+    _programs.forget()
+    with backend("triton"):
+        yield
+
+
+@pytest.fixture
+def counted_programs(monkeypatch):
+    """Of programs, what was recorded, in order, and how many ran."""
+    from fastpeft.ops import _programs
+
+    seen = {"recorded": [], "ran": 0}
+    record = _programs._recorded
+
+    def recorded(function, tensors, rest):
+        seen["recorded"].append(function.__name__)
+        result, program = record(function, tensors, rest)
+
+        def run(*given):
+            seen["ran"] += 1
+            return program(*given)
+
+        return result, run
+
+    monkeypatch.setattr(_programs, "_recorded", recorded)
+    return seen

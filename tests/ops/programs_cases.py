@@ -16,7 +16,7 @@ def differentiated(compute, tensors) -> list[torch.Tensor]:
     torch.manual_seed(3)
     out = compute(*tensors)
     wanted = [each for each in tensors if isinstance(each, torch.Tensor) and each.requires_grad]
-    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out.dtype)
+    dy = torch.arange(out.numel(), device=out.device).sin().view(out.shape).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, wanted, dy)]
 
 

@@ -102,7 +102,7 @@ COMBINE = [
     ("_dora_combine_kernel", "bias twice", "acc += tl.load(bias_ptr", "acc += 2 * tl.load(bias_ptr"),
     ("_dora_combine_kernel", "rank stride of B", "ranks[:, None] * stride_qr", "ranks[:, None]"),
     ("_dora_combine_kernel", "row stride of B", "columns[None, :] * stride_qn", "columns[None, :] * R"),
-    ("combine", "last tile", "cdiv(columns, tiles.columns),)](", "(columns // tiles.columns),)]("),
+    ("combine", "last tile", "cdiv(columns, tiles.columns),), base,", "(columns // tiles.columns),), base,"),
 ]  # fmt: skip
 GRAD = [
     ("_dora_grad_kernel", "last row", "(rows < M)", "(rows < M - 1)"),
@@ -131,7 +131,7 @@ DROP = [
     ("_dora_drop_kernel", "one mask for columns of tiles", "column_start, threshold", "column_start * 0, threshold"),
     ("_dora_drop_kernel", "what is there is lost", "x += tl.load(p_out", "x += 0.0 * tl.load(p_out"),
     ("_dora_drop_kernel", "what is there twice", "x += tl.load(p_out", "x += 2.0 * tl.load(p_out"),
-    ("drop", "last tile", "cdiv(columns, tiles.columns),)](", "(columns // tiles.columns),)]("),
+    ("drop", "last tile", "cdiv(columns, tiles.columns),), x,", "(columns // tiles.columns),), x,"),
 ]  # fmt: skip
 MUTANTS = {"combine": COMBINE, "scaled_grad": GRAD, "drop": DROP}
 

@@ -20,19 +20,21 @@ from tests.op_calls import OPS
 from tests.ops.lora_linear_cases import STRATEGIES
 from tests.ops.programs_cases import DTYPES, WITH_PROGRAMS, K, N, R, differentiated, layer_call, projection, same
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("on_triton")]
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("on_kernels")]
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", WITH_PROGRAMS)
-def test_a_program_gives_what_it_was_recorded_of(name, counted):
+def test_a_program_gives_what_it_was_recorded_of(name, counted_programs):
     op, tensors, options, plan = OPS[name]
     torch.manual_seed(1)
     given = tensors()
     with override_plan(plan) if plan else contextlib.nullcontext():
         found = [differentiated(lambda *each: op(*each, **options), given) for _ in range(4)]
     assert all(same(each, found[0]) for each in found[1:])
-    assert len(counted["recorded"]) == 2 and counted["ran"] == 4  # a forward and a backward, the second time
+    assert (
+        len(counted_programs["recorded"]) == 2 and counted_programs["ran"] == 4
+    )  # a forward and a backward, the second time
 
 
 WAYS = {
@@ -63,7 +65,7 @@ LAYERS = {of_one: [(K, N)], of_three: [(K, N)] * 3, of_mlp: [(K, 28), (K, 28), (
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("compute", LAYERS)
-def test_whatever_the_call(compute, dtypes, strategy, counted):
+def test_whatever_the_call(compute, dtypes, strategy, counted_programs):
     """Where x and dY lie, with a bias and without, with dropout and without, by every plan."""
     torch.manual_seed(2)
     for way in WAYS:
@@ -72,14 +74,14 @@ def test_whatever_the_call(compute, dtypes, strategy, counted):
             x = WAYS[way](torch.randn(2, 6, K, dtype=DTYPES[dtypes][0])).detach().requires_grad_()
             wanted = [x, *(each for one in layers for each in one[1:4] if each is not None)]
             with override_plan(Plan(strategy, strategy, "a test's")):
-                ran = counted["ran"]
+                ran = counted_programs["ran"]
                 found = [differentiated(lambda *_: compute(x, layers), wanted) for _ in range(3)]  # noqa: B023
             assert same(found[1], found[0]) and same(found[2], found[0])
-            assert counted["ran"] == ran + 2
+            assert counted_programs["ran"] == ran + 2
 
 
 @pytest.mark.parametrize("wanted", ["x", "lora_A", "lora_B", "bias", "weight"])
-def test_each_gradient_alone(wanted, counted):
+def test_each_gradient_alone(wanted, counted_programs):
     given = {
         "x": torch.randn(3, 5, K),
         "weight": torch.randn(N, K),
@@ -93,7 +95,7 @@ def test_each_gradient_alone(wanted, counted):
         found = [differentiated(lambda *each: lora_linear(*each, 0.5), list(given.values())) for _ in range(3)]
         assert same(found[1], found[0]) and same(found[2], found[0])
         wanted = "x" if wanted != "x" else "bias"
-    assert len(counted["recorded"]) == 4
+    assert len(counted_programs["recorded"]) == 4
 
 
 def replaced(name, make):
@@ -137,15 +139,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_call_that_is_not_alike_is_found_out(change, counted):
+def test_a_call_that_is_not_alike_is_found_out(change, counted_programs):
     with scoped(dispatch._context, None):  # so that it is `patch` that has said which
         call, given = layer_call(patched_backend="triton")
         for _ in range(3):
             call()
-        assert counted["ran"] == 2
+        assert counted_programs["ran"] == 2
         CHANGES[change](given)
         found = call()
-        assert counted["ran"] == 2
+        assert counted_programs["ran"] == 2
         _programs.forget()
         assert same(found, call())
 
@@ -195,15 +197,15 @@ AROUND = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_what_is_around_a_call_counts(around, counted):
+def test_what_is_around_a_call_counts(around, counted_programs):
     call, given = layer_call()
     if around == "autocast":
         given["scaling"] = 0.75
     for _ in range(3):
         call()
-    assert counted["ran"] == 2
+    assert counted_programs["ran"] == 2
     with AROUND[around]():
         found = call()
-        assert counted["ran"] == 2
+        assert counted_programs["ran"] == 2
         _programs.forget()
         assert same(found, call())

@@ -21,11 +21,11 @@ from tests.memory import Allocations
 from tests.op_calls import OPS
 from tests.ops.programs_cases import DTYPES, WITH_PROGRAMS, K, N, R, differentiated, layer_call, projection, same
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("on_triton")]
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("on_kernels")]
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_autocast_has_programs_of_its_own(inside, counted):
+def test_autocast_has_programs_of_its_own(inside, counted_programs):
     """A backward has them too, but not within autocast."""
     _, given = layer_call()
     tensors = [given[name] for name in ("x", "lora_A", "lora_B")]
@@ -40,37 +40,37 @@ def test_autocast_has_programs_of_its_own(inside, counted):
     for dtype in (torch.bfloat16, torch.float16):
         found = [call(dtype) for _ in range(3)]
         assert found[0][0].dtype is dtype and same(found[1], found[0]) and same(found[2], found[0])
-    assert counted["ran"] == (2 if inside else 4)
+    assert counted_programs["ran"] == (2 if inside else 4)
 
 
-def test_without_gradients_a_forward_has_its_own_program(counted):
+def test_without_gradients_a_forward_has_its_own_program(counted_programs):
     call, _ = layer_call()
     expected = call()[0]
     call()
     with torch.no_grad():
         assert torch.equal(call()[0], expected)
-        assert counted["ran"] == 0  # one that keeps nothing for a backward is another
+        assert counted_programs["ran"] == 0  # one that keeps nothing for a backward is another
         assert torch.equal(call()[0], expected)
-    assert counted["recorded"] == ["_forward", "_backward", "_forward"]
-    assert counted["ran"] == 1
+    assert counted_programs["recorded"] == ["_forward", "_backward", "_forward"]
+    assert counted_programs["ran"] == 1
 
 
-def test_layers_alike_share_a_program(counted):
+def test_layers_alike_share_a_program(counted_programs):
     calls = [layer_call()[0] for _ in range(4)]
     for call in calls:
         call()
-    assert len(counted["recorded"]) == 2 and counted["ran"] == 4
+    assert len(counted_programs["recorded"]) == 2 and counted_programs["ran"] == 4
 
 
-def test_a_tensor_that_is_there_twice_is_not_taken_for_two(counted):
+def test_a_tensor_that_is_there_twice_is_not_taken_for_two(counted_programs):
     call, given = layer_call(weight=torch.randn(K, K), bias=None, lora_B=nn.Parameter(torch.randn(K, R)))
     given["x"] = given["weight"]
     expected = call()
     assert same(call(), expected) and same(call(), expected)
-    assert counted["recorded"] == [] and not _programs.KNOWN
+    assert counted_programs["recorded"] == [] and not _programs.KNOWN
 
 
-def test_a_subclass_of_tensors_is_not_recorded(counted):
+def test_a_subclass_of_tensors_is_not_recorded(counted_programs):
     class Own(torch.Tensor):
         pass
 
@@ -78,16 +78,16 @@ def test_a_subclass_of_tensors_is_not_recorded(counted):
     given["weight"] = given["weight"].as_subclass(Own)
     expected = call()
     assert same(call(), expected) and same(call(), expected)
-    assert counted["recorded"] == []
+    assert counted_programs["recorded"] == []
 
 
-def test_transforms_of_functorch_are_refused_as_ever(counted):
+def test_transforms_of_functorch_are_refused_as_ever(counted_programs):
     call, given = layer_call()
     for _ in range(3):
         call()
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda x: apply_lora(x, *list(given.values())[1:]).sum())(given["x"].detach())
-    assert counted["ran"] == 2
+    assert counted_programs["ran"] == 2
 
 
 def test_a_derivative_of_a_gradient_is_refused_as_ever():
@@ -101,7 +101,7 @@ def test_a_derivative_of_a_gradient_is_refused_as_ever():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints(reentrant, counted):
+def test_checkpoints(reentrant, counted_programs):
     _, given = layer_call(dropout=0.4)
 
     def call():
@@ -115,10 +115,10 @@ def test_checkpoints(reentrant, counted):
 
     expected = call()
     assert all(same(call(), expected) for _ in range(3))
-    assert counted["ran"] >= 6
+    assert counted_programs["ran"] >= 6
 
 
-def test_what_a_hook_makes_of_saved_tensors_is_asked_again(counted):
+def test_what_a_hook_makes_of_saved_tensors_is_asked_again(counted_programs):
     call, _ = layer_call()
     expected = call()
     call()
@@ -131,11 +131,11 @@ def test_what_a_hook_makes_of_saved_tensors_is_asked_again(counted):
             found = call()
         for each, other in zip(found, expected, strict=True):
             torch.testing.assert_close(each, other)
-    assert counted["recorded"] == ["_forward", "_backward", "_backward"]
+    assert counted_programs["recorded"] == ["_forward", "_backward", "_backward"]
     assert same(call(), expected)
 
 
-def test_an_unused_projection_has_a_backward_without_a_program(counted):
+def test_an_unused_projection_has_a_backward_without_a_program(counted_programs):
     layers = [projection(K, N, False, DTYPES["fp32"]) for _ in range(2)]
     x = torch.randn(6, K, requires_grad=True)
     found = []
@@ -143,7 +143,7 @@ def test_an_unused_projection_has_a_backward_without_a_program(counted):
         _, y = apply_lora_projections(x, layers)
         found.append([y, *torch.autograd.grad(y.sum(), (x, *layers[1][2:4]))])
     assert same(found[1], found[0]) and same(found[2], found[0])
-    assert counted["recorded"] == ["_forward"]
+    assert counted_programs["recorded"] == ["_forward"]
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
@@ -191,11 +191,15 @@ def test_a_program_holds_no_more_memory(name):
     peaks, left = [], []
 
     def watched(function, tensors, *rest):
-        with Allocations() as allocated:
-            result = function(*tensors, *rest)
-        peaks.append(allocated.peak)
-        left.append(allocated.live)
-        return result
+        """The most of five, of which one may miss a storage that lies where another lay."""
+        found = []
+        for _ in range(5):
+            with Allocations() as allocated:
+                result = function(*tensors, *rest)
+            found.append((allocated.peak, allocated.live))
+            del result
+        peaks.append(max(peak for peak, _ in found))
+        left.append(max(live for _, live in found))
 
     record = _programs._recorded
 
@@ -238,7 +242,7 @@ def test_what_is_known_has_an_end(monkeypatch):
     assert [each.asked[0][0] for each in list(_programs.KNOWN.values())[-1]] == [3.0, 2.0]
 
 
-def test_threads(counted, monkeypatch):
+def test_threads(counted_programs, monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction
 
     calls = [layer_call() for _ in range(2)]
@@ -269,7 +273,7 @@ def test_threads(counted, monkeypatch):
         each.start()
     for each in threads:
         each.join()
-    assert not wrong and counted["ran"] > 20
+    assert not wrong and counted_programs["ran"] > 20
 
 
 def test_a_launch_that_fails_ends_the_recording(monkeypatch):
