@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _dora_linear_torch as torch_path
-from fastpeft.ops._autocast import autocast_dtype, without_autocast
+from fastpeft.ops._autocast import autocast_dtype
 from fastpeft.ops._first_order import applied, first_order
+from fastpeft.ops._programs import KNOWN, backward_of, forward_of, known, learn
 from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, of_rows, own_of_rows, widest
 from fastpeft.ops.lora_linear import _kind as kind_of_lora
 from fastpeft.ops.lora_linear import _path as path_of_lora
@@ -58,31 +59,48 @@ class DoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_NK, bias_N, a_RK, b_NR, f_N, call: Call):
         seed = path_of_lora(call.plan is not None).draw_seed(x) if call.dropout else None
-        y_MN, s_MR, base_MN, call = run_forward(as_rows(x), weight_NK, bias_N, a_RK, b_NR, f_N, seed, call)
-        need_x, _, need_bias, need_a, need_b, need_f, _ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_a else None,
-            weight_NK if need_x else None,
-            a_RK,
-            b_NR,
-            f_N,
-            s_MR if need_b or need_f else None,
-            base_MN if need_f else None,
-            seed,
-        )
-        ctx.call, ctx.needs = call, (need_x, need_bias, need_a, need_b, need_f)
-        ctx.input_dtype, ctx.bias_dtype = x.dtype, None if bias_N is None else bias_N.dtype
-        return own_of_rows(y_MN, x)
+        needs, tensors = ctx.needs_input_grad, (x, weight_NK, bias_N, a_RK, b_NR, f_N, seed)
+        y, saved, fell_back = forward_of(call, needs, _forward, tensors)
+        if True in needs:
+            ctx.save_for_backward(*saved)
+            ctx.call = call._replace(fell_back=True, programs=None) if fell_back else call
+            ctx.dtypes = x.dtype, None if bias_N is None else bias_N.dtype
+        return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        x, *saved = ctx.saved_tensors
-        with without_autocast(dy):
-            x_MK = None if x is None else as_rows(x)
-            dx, dbias, da, db, df = run_backward(as_rows(dy), x_MK, *saved, ctx.call, ctx.needs)
-        dx = None if dx is None else of_rows(cast(dx, ctx.input_dtype), dy)
-        return dx, None, cast(dbias, ctx.bias_dtype), da, db, df, None
+        return backward_of(ctx.call, ctx.needs_input_grad, _backward, (dy, *ctx.saved_tensors), ctx.dtypes)
+
+
+def _forward(x, weight_NK, bias_N, a_RK, b_NR, f_N, seed, call: Call, needs):
+    """(y, what backward reads, whether the kernels failed); needs: whether each of `apply`'s arguments wants a
+    gradient."""
+    y_MN, s_MR, base_MN, call = run_forward(as_rows(x), weight_NK, bias_N, a_RK, b_NR, f_N, seed, call)
+    need_x, _, _, need_a, need_b, need_f, _ = needs
+    saved = (
+        x if need_a else None,
+        weight_NK if need_x else None,
+        a_RK,
+        b_NR,
+        f_N,
+        s_MR if need_b or need_f else None,
+        base_MN if need_f else None,
+        seed,
+    )
+    return own_of_rows(y_MN, x), saved, call.fell_back
+
+
+def _backward(dy, x, weight_NK, a_RK, b_NR, f_N, s_MR, base_MN, seed, call: Call, needs, dtypes):
+    """A gradient for each of `apply`'s arguments; dtypes: those of x and the bias."""
+    need_x, _, need_bias, need_a, need_b, need_f, _ = needs
+    x_MK = None if x is None else as_rows(x)
+    # As they were: a hook may have given them other strides.
+    s_MR, base_MN = (each if each is None else each.contiguous() for each in (s_MR, base_MN))
+    tensors = (as_rows(dy), x_MK, weight_NK, a_RK, b_NR, f_N, s_MR, base_MN, seed)
+    dx, dbias, da, db, df = run_backward(*tensors, call, (need_x, need_bias, need_a, need_b, need_f))
+    dx = None if dx is None else of_rows(cast(dx, dtypes[0]), dy)
+    return dx, None, cast(dbias, dtypes[1]), da, db, df, None
 
 
 def run_forward(x_MK, weight_NK, bias_N, a_RK, b_NR, f_N, seed, call: Call):
@@ -132,12 +150,19 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     x (..., K); weight (N, K) in x's dtype, any under autocast; bias (N,) or None; lora_A (r, K), lora_B (N, r); factor
     (N,); `dropout` is the probability in force. Raises BackendError if Triton was demanded and cannot serve the call.
     """
-    dtype = autocast_dtype(x) or x.dtype
+    given = (x, lora_B, lora_A, factor, weight) if bias is None else (x, lora_B, lora_A, factor, weight, bias)
+    asked = scaling, dropout, bias is None
+    if (found := known(DoraLinearFunction, given, patched, asked) if KNOWN else None) is not None:
+        tensors = (x, weight, bias, lora_A, lora_B, factor)
+        return applied(DoraLinearFunction, *tensors, found.call, narrow=found.narrow)
+    narrow = autocast_dtype(x)
+    dtype = narrow or x.dtype
     wide = widest(dtype, lora_A, lora_B, factor)
-    a, b = cast(lora_A, wide), cast(lora_B, wide)
+    a, b, f = cast(lora_A, wide), cast(lora_B, wide), cast(factor, wide)
     call = decide(x, dtype, a, b, float(scaling), dropout, patched)
-    with without_autocast(x):
-        return applied(DoraLinearFunction, x, weight, bias, a, b, cast(factor, wide), call)
+    if call.plan is not None and a is lora_A and b is lora_B and f is factor:  # what is cast here, autograd records
+        learn(DoraLinearFunction, given, patched, asked, call, narrow)
+    return applied(DoraLinearFunction, x, weight, bias, a, b, f, call, narrow=narrow)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

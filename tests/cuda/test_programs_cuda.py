@@ -8,7 +8,6 @@ import torch
 
 from fastpeft.dispatch import override_plan
 from tests.cuda.launches import assert_replays, waiting_is_an_error
-from tests.op_calls import OPS
 from tests.ops.programs_cases import WITH_PROGRAMS, differentiated, same
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("on_kernels")]
@@ -20,7 +19,7 @@ def on_device(tensors, device, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("name", WITH_PROGRAMS)
 def test_a_program_gives_what_it_was_recorded_of(name, counted_programs):
-    op, tensors, options, plan = OPS[name]
+    op, tensors, options, plan = WITH_PROGRAMS[name]
     given = on_device(tensors(), "cuda")
     with override_plan(plan) if plan else contextlib.nullcontext():
         found = [differentiated(lambda *each: op(*each, **options), given) for _ in range(3)]
@@ -32,7 +31,7 @@ def test_a_program_gives_what_it_was_recorded_of(name, counted_programs):
 
 @pytest.mark.parametrize("name", WITH_PROGRAMS)
 def test_in_a_graph(name, counted_programs):
-    op, tensors, options, plan = OPS[name]
+    op, tensors, options, plan = WITH_PROGRAMS[name]
     given = on_device(tensors(), "cuda")
     options = {key: value for key, value in options.items() if "dropout" not in key}
     with override_plan(plan) if plan else contextlib.nullcontext():
@@ -45,7 +44,7 @@ def test_in_a_graph(name, counted_programs):
 @pytest.mark.parametrize("name", ["lora-prewrite", "projections", "mlp"])
 def test_on_another_device_than_the_current(name, counted_programs):
     """With one GPU the current device is the only one, and programs are as they are."""
-    op, tensors, options, plan = OPS[name]
+    op, tensors, options, plan = WITH_PROGRAMS[name]
     last = torch.cuda.device_count() - 1
     given = on_device(tensors(), torch.device("cuda", last))
     with override_plan(plan) if plan else contextlib.nullcontext(), torch.cuda.device(0):
@@ -56,7 +55,7 @@ def test_on_another_device_than_the_current(name, counted_programs):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_under_autocast(inside, counted_programs):
-    op, tensors, options, _ = OPS["lora-prewrite"]
+    op, tensors, options, _ = WITH_PROGRAMS["lora-prewrite"]
     given = on_device(tensors(), "cuda", torch.float32)
     found = []
     for _ in range(4):

@@ -3,11 +3,24 @@
 import torch
 from torch import nn
 
+from fastpeft.ops.dora_linear import apply_dora
 from fastpeft.ops.lora_linear import Projection, apply_lora
-from tests.op_calls import OPS
+from tests.op_calls import OPS, leaf
 
 K, N, R = 20, 24, 4
-WITH_PROGRAMS = [name for name in OPS if name.partition("-")[0] in ("lora", "projections", "mlp")]
+
+
+def of_dora(x, weight, bias, a, b, factor, dropout=0.0):
+    return apply_dora(x, weight, bias, a, b, factor, 2.0, dropout)
+
+
+def dora():
+    return leaf(3, 5, 16), torch.randn(24, 16), leaf(24), leaf(4, 16), leaf(24, 4), leaf(24)
+
+
+# As `OPS`: name -> (the op, its tensors, its options, the plan that is forced).
+WITH_PROGRAMS = {name: each for name, each in OPS.items() if name.partition("-")[0] in ("lora", "projections", "mlp")}
+WITH_PROGRAMS |= {"dora": (of_dora, dora, {}, None), "dora-dropout": (of_dora, dora, {"dropout": 0.5}, None)}
 DTYPES = {"half": (torch.float16, torch.float16), "wide": (torch.float16, torch.float32), "fp32": (torch.float32,) * 2}
 
 

@@ -16,7 +16,6 @@ from fastpeft.ops.lora_mlp import apply_lora_mlp
 from fastpeft.ops.lora_projections import apply_lora_projections
 from fastpeft.scoped import scoped
 from tests.memory import Allocations
-from tests.op_calls import OPS
 from tests.ops.lora_linear_cases import STRATEGIES
 from tests.ops.programs_cases import DTYPES, WITH_PROGRAMS, K, N, R, differentiated, layer_call, projection, same
 
@@ -26,7 +25,7 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("on_kernels")]
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", WITH_PROGRAMS)
 def test_a_program_gives_what_it_was_recorded_of(name, counted_programs):
-    op, tensors, options, plan = OPS[name]
+    op, tensors, options, plan = WITH_PROGRAMS[name]
     torch.manual_seed(1)
     given = tensors()
     with override_plan(plan) if plan else contextlib.nullcontext():

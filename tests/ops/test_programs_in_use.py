@@ -18,7 +18,6 @@ from fastpeft.ops import _programs
 from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.ops.lora_projections import apply_lora_projections
 from tests.memory import Allocations
-from tests.op_calls import OPS
 from tests.ops.programs_cases import DTYPES, WITH_PROGRAMS, K, N, R, differentiated, layer_call, projection, same
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("on_kernels")]
@@ -186,7 +185,7 @@ def test_a_kernel_that_fails_in_a_program_falls_back(phase, monkeypatch):
 @pytest.mark.parametrize("name", WITH_PROGRAMS)
 def test_a_program_holds_no_more_memory(name):
     """At its peak, than what it was recorded of; and none of it afterwards."""
-    op, tensors, options, plan = OPS[name]
+    op, tensors, options, plan = WITH_PROGRAMS[name]
     given = tensors()
     peaks, left = [], []
 
