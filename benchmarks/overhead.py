@@ -322,6 +322,11 @@ def _least(forward, out, wanted, backward) -> tuple[list[Callable], list[int]]:
 
 
 def _measured(name: str, forward, wanted, dys, calls: int, repeats: int) -> OnKernels:
+    def often():
+        for _ in range(_programs.AFTER + 2):  # as many as it takes until a program runs
+            out = forward()
+        return out
+
     _programs.forget()
     first = forward()
 
@@ -332,18 +337,19 @@ def _measured(name: str, forward, wanted, dys, calls: int, repeats: int) -> OnKe
     def backward_of(out):
         return functools.partial(torch.autograd.grad, out, wanted, dys, retain_graph=True)
 
-    out = forward()
+    out = often()
     backward = backward_of(out)
     least, launches = _least(forward, out if isinstance(out, torch.Tensor) else out[0], wanted, backward)
     _programs.forget()  # that steps were written down was a call of its own kind
-    forward(), forward(), backward()
+    often(), backward()
     with torch.no_grad():
-        found = [microseconds([forward, least[0], anew], calls, repeats)]
-        forward(), forward()
+        often()
+        found = [microseconds([forward, least[0]], calls, repeats) + microseconds([anew], calls, repeats)]
+        often()
         entered = [python_calls(forward) - python_calls(least[0])]
-    forward(), forward()
-    found += [microseconds([forward, least[1], anew], calls, repeats)]
-    forward(), forward()
+    often()
+    found += [microseconds([forward, least[1]], calls, repeats) + microseconds([anew], calls, repeats)]
+    often()
     found += [microseconds([backward, least[2], backward_of(first)], calls, repeats)]
     entered += [python_calls(each) - python_calls(one) for each, one in ((forward, least[1]), (backward, least[2]))]
     times, bare, anew_times = map(list, zip(*found, strict=True))

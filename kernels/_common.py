@@ -58,7 +58,7 @@ _watch: ContextVar[Callable | None] = ContextVar("fastpeft_launches", default=No
 
 @contextlib.contextmanager
 def watched_launches(watch: Callable):
-    """Within it, in this thread, watch(kernel, grid, arguments, options) is called in the place of every launch."""
+    """Within it, in this thread, watch(kernel, grid, on, arguments, options) is called in the place of every launch."""
     token = _watch.set(watch)
     try:
         yield
@@ -68,12 +68,11 @@ def watched_launches(watch: Callable):
 
 def launch(kernel, grid: tuple[int, ...], on: torch.Tensor, /, *arguments, **options) -> None:
     """kernel[grid](*arguments, **options) on the device of the tensor `on`."""
-    watch = _watch.get()
+    if (watch := _watch.get()) is not None:
+        watch(kernel, grid, on, arguments, options)
+        return
     with on_device_of(on):
-        if watch is None:
-            kernel[grid](*arguments, **options)
-        else:
-            watch(kernel, grid, arguments, options)
+        kernel[grid](*arguments, **options)
 
 
 def processor_count(tensor: torch.Tensor) -> int:
@@ -112,6 +111,15 @@ def as_matrix(x: torch.Tensor) -> tuple[int, int, int, int]:
     return x.numel() // columns, columns, columns, 1
 
 
+def allows_tf32() -> bool:
+    """Whether torch's own fp32 products on the GPU may be tf32's. It has two names for that, and does not answer by the
+    one where the other was used."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
     """How `dot` multiplies the data (x, dY) with the adapter's matrices so that neither is rounded.
 
@@ -122,7 +130,7 @@ def dot_mode(data_dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
     the product follows torch's own setting.
     """
     if data_dtype is torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None else "ieee"
+        return "tf32" if allows_tf32() and torch.version.hip is None else "ieee"
     if data_dtype is adapter_dtype:
         return "half"
     if data_dtype is torch.bfloat16:

@@ -28,7 +28,7 @@ ON_KERNELS = {
     "three projections, few rows": [1, 1, 5],
     "a gated MLP, few rows": [2, 2, 5],
 }
-MOST = [10, 1, 0]
+MOST = [13, 2, 4]
 
 
 @pytest.mark.interpreter
@@ -50,8 +50,9 @@ def test_the_times_are_of_calls(capsys):
     assert kernels.keys() == ON_KERNELS.keys()
     for row in kernels.values():
         for took, least, own, first in zip(*(row[place::4] for place in range(4)), strict=True):
-            assert least > 0 and abs(took - least - own) < 0.2 and own < first
-        assert row[2] > 0 and row[6] > 0  # a backward's own is within what the machine's pace changes by
+            assert min(took, least, first) > 0 and abs(took - least - own) < 0.2
+        # A backward's are within what the machine's pace changes by.
+        assert all(0 < own < first for own, first in zip(row[2:7:4], row[3:8:4], strict=True))
     numbers = [list(map(float, line[16:].split())) for line in lines[1:]]
     bare, op, layer = (each[0] for each in numbers)
     assert 0 < bare < op < layer

@@ -2,10 +2,9 @@
 
 Which allocations, views, launches and vendor's products a call makes, in which order and of which sizes, hangs on what
 its tensors are like and on what is asked for, not on values. To find it out takes an op's Python several times as long
-as to do it. So the second of calls alike is recorded (`_recording`), as a function of straight lines, its program, and
-later ones run that. What is alike is asked of torch in one go, by the `TensorGuards` that torch.compile has for the
-same question: type, dtype, device, sizes, strides, whether a gradient is wanted, and what intercepts torch's
-operations.
+as to do it. So one of several calls alike is recorded (`_recording`), as a function of straight lines, its program, and
+later ones run that. What is alike is asked of torch in one go, by the `TensorGuards` that torch.compile has for this
+question: type, dtype, device, sizes, strides, whether a gradient is wanted, and what intercepts torch's operations.
 
 A program calls the same functions with the same arguments in the same order as what it was recorded of, and lets go of
 each tensor behind its last use. What reads more of a tensor than that question covers (a value, an address) is not
@@ -13,8 +12,9 @@ recorded, and runs as it is.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,45 +24,51 @@ from fastpeft.dispatch import circumstances
 from fastpeft.fallback import is_of_a_kernel, is_strict, something_failed
 from fastpeft.ops._autocast import device_type_of, is_autocast, without_autocast
 
-SIZES, ALIKE = 1024, 8  # sizes that are known, and calls for tensors of the same: the last ones
+SIZES, ALIKE = 1024, 32  # sizes that are known, and calls for tensors of the same: the last ones
+AFTER = 8  # calls alike, the next is recorded: that takes as long as a dozen of them, which lengths that change are not
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Known(NamedTuple):
-    """A call for tensors that the guards let through, and under all that was asked."""
+class Known:
+    """A call for tensors that the guards let through, and under all that was asked. narrow: autocast's dtype, as guards
+    see whether it is on, but not this."""
 
-    guards: Any
-    asked: tuple
-    call: Any
-    narrow: torch.dtype | None  # autocast's dtype: guards see whether it is on, but not this
+    __slots__ = ("guards", "asked", "call", "narrow", "seen")
+
+    def __init__(self, guards, asked: tuple, call, narrow: torch.dtype | None):
+        self.guards, self.asked, self.call, self.narrow, self.seen = guards, asked, call, narrow, 1
 
 
 KNOWN: dict[tuple, tuple[Known, ...]] = {}  # to be asked where there is something, and nothing is compiled
+_lock = threading.RLock()  # of those who change it
 
 
 def forget() -> None:
     """The next calls find everything out."""
-    KNOWN.clear()
+    with _lock:
+        KNOWN.clear()
 
 
 @functools.cache
-def _hang_on_tiles() -> None:
-    from fastpeft.kernels import _tiles
+def _kernels():
+    from fastpeft.kernels import _common, _tiles
 
     _tiles.also_forget(forget)
+    return _common
 
 
 def _guards(tensors: Sequence[Tensor]):
-    """None for tensors that no guards let through, as one that is there twice, or whose Python is not torch's own."""
-    if not all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors):
+    """None for tensors that no guards let through: one that is there twice, or whose Python is not torch's own."""
+    if len(set(map(id, tensors))) < len(tensors) or not all(type(each) in _PLAIN for each in tensors):
         return None
     guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     return guards if guards.check(*tensors) else None
 
 
-def _asked(x: Tensor, patched: str | None, rest: tuple) -> tuple:
+def _asked(patched: str | None, rest: tuple) -> tuple:
     """All that a call hangs on beside its tensors."""
-    tf32 = x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return rest, circumstances(patched), is_strict(), tf32
+    return rest, circumstances(patched), is_strict(), _kernels().allows_tf32()
 
 
 def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple) -> Known | None:
@@ -72,30 +78,36 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
         function: the op's autograd.Function.
         tensors: x, a matrix of the layer's, and all others that the call has.
         patched: the backend that `patch` was given.
-        rest: whatever else was asked for, to be compared, and which of the tensors that may be missing are.
+        rest: whatever else was asked for, numbers of Python's and not what may change, and which of the tensors that
+            may be missing are.
     """
+    if type(tensors[0]) not in _PLAIN:
+        return None
     found = KNOWN.get((function, tensors[0].shape, tensors[1].shape))
     if found is None:
         return None
-    asked = _asked(tensors[0], patched, rest)
+    asked = _asked(patched, rest)
     for each in found:
         alike = each.asked == asked and each.guards.check(*tensors)
         if alike and (each.narrow is None or each.narrow is torch.get_autocast_dtype(device_type_of(tensors[0]))):
+            each.seen += 1
+            if each.seen == AFTER + 1:
+                each.call = each.call._replace(programs=Programs())
             return each
     return None
 
 
 def learn(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple, call, narrow) -> None:
-    """Keeps the call, a NamedTuple with a field `programs`, with programs of its own, for the next that is alike."""
+    """Keeps the call, a NamedTuple with a field `programs`, for those that will be alike."""
     guards = _guards(tensors)
     if guards is None:
         return
-    _hang_on_tiles()
-    new = Known(guards, _asked(tensors[0], patched, rest), call._replace(programs=Programs()), narrow)
-    while len(KNOWN) >= SIZES:
-        KNOWN.pop(next(iter(KNOWN)), None)
+    new = Known(guards, _asked(patched, rest), call, narrow)
     place = function, tensors[0].shape, tensors[1].shape
-    KNOWN[place] = (new, *KNOWN.get(place, ()))[:ALIKE]
+    with _lock:
+        while len(KNOWN) >= SIZES:
+            del KNOWN[next(iter(KNOWN))]
+        KNOWN[place] = (new, *KNOWN.get(place, ()))[:ALIKE]
 
 
 class Programs:
@@ -103,7 +115,7 @@ class Programs:
 
     def __init__(self):
         self.forward: dict[tuple, Callable] = {}
-        self.backward: dict[tuple, tuple[tuple[Any, Callable], ...]] = {}
+        self.backward: dict[tuple, tuple[tuple[Any, Callable], ...]] = {}  # by more, see `backward_of`
 
 
 def forward_of(call, needs: tuple, function: Callable, tensors: tuple):
@@ -123,13 +135,14 @@ def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others)
     is asked again, as a hook may have changed it."""
     programs, rest = call.programs, (call, needs, *others)
     if programs is not None and not something_failed():
-        given, found = [each for each in tensors if each is not None], programs.backward.get(needs, ())
+        asked = needs, circumstances(), _kernels().allows_tf32()  # which may not be what it was in forward
+        given, found = [each for each in tensors if each is not None], programs.backward.get(asked, ())
         for guards, program in found:
             if guards.check(*given):  # which were made without autocast
                 return _run(program, function, tensors, rest)
         if not is_autocast(given[0]) and (guards := _guards(given)) is not None:
             result, program = _recorded(function, tensors, rest)
-            programs.backward[needs] = ((guards, program), *found)[:ALIKE]
+            programs.backward[asked] = ((guards, program), *found)[:ALIKE]
             return result
     with without_autocast(next(each for each in tensors if each is not None)):
         return function(*tensors, *rest)

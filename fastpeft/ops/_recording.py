@@ -3,6 +3,8 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from keyword import iskeyword
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +17,21 @@ MOST = 200  # lines: what takes more is no call whose Python counts
 # What is asked of a tensor and `TensorGuards` cover; of one that was made in the function, which comes out alike, these
 # as well.
 _FIELDS = ("shape", "dtype", "device", "ndim", "is_cuda", "is_cpu", "is_meta", "nbytes", "itemsize", "requires_grad")
-_METHODS = ("stride", "size", "dim", "numel", "is_contiguous", "is_floating_point", "element_size", "__len__")
-_COVERED = {getattr(Tensor, name).__get__ for name in _FIELDS} | {getattr(Tensor, name) for name in _METHODS}
+_METHODS = ("stride", "size", "dim", "numel", "is_contiguous", "is_floating_point", "element_size", "get_device")
+_COVERED = {getattr(Tensor, name).__get__ for name in _FIELDS}
+_COVERED |= {getattr(Tensor, name) for name in (*_METHODS, "__len__")}
 _OF_OWN = {Tensor._is_view, Tensor.storage_offset}
 
 _CONSTANTS = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+class _Line(NamedTuple):
+    """Its text, the tensors that it names, those that it makes, and whether it does nothing else."""
+
+    text: str
+    names: set[str]
+    makes: set[str]
+    pure: bool
 
 
 class Recording(TorchFunctionMode):
@@ -35,7 +47,7 @@ class Recording(TorchFunctionMode):
         of_each = zip(tensors, self._parameters, strict=True)
         self._names = {id(tensor): name for tensor, name in of_each if tensor is not None}
         self._kept = [tensor for tensor in tensors if tensor is not None]  # so that no other gets an id of theirs
-        self._lines: list[tuple[str, set[str]]] = []  # and what each mentions
+        self._lines: list[_Line] = []
         self._mentioned: set[str] = set()
         self._constants: dict[str, object] = {}
         self._on_a_gpu = self._kept[0].is_cuda
@@ -46,9 +58,10 @@ class Recording(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in _COVERED or (func in _OF_OWN and not self._is_given(args[0])):
             return out
-        changes = getattr(func, "__name__", "_").endswith("_") or "out" in kwargs
+        name = getattr(func, "__name__", "_").partition(".")[0]  # of an OpOverload without that of the overload
+        changes = name.endswith("_") or "out" in kwargs
         if changes or not (isinstance(out, Tensor) and id(out) in self._names):
-            self._write(self._constant(func), args, kwargs, out)
+            self._write(self._constant(func), args, kwargs, out, not changes)
         return out
 
     @contextlib.contextmanager
@@ -57,30 +70,33 @@ class Recording(TorchFunctionMode):
         with watched_launches(self._launch), self:
             yield
 
-    def _launch(self, kernel, grid, arguments, options) -> None:
-        self._write(f"{self._constant(kernel)}[{self._source(grid)}]", arguments, options, None)
-        with torch._C.DisableTorchFunction():  # the interpreter is made of torch
+    def _launch(self, kernel, grid, on, arguments, options) -> None:
+        self._write(f"{self._constant(kernel)}[{self._source(grid)}]", arguments, options, None, False)
+        with torch._C.DisableTorchFunction(), on_device_of(on):  # the interpreter is made of torch
             kernel[grid](*arguments, **options)
 
     def _is_given(self, tensor) -> bool:
         return self._names.get(id(tensor), "given").startswith("given")
 
-    def _write(self, function: str, args, kwargs, out) -> None:
+    def _write(self, function: str, args, kwargs, out, pure: bool) -> None:
+        """A line, `pure` if nothing but its results comes of it."""
         self._mentioned = set()
         given = [self._source(each) for each in args]
         given += [f"{name}={self._source(each)}" for name, each in kwargs.items()]
-        line = f"{function}({', '.join(given)})"
-        results = list(out) if isinstance(out, (tuple, list)) else [out]
-        new = [each for each in results if isinstance(each, Tensor) and id(each) not in self._names]
-        if new:
-            for each in new:
+        line, several = f"{function}({', '.join(given)})", isinstance(out, (tuple, list))
+        results = list(out) if several else [out]
+        if not all(each is None or isinstance(each, Tensor) for each in results) or any(map(iskeyword, kwargs)):
+            self.refused = True  # a number that was read from a tensor, or what no line can say
+        makes = set()
+        for each in results:
+            if isinstance(each, Tensor) and id(each) not in self._names:
                 self._names[id(each)] = f"made_{len(self._names)}"
                 self._kept.append(each)
-            names = [self._source(each) for each in results]
-            line = f"{', '.join(names)}{',' * isinstance(out, (tuple, list))} = {line}"
-        elif out is not None and not (isinstance(out, Tensor) and results):
-            self.refused = True  # a number that was read from a tensor
-        self._lines.append((line, self._mentioned))
+                makes.add(self._names[id(each)])
+        if makes:
+            names = ["_" if each is None else self._source(each) for each in results]
+            line = f"{', '.join(names)}{',' * several} = {line}"
+        self._lines.append(_Line(line, self._mentioned, makes, pure and bool(makes)))
         self.refused |= len(self._lines) > MOST
 
     def _constant(self, value) -> str:
@@ -100,6 +116,8 @@ class Recording(TorchFunctionMode):
         if type(value) in (tuple, list, torch.Size):
             inner = "".join(f"{self._source(each)}, " for each in value)
             return f"[{inner}]" if type(value) is list else f"({inner})"
+        if type(value) is slice:
+            return f"slice({self._source(value.start)}, {self._source(value.stop)}, {self._source(value.step)})"
         if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
             return repr(value)
         if not (isinstance(value, _CONSTANTS) or type(value).__module__.startswith("triton.language")):
@@ -113,11 +131,13 @@ class Recording(TorchFunctionMode):
         lines, used = [f"return {self._source(result)}"], self._mentioned | set(self._parameters)
         if self.refused:
             return None
-        for line, mentioned in reversed(self._lines):
-            if last := sorted(mentioned - used):
+        for line in reversed(self._lines):
+            if line.pure and line.makes.isdisjoint(used):  # for nobody, or for somebody else: a finaliser, a signal
+                continue
+            if last := sorted(line.names - used):
                 lines.append(f"del {', '.join(last)}")
-            lines.append(line)
-            used |= mentioned
+            lines.append(line.text)
+            used |= line.names
         if self._on_a_gpu:
             lines = [f"    {line}" for line in lines] + [f"with {self._constant(on_device_of)}(given_0):"]
         body = "\n    ".join(reversed(lines))

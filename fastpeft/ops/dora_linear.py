@@ -151,6 +151,7 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     (N,); `dropout` is the probability in force. Raises BackendError if Triton was demanded and cannot serve the call.
     """
     given = (x, lora_B, lora_A, factor, weight) if bias is None else (x, lora_B, lora_A, factor, weight, bias)
+    scaling, dropout = float(scaling), float(dropout)
     asked = scaling, dropout, bias is None
     if (found := known(DoraLinearFunction, given, patched, asked) if KNOWN else None) is not None:
         tensors = (x, weight, bias, lora_A, lora_B, factor)
@@ -159,7 +160,7 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     dtype = narrow or x.dtype
     wide = widest(dtype, lora_A, lora_B, factor)
     a, b, f = cast(lora_A, wide), cast(lora_B, wide), cast(factor, wide)
-    call = decide(x, dtype, a, b, float(scaling), dropout, patched)
+    call = decide(x, dtype, a, b, scaling, dropout, patched)
     if call.plan is not None and a is lora_A and b is lora_B and f is factor:  # what is cast here, autograd records
         learn(DoraLinearFunction, given, patched, asked, call, narrow)
     return applied(DoraLinearFunction, x, weight, bias, a, b, f, call, narrow=narrow)

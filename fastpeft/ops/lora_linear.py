@@ -293,6 +293,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
 
     Exactly one of `weight` (N, K) and `residual` (..., N) is given; `dropout` is the probability in force.
     """
+    scaling, dropout = float(scaling), float(dropout)
     given, asked = (x, lora_B, lora_A, residual if weight is None else weight), (scaling, dropout, weight is None)
     if bias is not None:
         given, asked = (*given, bias), (*asked, True)
@@ -313,8 +314,8 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
         from fastpeft.ops._lora_linear_compiled import compiled_lora_linear
 
         tensors = (as_rows(x), weight, bias, None if residual is None else as_rows(residual), a_RK, b_NR)
-        return of_rows(compiled_lora_linear(*tensors, float(scaling), dropout, dtype, patched_backend), x)
-    call = decide(x, dtype, a_RK, b_NR, float(scaling), dropout, patched_backend)
+        return of_rows(compiled_lora_linear(*tensors, scaling, dropout, dtype, patched_backend), x)
+    call = decide(x, dtype, a_RK, b_NR, scaling, dropout, patched_backend)
     if call.plan is not None and a_RK is lora_A and b_NR is lora_B:  # what is cast here, autograd records
         learn(LoraLinearFunction, given, patched_backend, asked, call, narrow)
     return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call, narrow=narrow)
@@ -407,4 +408,4 @@ def lora_linear(
         BackendError: the triton backend was demanded and cannot serve the call.
     """
     _check(x, weight, bias, lora_A, lora_B, scaling, dropout)
-    return apply_lora(x, weight, bias, None, lora_A, lora_B, float(scaling), dropout if training else 0.0)
+    return apply_lora(x, weight, bias, None, lora_A, lora_B, scaling, dropout if training else 0.0)

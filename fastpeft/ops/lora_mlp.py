@@ -297,7 +297,9 @@ def apply_lora_mlp(
     flat = matrices = [*gate[:4], *up[:4], *down[:4]]
     given = [x, *[each for each in flat if each is not None]]
     some = [each.bias is None for each in (gate, up, down)], [each.lora_A is None for each in (gate, up, down)]
-    asked = gate[4:], up[4:], down[4:], activation, recompute, some
+    scalings = tuple([1.0 if each.lora_A is None else float(each.scaling) for each in (gate, up, down)])
+    dropouts = tuple([0.0 if each.lora_A is None else float(each.dropout) for each in (gate, up, down)])
+    asked = scalings, dropouts, activation, recompute, some
     compiling = torch.compiler.is_compiling()
     found = None if compiling or not KNOWN else known(LoraMlpFunction, given, patched_backend, asked)
     if found is not None:
@@ -314,15 +316,12 @@ def apply_lora_mlp(
         if matrix is not None and matrix.dtype is not dtype:
             flat = _widened(flat, dtype)
             break
-    numbers = [
-        [1.0 if each.lora_A is None else float(each.scaling) for each in (gate, up, down)],
-        [0.0 if each.lora_A is None else float(each.dropout) for each in (gate, up, down)],
-    ]
     if compiling:
         from fastpeft.ops._lora_mlp_compiled import compiled_lora_mlp
 
+        numbers = list(scalings), list(dropouts)
         return of_rows(compiled_lora_mlp(as_rows(x), flat, activation, *numbers, dtype, recompute, patched_backend), x)
-    call = decide(x, flat, activation, *numbers, dtype, recompute, patched_backend)
+    call = decide(x, flat, activation, scalings, dropouts, dtype, recompute, patched_backend)
     if call.triton and all(map(operator.is_, flat, matrices)):  # what is cast here, autograd records
         learn(LoraMlpFunction, given, patched_backend, asked, call, narrow)
     return applied(LoraMlpFunction, x, call, *flat, narrow=narrow)

@@ -287,6 +287,7 @@ def apply_lora_projections(
     bases, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
     given = [x, *b, *a, *bases, *[bias for bias in biases if bias is not None]]
     some = None if len(given) == 1 + 3 * len(b) else tuple([bias is None for bias in biases])
+    scalings, dropouts = tuple(map(float, scalings)), tuple(map(float, dropouts))
     asked = scalings, dropouts, based, some
     compiling = torch.compiler.is_compiling()
     found = None if compiling or not KNOWN else known(LoraProjectionsFunction, given, patched_backend, asked)

@@ -10,6 +10,8 @@ from fastpeft.dispatch import override_plan
 from tests.cuda.launches import assert_replays, waiting_is_an_error
 from tests.ops.programs_cases import WITH_PROGRAMS, differentiated, same
 
+REFUSED = ("lora-persistent",)  # whose descriptors hang on addresses
+
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("on_kernels")]
 
 
@@ -26,7 +28,8 @@ def test_a_program_gives_what_it_was_recorded_of(name, counted_programs):
         with waiting_is_an_error():
             found.append(differentiated(lambda *each: op(*each, **options), given))
     assert all(same(each, found[0]) for each in found[1:])
-    assert len(counted_programs["recorded"]) == 2 and counted_programs["ran"] == 4
+    assert len(counted_programs["recorded"]) == 2
+    assert counted_programs["ran"] == (0 if name in REFUSED else 4)
 
 
 @pytest.mark.parametrize("name", WITH_PROGRAMS)
@@ -38,7 +41,7 @@ def test_in_a_graph(name, counted_programs):
         for _ in range(2):
             differentiated(lambda *each: op(*each, **options), given)
         assert_replays(lambda: differentiated(lambda *each: op(*each, **options), given))
-    assert counted_programs["ran"] > 2
+    assert (counted_programs["ran"] > 2) is (name not in REFUSED)
 
 
 @pytest.mark.parametrize("name", ["lora-prewrite", "projections", "mlp"])

@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib
+import sys
 import threading
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import fastpeft
 from fastpeft import BackendError, dispatch, fallback
 from fastpeft.dispatch import backend, override_plan
 from fastpeft.kernels import _common
-from fastpeft.ops import _programs
+from fastpeft.ops import _programs, _recording
 from fastpeft.ops.lora_linear import apply_lora
 from fastpeft.ops.lora_projections import apply_lora_projections
 from tests.memory import Allocations
@@ -278,10 +280,80 @@ def test_threads(counted_programs, monkeypatch):
 def test_a_launch_that_fails_ends_the_recording(monkeypatch):
     call, _ = layer_call()
     call()
-    monkeypatch.setattr(_common, "on_device_of", None)
+    monkeypatch.setattr(_recording, "on_device_of", None)
     with pytest.raises(TypeError):
         call()
     monkeypatch.undo()
     assert _common._watch.get() is None and torch.overrides._get_current_function_mode() is None
     with backend("triton"):
         assert same(call(), call())
+
+
+def test_what_is_asked_of_a_tensor_on_a_gpu_is_covered(counted_programs, monkeypatch):
+    def on_device_of(tensor):
+        assert (tensor.is_cuda, tensor.get_device(), tensor.device) == (False, -1, torch.device("cpu"))
+        return contextlib.nullcontext()
+
+    for module in (_common, _recording):
+        monkeypatch.setattr(module, "on_device_of", on_device_of)
+    call, _ = layer_call()
+    for _ in range(3):
+        call()
+    assert counted_programs["ran"] == 2
+
+
+def test_lengths_that_change_are_not_recorded(counted_programs, monkeypatch):
+    """As long as none comes often."""
+    monkeypatch.undo()
+    monkeypatch.setattr(_programs, "AFTER", 3)
+    call, given = layer_call()
+    with backend("triton"):
+        for rows in (3, 4, 5, 3, 4, 5, 3, 4, 5):
+            given["x"] = torch.randn(rows, K)
+            call()
+        assert not any(each.call.programs for found in _programs.KNOWN.values() for each in found)
+        expected = call()
+        assert [each.call.programs is not None for each in next(reversed(_programs.KNOWN.values()))] == [True]
+        assert same(call(), expected)
+
+
+def test_two_results_with_one_gradient(counted_programs):
+    """Their dY is one tensor, of which no program is made."""
+    layers = [projection(K, N, False, DTYPES["fp32"]) for _ in range(2)]
+    x, dy = torch.randn(6, K, requires_grad=True), torch.randn(6, N)
+    found = [torch.autograd.grad(apply_lora_projections(x, layers), x, [dy, dy])[0] for _ in range(4)]
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert counted_programs["recorded"] == ["_forward"] and counted_programs["ran"] == 2
+
+
+def test_what_is_known_is_changed_by_one_thread_at_a_time(monkeypatch):
+    monkeypatch.setattr(_programs, "SIZES", 3)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    failed, start = [], threading.Barrier(4)
+    tensors = [[torch.ones(number + 1, 2), torch.ones(2, 2)] for number in range(40)]
+
+    class Call(NamedTuple):
+        programs: object = None
+
+    def work():
+        start.wait()
+        try:
+            for _ in range(20):
+                for number, each in enumerate(tensors):
+                    _programs.learn(work, each, None, (), Call(), None)
+                    _programs.known(work, each, None, ())
+                    if number % 9 == 0:
+                        _programs.forget()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    try:
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed and len(_programs.KNOWN) <= 3

@@ -68,6 +68,7 @@ REFUSED = {
     "a tensor from elsewhere": lambda x: x + ELSEWHERE,
     "a result from elsewhere": lambda x: ELSEWHERE,
     "a number that no literal says": lambda x: x * float("inf"),
+    "a keyword of Python's": lambda x: torch.empty_like(x).random_(**{"from": 0, "to": 2}),
     "too much": lambda x: [x + number for number in range(_recording.MOST + 1)],
     "a generator": lambda x: torch.empty_like(x).normal_(generator=torch.Generator()),
 }
@@ -82,3 +83,39 @@ def test_what_the_guards_do_not_cover_is_not_recorded(what):
 def test_a_tensor_given_twice_is_not_recorded():
     x = torch.rand(2, 3)
     assert recorded(torch.add, x, x)[1] is None
+
+
+def with_an_overload_in_place(x):
+    y = x.clone()
+    torch.ops.aten.mul_.Scalar(y, 2.0)
+    return y
+
+
+def with_a_result_that_is_none(x):
+    wanted = [True, False, True]
+    grads = torch.ops.aten.convolution_backward(
+        x[None], x[None], x[:, :2, None], [2], [1], [0], [1], False, [0], 1, wanted
+    )  # fmt: skip
+    return [each for each in grads if each is not None]
+
+
+@pytest.mark.parametrize("function", [with_an_overload_in_place, with_a_result_that_is_none])
+def test_what_a_line_says_of_overloads(function):
+    _, program = recorded(function, torch.rand(2, 3))
+    x = torch.rand(2, 3)
+    found, expected = program(x), function(x)
+    assert same(found, expected) if isinstance(found, list) else torch.equal(found, expected)
+
+
+def test_what_nobody_uses_is_not_done_again():
+    """As of what a finaliser does meanwhile."""
+    torch.manual_seed(1)
+
+    def function(x):
+        torch.rand(1)
+        return x.view(-1) + 1
+
+    _, program = recorded(function, torch.rand(2, 3))
+    state = torch.get_rng_state()
+    program(torch.rand(2, 3, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), state)
