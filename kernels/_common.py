@@ -112,8 +112,8 @@ def as_matrix(x: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def allows_tf32() -> bool:
-    """Whether torch's own fp32 products on the GPU may be tf32's: its `allow_tf32`, by a name that answers in a sixth of
-    the time. torch refuses to where it was told by its third name for it."""
+    """Whether torch's own fp32 products on the GPU may be tf32's: its `allow_tf32`, by a name that answers in a sixth
+    of the time. torch refuses to where it was told by its third name for it."""
     try:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:
