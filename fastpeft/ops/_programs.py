@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from fastpeft.dispatch import circumstances
 from fastpeft.fallback import is_of_a_kernel, is_strict, something_failed
@@ -58,12 +57,29 @@ def _kernels():
     return _common
 
 
+@functools.cache
+def _make_guards() -> Callable | None:
+    """torch's own, which are not public: None, and there are no programs, where they do not answer as they are known to
+    from 2.11 on."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        make = functools.partial(TensorGuards, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        x = torch.empty(2, 3, device="cpu")
+        check = make(x).check
+        others = x.half(), x.t(), torch.empty(3, 2, device="cpu"), torch.nn.Parameter(x)
+        return make if check(torch.empty_like(x)) and not any(map(check, others)) else None
+    except (ImportError, TypeError, AttributeError):
+        return None
+
+
 def _guards(tensors: Sequence[Tensor]):
     """None for tensors that no guards let through: one that is there twice, or whose Python is not torch's own."""
     if len(set(map(id, tensors))) < len(tensors) or not all(type(each) in _PLAIN for each in tensors):
         return None
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    return guards if guards.check(*tensors) else None
+    make = _make_guards()
+    guards = make and make(*tensors)
+    return guards if guards and guards.check(*tensors) else None
 
 
 def _asked(patched: str | None, rest: tuple) -> tuple:
@@ -90,9 +106,10 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
     for each in found:
         alike = each.asked == asked and each.guards.check(*tensors)
         if alike and (each.narrow is None or each.narrow is torch.get_autocast_dtype(device_type_of(tensors[0]))):
-            each.seen += 1
-            if each.seen == AFTER + 1:
-                each.call = each.call._replace(programs=Programs())
+            if each.call.programs is None:
+                each.seen += 1
+                if each.seen > AFTER:
+                    each.call = each.call._replace(programs=Programs())
             return each
     return None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from keyword import iskeyword
 from typing import NamedTuple
@@ -44,14 +45,17 @@ class Recording(TorchFunctionMode):
     def __init__(self, tensors: Sequence[Tensor | None]):
         super().__init__()
         self._parameters = [f"given_{number}" for number in range(len(tensors))]
-        of_each = zip(tensors, self._parameters, strict=True)
-        self._names = {id(tensor): name for tensor, name in of_each if tensor is not None}
-        self._kept = [tensor for tensor in tensors if tensor is not None]  # so that no other gets an id of theirs
+        self._names: dict[int, str] = {}  # by id, of those that are alive
+        self._deaths: list[weakref.ref] = []
         self._lines: list[_Line] = []
         self._mentioned: set[str] = set()
         self._constants: dict[str, object] = {}
-        self._on_a_gpu = self._kept[0].is_cuda
-        self.refused = len(self._names) < len(self._kept)  # a tensor that was given twice need not be, later
+        self._on_a_gpu = any(tensor.is_cuda for tensor in tensors if tensor is not None)
+        self.refused = False
+        for tensor, name in zip(tensors, self._parameters, strict=True):
+            if tensor is not None:
+                self.refused |= id(tensor) in self._names  # that it is there twice need not be so, later
+                self._name(tensor, name)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -75,6 +79,12 @@ class Recording(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), on_device_of(on):  # the interpreter is made of torch
             kernel[grid](*arguments, **options)
 
+    def _name(self, tensor: Tensor, name: str) -> None:
+        """Until it is let go of, as it is when nobody records."""
+        key = id(tensor)
+        self._names[key] = name
+        self._deaths.append(weakref.ref(tensor, lambda _: self._names.pop(key, None)))
+
     def _is_given(self, tensor) -> bool:
         return self._names.get(id(tensor), "given").startswith("given")
 
@@ -90,8 +100,7 @@ class Recording(TorchFunctionMode):
         makes = set()
         for each in results:
             if isinstance(each, Tensor) and id(each) not in self._names:
-                self._names[id(each)] = f"made_{len(self._names)}"
-                self._kept.append(each)
+                self._name(each, f"made_{len(self._deaths)}")
                 makes.add(self._names[id(each)])
         if makes:
             names = ["_" if each is None else self._source(each) for each in results]

@@ -110,9 +110,8 @@ class LoraLinearFunction(torch.autograd.Function):
             if call.plan is None and (needs[0] or needs[4]):
                 seed = torch_path.keeping(seed, call.dropout, x.device)
         tensors = x, weight_NK, bias_N, residual, a_RK, b_NR, seed
-        by_program = call.programs is not None
         y, saved, fell_back = (
-            forward_of(call, needs, _forward, tensors) if by_program else _forward(*tensors, call, needs)
+            _forward(*tensors, call, needs) if call.programs is None else forward_of(call, needs, _forward, tensors)
         )
         if True in needs:
             ctx.save_for_backward(*saved)

@@ -5,6 +5,7 @@ import importlib
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -186,7 +187,7 @@ def test_a_kernel_that_fails_in_a_program_falls_back(phase, monkeypatch):
 
 @pytest.mark.parametrize("name", WITH_PROGRAMS)
 def test_a_program_holds_no_more_memory(name):
-    """At its peak, than what it was recorded of; and none of it afterwards."""
+    """At its peak, than what it was recorded of, nor does that while it is; and none of it afterwards."""
     op, tensors, options, plan = WITH_PROGRAMS[name]
     given = tensors()
     peaks, left = [], []
@@ -208,15 +209,17 @@ def test_a_program_holds_no_more_memory(name):
         result, program = record(function, tensors, rest)
         watched(function, tensors, *rest)
         watched(program, tensors)
+        watched(lambda *tensors: record(function, tensors, rest)[0], tensors)
         return result, program
 
     with override_plan(plan) if plan else contextlib.nullcontext(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_programs, "_recorded", recorded)
         for _ in range(2):
             differentiated(lambda *each: op(*each, **options), given)
-    assert len(peaks) == 4
-    for place in (0, 2):
+    assert len(peaks) == 6
+    for place in (0, 3):
         assert 0 < peaks[place + 1] <= peaks[place] and left[place + 1] == left[place]
+        assert peaks[place + 2] == peaks[place] and left[place + 2] == left[place]  # while it is recorded
 
 
 def test_a_program_keeps_no_tensor():
@@ -357,3 +360,24 @@ def test_what_is_known_is_changed_by_one_thread_at_a_time(monkeypatch):
     finally:
         sys.setswitchinterval(before)
     assert not failed and len(_programs.KNOWN) <= 3
+
+
+@pytest.mark.parametrize("fault", ["not there", "another signature", "other answers"])
+def test_without_torch_s_guards_there_are_no_programs(fault, counted_programs, monkeypatch):
+    """They are not public, and may change in a release."""
+    from torch._C._dynamo import guards
+
+    if fault == "not there":
+        monkeypatch.delattr(guards, "TensorGuards")
+    else:
+        refuses = fault == "another signature"
+        other = (lambda tensor: None) if refuses else (lambda *_, **__: SimpleNamespace(check=lambda *_: True))
+        monkeypatch.setattr(guards, "TensorGuards", other)
+    _programs._make_guards.cache_clear()
+    try:
+        call, _ = layer_call()
+        expected = call()
+        assert same(call(), expected) and same(call(), expected)
+        assert counted_programs["recorded"] == [] and not _programs.KNOWN
+    finally:
+        _programs._make_guards.cache_clear()
