@@ -132,7 +132,7 @@ class Programs:
 
     def __init__(self):
         self.forward: dict[tuple, Callable] = {}
-        self.backward: dict[tuple, tuple[tuple[Any, Callable], ...]] = {}  # by more, see `backward_of`
+        self.backward: tuple[tuple[tuple, Any, Callable], ...] = ()  # and by more, see `backward_of`
 
 
 def forward_of(call, needs: tuple, function: Callable, tensors: tuple):
@@ -153,13 +153,13 @@ def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others)
     programs, rest = call.programs, (call, needs, *others)
     if programs is not None and not something_failed():
         asked = needs, circumstances(), _kernels().allows_tf32()  # which may not be what it was in forward
-        given, found = [each for each in tensors if each is not None], programs.backward.get(asked, ())
-        for guards, program in found:
-            if guards.check(*given):  # which were made without autocast
+        given = [each for each in tensors if each is not None]
+        for known_asked, guards, program in programs.backward:
+            if known_asked == asked and guards.check(*given):  # which were made without autocast
                 return _run(program, function, tensors, rest)
         if not is_autocast(given[0]) and (guards := _guards(given)) is not None:
             result, program = _recorded(function, tensors, rest)
-            programs.backward[asked] = ((guards, program), *found)[:ALIKE]
+            programs.backward = ((asked, guards, program), *programs.backward)[:ALIKE]
             return result
     with without_autocast(next(each for each in tensors if each is not None)):
         return function(*tensors, *rest)

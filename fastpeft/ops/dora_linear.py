@@ -25,7 +25,7 @@ from fastpeft.ops import _dora_linear_torch as torch_path
 from fastpeft.ops._autocast import autocast_dtype
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._programs import KNOWN, backward_of, forward_of, known, learn
-from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, of_rows, own_of_rows, widest
+from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, own_of_rows, widest
 from fastpeft.ops.lora_linear import _kind as kind_of_lora
 from fastpeft.ops.lora_linear import _path as path_of_lora
 
@@ -99,7 +99,7 @@ def _backward(dy, x, weight_NK, a_RK, b_NR, f_N, s_MR, base_MN, seed, call: Call
     s_MR, base_MN = (each if each is None else each.contiguous() for each in (s_MR, base_MN))
     tensors = (as_rows(dy), x_MK, weight_NK, a_RK, b_NR, f_N, s_MR, base_MN, seed)
     dx, dbias, da, db, df = run_backward(*tensors, call, (need_x, need_bias, need_a, need_b, need_f))
-    dx = None if dx is None else of_rows(cast(dx, dtypes[0]), dy)
+    dx = None if dx is None else own_of_rows(cast(dx, dtypes[0]), dy)
     return dx, None, cast(dbias, dtypes[1]), da, db, df, None
 
 

@@ -147,7 +147,7 @@ def _backward(dy, x, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs, dtype
     of_tensors = need_x, need_w, need_bias, need_a, need_b
     s_MR = None if s_MR is None else s_MR.contiguous()  # as it was: a hook may have given it other strides
     dx, dw, dbias, da, db = run_backward(dy, x, weight_NK, a_RK, b_NR, s_MR, seed, call, of_tensors)
-    dx = None if dx is None else of_rows(cast(dx, dtypes[0]), dy)
+    dx = None if dx is None else own_of_rows(cast(dx, dtypes[0]), dy)
     return dx, dw, cast(dbias, dtypes[1]), dy if need_residual else None, da, db, None
 
 

@@ -171,7 +171,7 @@ def _backward(dy, *others):
     # What the op made is contiguous, as it was: a hook may have given it other strides.
     saved[1:6] = [each if each is None else each.contiguous() for each in saved[1:6]]
     dx, dbias, da, db = run_backward(as_rows(dy), saved, call, needs_of(wanted[0], wanted[2:]))
-    dx = None if dx is None else of_rows(cast(dx, dtype), dy)
+    dx = None if dx is None else own_of_rows(cast(dx, dtype), dy)
     gate, up, down = zip((None, None, None), dbias, da, db, strict=True)
     return dx, None, *gate, *up, *down
 

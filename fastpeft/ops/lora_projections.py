@@ -36,6 +36,7 @@ from fastpeft.ops.lora_linear import (
     lora_linear_reference,
     of_rows,
     own_of_each,
+    own_of_rows,
     widest,
 )
 from fastpeft.ops.lora_linear import _check as check_lora
@@ -163,7 +164,7 @@ def _backward(*given):
     ss = [s if s is None else s.contiguous() for s in ss]  # as they were: a hook may have given them other strides
     dx, dbases, dbiases, da, db = run_backward(dys, x, weights, a, b, ss, seeds, call, needs)
     like = next(dy for dy in dys if dy is not None)
-    dx = None if dx is None else of_rows(cast(dx, dtypes[0]), like)
+    dx = None if dx is None else own_of_rows(cast(dx, dtypes[0]), like)
     return dx, None, *dbases, *map(cast, dbiases, dtypes[1]), *da, *db
 
 
