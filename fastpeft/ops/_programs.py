@@ -12,7 +12,6 @@ recorded, and runs as it is.
 """
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,14 +38,19 @@ class Known:
         self.guards, self.asked, self.call, self.narrow, self.seen = guards, asked, call, narrow, 1
 
 
-KNOWN: dict[tuple, tuple[Known, ...]] = {}  # to be asked where there is something, and nothing is compiled
-_lock = threading.RLock()  # of those who change it
+LEARNED: set[bool] = set()  # True in it once anything is known; to be asked first, and whether nothing is compiled
+
+
+@functools.lru_cache(SIZES)
+def _alike(function, x_shape: torch.Size, matrix_shape: torch.Size) -> list[Known]:
+    """What is known of calls with tensors of these sizes, the last first."""
+    return []
 
 
 def forget() -> None:
     """The next calls find everything out."""
-    with _lock:
-        KNOWN.clear()
+    LEARNED.clear()
+    _alike.cache_clear()
 
 
 @functools.cache
@@ -99,8 +103,8 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
     """
     if type(tensors[0]) not in _PLAIN:
         return None
-    found = KNOWN.get((function, tensors[0].shape, tensors[1].shape))
-    if found is None:
+    found = _alike(function, tensors[0].shape, tensors[1].shape)
+    if not found:
         return None
     asked = _asked(patched, rest)
     for each in found:
@@ -119,12 +123,10 @@ def learn(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple,
     guards = _guards(tensors)
     if guards is None:
         return
-    new = Known(guards, _asked(patched, rest), call, narrow)
-    place = function, tensors[0].shape, tensors[1].shape
-    with _lock:
-        while len(KNOWN) >= SIZES:
-            del KNOWN[next(iter(KNOWN))]
-        KNOWN[place] = (new, *KNOWN.get(place, ()))[:ALIKE]
+    found = _alike(function, tensors[0].shape, tensors[1].shape)
+    found.insert(0, Known(guards, _asked(patched, rest), call, narrow))
+    del found[ALIKE:]
+    LEARNED.add(True)
 
 
 class Programs:

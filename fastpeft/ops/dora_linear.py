@@ -24,7 +24,7 @@ from fastpeft.fallback import kernels_or_torch
 from fastpeft.ops import _dora_linear_torch as torch_path
 from fastpeft.ops._autocast import autocast_dtype
 from fastpeft.ops._first_order import applied, first_order
-from fastpeft.ops._programs import KNOWN, backward_of, forward_of, known, learn
+from fastpeft.ops._programs import LEARNED, backward_of, forward_of, known, learn
 from fastpeft.ops.lora_linear import Call, _mask, as_rows, cast, decide, own_of_rows, widest
 from fastpeft.ops.lora_linear import _kind as kind_of_lora
 from fastpeft.ops.lora_linear import _path as path_of_lora
@@ -153,7 +153,7 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     given = (x, lora_B, lora_A, factor, weight) if bias is None else (x, lora_B, lora_A, factor, weight, bias)
     scaling, dropout = float(scaling), float(dropout)
     asked = scaling, dropout, bias is None
-    if (found := known(DoraLinearFunction, given, patched, asked) if KNOWN else None) is not None:
+    if (found := known(DoraLinearFunction, given, patched, asked) if LEARNED else None) is not None:
         tensors = (x, weight, bias, lora_A, lora_B, factor)
         return applied(DoraLinearFunction, *tensors, found.call, narrow=found.narrow)
     narrow = autocast_dtype(x)

@@ -24,7 +24,7 @@ from fastpeft.ops import _lora_linear_torch as torch_path
 from fastpeft.ops._autocast import autocast_dtype
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import as_rows
-from fastpeft.ops._programs import KNOWN, Programs, backward_of, forward_of, known, learn
+from fastpeft.ops._programs import LEARNED, Programs, backward_of, forward_of, known, learn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -297,7 +297,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
     if bias is not None:
         given, asked = (*given, bias), (*asked, True)
     compiling = torch.compiler.is_compiling()
-    found = None if compiling or not KNOWN else known(LoraLinearFunction, given, patched_backend, asked)
+    found = None if compiling or not LEARNED else known(LoraLinearFunction, given, patched_backend, asked)
     if found is not None:
         tensors = (x, weight, bias, residual, lora_A, lora_B)
         return applied(LoraLinearFunction, *tensors, found.call, narrow=found.narrow)

@@ -28,7 +28,7 @@ from fastpeft.ops import _lora_mlp_torch as torch_path
 from fastpeft.ops._autocast import autocast_dtype
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import given_mask
-from fastpeft.ops._programs import KNOWN, Programs, backward_of, forward_of, known, learn
+from fastpeft.ops._programs import LEARNED, Programs, backward_of, forward_of, known, learn
 from fastpeft.ops.lora_linear import (
     DTYPES,
     Projection,
@@ -301,7 +301,7 @@ def apply_lora_mlp(
     dropouts = tuple([0.0 if each.lora_A is None else float(each.dropout) for each in (gate, up, down)])
     asked = scalings, dropouts, activation, recompute, some
     compiling = torch.compiler.is_compiling()
-    found = None if compiling or not KNOWN else known(LoraMlpFunction, given, patched_backend, asked)
+    found = None if compiling or not LEARNED else known(LoraMlpFunction, given, patched_backend, asked)
     if found is not None:
         return applied(LoraMlpFunction, x, found.call, *flat, narrow=found.narrow)
     narrow = autocast_dtype(x)

@@ -26,7 +26,7 @@ from fastpeft.ops import _lora_projections_torch as torch_path
 from fastpeft.ops._autocast import autocast_dtype
 from fastpeft.ops._first_order import applied, first_order
 from fastpeft.ops._lora_linear_torch import keeping, kept
-from fastpeft.ops._programs import KNOWN, Programs, backward_of, forward_of, known, learn
+from fastpeft.ops._programs import LEARNED, Programs, backward_of, forward_of, known, learn
 from fastpeft.ops.lora_linear import (
     Projection,
     as_rows,
@@ -291,7 +291,7 @@ def apply_lora_projections(
     scalings, dropouts = tuple(map(float, scalings)), tuple(map(float, dropouts))
     asked = scalings, dropouts, based, some
     compiling = torch.compiler.is_compiling()
-    found = None if compiling or not KNOWN else known(LoraProjectionsFunction, given, patched_backend, asked)
+    found = None if compiling or not LEARNED else known(LoraProjectionsFunction, given, patched_backend, asked)
     if found is not None:
         tensors = (*bases, *biases, *a, *b)
         return list(applied(LoraProjectionsFunction, x, found.call, *tensors, narrow=found.narrow))

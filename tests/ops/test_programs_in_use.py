@@ -18,7 +18,7 @@ from fastpeft import BackendError, dispatch, fallback
 from fastpeft.dispatch import backend, override_plan
 from fastpeft.kernels import _common
 from fastpeft.ops import _programs, _recording
-from fastpeft.ops.lora_linear import apply_lora
+from fastpeft.ops.lora_linear import LoraLinearFunction, apply_lora
 from fastpeft.ops.lora_projections import apply_lora_projections
 from tests.memory import Allocations
 from tests.ops.programs_cases import DTYPES, WITH_PROGRAMS, K, N, R, differentiated, layer_call, projection, same
@@ -69,7 +69,7 @@ def test_a_tensor_that_is_there_twice_is_not_taken_for_two(counted_programs):
     given["x"] = given["weight"]
     expected = call()
     assert same(call(), expected) and same(call(), expected)
-    assert counted_programs["recorded"] == [] and not _programs.KNOWN
+    assert counted_programs["recorded"] == [] and not _programs.LEARNED
 
 
 def test_a_subclass_of_tensors_is_not_recorded(counted_programs):
@@ -229,21 +229,24 @@ def test_a_program_keeps_no_tensor():
     known = [weakref.ref(each) for each in given.values() if isinstance(each, torch.Tensor)]
     del call
     given.clear()
-    assert _programs.KNOWN and all(each() is None for each in known)
+    assert _programs.LEARNED and all(each() is None for each in known)
+
+
+def known_of(given):
+    """What is known of calls of `layer_call` with tensors of these sizes."""
+    return _programs._alike(LoraLinearFunction, given["x"].shape, given["lora_B"].shape)
 
 
 def test_what_is_known_has_an_end(monkeypatch):
-    monkeypatch.setattr(_programs, "SIZES", 3)
+    assert _programs._alike.cache_info().maxsize == _programs.SIZES
     monkeypatch.setattr(_programs, "ALIKE", 2)
     call, given = layer_call()
-    for rows in range(1, 7):
-        given["x"] = torch.randn(rows, K)
-        call()
-    assert [key[1][0] for key in _programs.KNOWN] == [4, 5, 6]
     for scaling in (1.0, 2.0, 3.0):
         given["scaling"] = scaling
         call()
-    assert [each.asked[0][0] for each in list(_programs.KNOWN.values())[-1]] == [3.0, 2.0]
+    assert [each.asked[0][0] for each in known_of(given)] == [3.0, 2.0]
+    _programs.forget()
+    assert known_of(given) == [] and not _programs.LEARNED
 
 
 def test_threads(counted_programs, monkeypatch):
@@ -314,9 +317,9 @@ def test_lengths_that_change_are_not_recorded(counted_programs, monkeypatch):
         for rows in (3, 4, 5, 3, 4, 5, 3, 4, 5):
             given["x"] = torch.randn(rows, K)
             call()
-        assert not any(each.call.programs for found in _programs.KNOWN.values() for each in found)
+            assert [each.call.programs for each in known_of(given)] == [None]
         expected = call()
-        assert [each.call.programs is not None for each in next(reversed(_programs.KNOWN.values()))] == [True]
+        assert [each.call.programs is not None for each in known_of(given)] == [True]
         assert same(call(), expected)
 
 
@@ -329,8 +332,8 @@ def test_two_results_with_one_gradient(counted_programs):
     assert counted_programs["recorded"] == ["_forward"] and counted_programs["ran"] == 2
 
 
-def test_what_is_known_is_changed_by_one_thread_at_a_time(monkeypatch):
-    monkeypatch.setattr(_programs, "SIZES", 3)
+def test_threads_that_learn_and_forget(monkeypatch):
+    monkeypatch.setattr(_programs, "ALIKE", 2)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     failed, start = [], threading.Barrier(4)
@@ -359,7 +362,7 @@ def test_what_is_known_is_changed_by_one_thread_at_a_time(monkeypatch):
             each.join()
     finally:
         sys.setswitchinterval(before)
-    assert not failed and len(_programs.KNOWN) <= 3
+    assert not failed and all(len(_programs._alike(work, *(each.shape for each in pair))) < 6 for pair in tensors)
 
 
 @pytest.mark.parametrize("fault", ["not there", "another signature", "other answers"])
@@ -378,6 +381,6 @@ def test_without_torch_s_guards_there_are_no_programs(fault, counted_programs, m
         call, _ = layer_call()
         expected = call()
         assert same(call(), expected) and same(call(), expected)
-        assert counted_programs["recorded"] == [] and not _programs.KNOWN
+        assert counted_programs["recorded"] == [] and not _programs.LEARNED
     finally:
         _programs._make_guards.cache_clear()
