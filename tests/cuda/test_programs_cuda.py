@@ -8,9 +8,7 @@ import torch
 
 from fastpeft.dispatch import override_plan
 from tests.cuda.launches import assert_replays, waiting_is_an_error
-from tests.ops.programs_cases import WITH_PROGRAMS, differentiated, same
-
-REFUSED = ("lora-persistent",)  # whose descriptors hang on addresses
+from tests.ops.programs_cases import REFUSED, WITH_PROGRAMS, differentiated, same
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("on_kernels")]
 

@@ -21,6 +21,7 @@ def dora():
 # As `OPS`: name -> (the op, its tensors, its options, the plan that is forced).
 WITH_PROGRAMS = {name: each for name, each in OPS.items() if name.partition("-")[0] in ("lora", "projections", "mlp")}
 WITH_PROGRAMS |= {"dora": (of_dora, dora, {}, None), "dora-dropout": (of_dora, dora, {"dropout": 0.5}, None)}
+REFUSED = ("lora-persistent",)  # whose descriptors hang on addresses
 DTYPES = {"half": (torch.float16, torch.float16), "wide": (torch.float16, torch.float32), "fp32": (torch.float32,) * 2}
 
 

@@ -19,12 +19,20 @@ from fastpeft.ops.lora_projections import apply_lora_projections
 from fastpeft.scoped import scoped
 from tests.memory import Allocations
 from tests.ops.lora_linear_cases import STRATEGIES
-from tests.ops.programs_cases import DTYPES, WITH_PROGRAMS, K, N, R, differentiated, layer_call, projection, same
+from tests.ops.programs_cases import (
+    DTYPES,
+    REFUSED,
+    WITH_PROGRAMS,
+    K,
+    N,
+    R,
+    differentiated,
+    layer_call,
+    projection,
+    same,
+)
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("on_kernels")]
-
-
-REFUSED = ("lora-persistent",)  # whose descriptors hang on addresses
 
 
 @pytest.mark.usefixtures("poison")
