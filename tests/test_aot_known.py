@@ -1,5 +1,6 @@
 """What is known of launches is used only for those very launches, and not where a sample contradicts it."""
 
+import importlib
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -61,6 +62,33 @@ def test_a_digest_hangs_on_all_that_the_code_hangs_on(monkeypatch, tmp_path):
     monkeypatch.setattr(aot_known, "HERE", tmp_path)
     digests.add(aot_known.digest(launch(), "sm_90", CASE, "3.9.0"))
     assert len(digests) == len(others) + 2
+
+
+KERNEL = """
+from triton.runtime.jit import JITFunction
+{above}
+@JITFunction
+def halved(x):
+    return x // {by}
+
+@JITFunction
+def a_kernel(x):
+    return halved(x)
+"""
+
+
+def test_where_in_its_file_a_kernel_stands_is_nothing_to_its_key(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = {}
+    for name, above, by in (("first", "", 2), ("moved", "FOUR = 4\n\n", 2), ("other", "", 3)):
+        (tmp_path / f"a_module_with_{name}.py").write_text(KERNEL.format(above=above, by=by))
+        module = importlib.import_module(f"a_module_with_{name}")
+        module.__name__ = module.a_kernel._fn_name = "one name"
+        placed = module.a_kernel.cache_key
+        aot.forget_places([module])
+        keys[name] = module.a_kernel.cache_key
+        assert placed != keys[name]
+    assert keys["first"] == keys["moved"] != keys["other"]
 
 
 def test_all_is_compiled_where_nothing_is_known(gate):
