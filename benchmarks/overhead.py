@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import math
 import os
 import statistics
 import sys
@@ -31,6 +32,7 @@ import fastpeft
 from fastpeft import dispatch
 from fastpeft.info import cpu_name
 from fastpeft.ops import _programs
+from fastpeft.ops._quick_tensors import quick_empty
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its path serves CPU tensors then
@@ -95,24 +97,9 @@ def no_addmm_(out: torch.Tensor, p: torch.Tensor, q: torch.Tensor, alpha: float 
     return out
 
 
-def _noting(product: Callable, steps: list | None) -> Callable:
-    """The product, which joins `steps` in the place of what it allocates."""
-    if steps is None:
-        return product
-
-    def note(*arguments, **options):
-        before = len(steps)
-        out = product(*arguments, **options)
-        steps[before:] = [functools.partial(product, *arguments, **options)]
-        return out
-
-    return note
-
-
 @contextlib.contextmanager
 def empty_launches(steps: list | None = None):
-    """Within it ops take the Triton path as on a GPU, no product is computed, and a launch or a product joins `steps`
-    at most."""
+    """Within it ops take the Triton path as on a GPU, no product is computed, and a launch joins `steps` at most."""
     from triton.runtime.interpreter import InterpretedFunction
 
     def launcher(kernel, grid):
@@ -126,16 +113,22 @@ def empty_launches(steps: list | None = None):
         mock.patch.object(InterpretedFunction, "__getitem__", launcher),
         mock.patch.object(dispatch, "predicted_lora_plan", lambda device, rows: PLANS[rows]),
         mock.patch.object(cpu, "lacks_half", lambda dtype: False),  # a CPU's ways round that are no GPU's
-        mock.patch.object(torch.nn.functional, "linear", _noting(no_linear, steps)),
-        mock.patch.multiple(torch.Tensor, __matmul__=_noting(no_matmul, steps), addmm_=_noting(no_addmm_, steps)),
+        mock.patch.object(torch.nn.functional, "linear", no_linear),
+        mock.patch.multiple(torch.Tensor, __matmul__=no_matmul, addmm_=no_addmm_),
     ):
         yield
 
 
 aten = torch.ops.aten
-MADE_OF = {aten.empty.memory_format: torch.empty, aten.empty_like.default: torch.empty_like}
+ALLOCATIONS = {aten.empty.memory_format, aten.empty_like.default}
 SHAPES = {aten.t.default, aten.as_strided.default, aten.unbind.int, aten.view.default, aten.detach.default}
 SHAPES |= {aten.resize_.default}
+
+
+class Allocation(NamedTuple):
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Recorded(TorchDispatchMode):
@@ -146,51 +139,57 @@ class Recorded(TorchDispatchMode):
         self.steps = steps
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
-        if func not in SHAPES:  # which are known before
-            self.steps.append(functools.partial(MADE_OF[func], *args, **kwargs))
-        return func(*args, **kwargs)
-
-
-def _launch(kernel, grid, arguments, options):
-    kernel[grid](*arguments, **options)
+        out = func(*args, **(kwargs or {}))
+        if func in ALLOCATIONS:
+            self.steps.append(Allocation(tuple(out.shape), out.stride(), out.dtype))
+        elif func not in SHAPES:  # which are known before
+            raise AssertionError(f"{func} is neither allocation nor shape")
+        return out
 
 
 class Steps(NamedTuple):
-    """What an action launches, multiplies and allocates, in order, to be done again; and of each of its results, which
-    of these gives it, in its shape."""
+    """What an action launches and allocates, in order, to be done `again`, which gives what the action did. What else
+    the steps give is there together with it, as what an op makes is."""
 
-    actions: list[Callable[[], object]]
-    results: list[int]
-
-    def again(self) -> list[torch.Tensor]:
-        """The results. What else the steps give is there together with them, as what an op makes is."""
-        made = [action() for action in self.actions]
-        return [made[place] for place in self.results]
+    again: Callable[[], tuple[torch.Tensor, ...]]
+    launches: int
 
 
 def steps_of(action: Callable[[], object]) -> Steps:
-    noted = []
-    with empty_launches(noted), Recorded(noted):
+    steps, places = [], []
+    with empty_launches(steps), Recorded(steps):
         found = action()
-    actions = [each if callable(each) else functools.partial(_launch, *each) for each in noted]
-    made, results = [each() for each in actions], []
     for result in [found] if isinstance(found, torch.Tensor) else found:
-        alike = (
-            place
-            for place, each in enumerate(made)
-            if each is not None
-            and place not in results
-            and (each.numel(), each.dtype) == (result.numel(), result.dtype)
-        )
-        place = next(alike, None)
+        free = (place for place in range(len(steps)) if place not in places)
+        place = next((place for place in free if _may_be(steps[place], result)), None)
         if place is None:  # a part of a buffer
-            place = len(actions)
-            actions.append(functools.partial(torch.Tensor.detach, result.detach()))
-        elif made[place].shape != result.shape:
-            actions[place] = functools.partial(torch.empty, result.shape, dtype=result.dtype)
-        results.append(place)
-    return Steps(actions, results)
+            place = len(steps)
+            steps.append(result.detach())
+        else:
+            steps[place] = Allocation(tuple(result.shape), result.stride(), result.dtype)
+        places.append(place)
+    scope = {"torch": torch, "empty": quick_empty("cpu")}
+    lines = [_line(place, step, scope) for place, step in enumerate(steps)]
+    body = "\n    ".join([*lines, f"return {', '.join(f'made_{place}' for place in places)},"])
+    exec(f"def again():\n    {body}", scope)
+    return Steps(scope["again"], sum(line.startswith("launch") for line in lines))
+
+
+def _may_be(step, result: torch.Tensor) -> bool:
+    """Whether what is allocated is the result, maybe in another shape."""
+    return isinstance(step, Allocation) and (math.prod(step.shape), step.dtype) == (result.numel(), result.dtype)
+
+
+def _line(place: int, step, scope: dict) -> str:
+    """Of Python, that does the step with everything in `scope`."""
+    if isinstance(step, Allocation):
+        return f"made_{place} = empty({step.shape}, {step.strides}, {step.dtype})"
+    if isinstance(step, torch.Tensor):
+        scope[f"given_{place}"] = step
+        return f"made_{place} = given_{place}.detach()"
+    kernel, grid, arguments, options = step
+    scope |= {f"launch_{place}": functools.partial(kernel[grid], **options), f"given_{place}": arguments}
+    return f"launch_{place}(*given_{place})"
 
 
 class Least(torch.autograd.Function):
@@ -202,7 +201,7 @@ class Least(torch.autograd.Function):
         outs = steps.again()
         ctx.save_for_backward(*saved)
         ctx.known = known
-        return tuple(outs)
+        return outs
 
     @staticmethod
     def backward(ctx, *dys):
@@ -317,8 +316,7 @@ def _least(forward, out, wanted, backward) -> tuple[list[Callable], list[int]]:
     known = *steps[1:], node.saved_tensors, others
     least = functools.partial(Least.apply, known, *wanted, *others)
     least_back = functools.partial(torch.autograd.grad, least(), wanted, backward.args[2], retain_graph=True)
-    launches = [sum(action.func is _launch for action in each.actions) for each in steps]
-    return [steps[0].again, least, least_back], launches
+    return [steps[0].again, least, least_back], [each.launches for each in steps]
 
 
 def _measured(name: str, forward, wanted, dys, calls: int, repeats: int) -> OnKernels:

@@ -88,7 +88,7 @@ def requested_backend(patched: str | None = None) -> str:
 
 def circumstances(patched: str | None = None) -> tuple:
     """What the answers to both questions hang on beside tensors and numbers: while it is equal, so are they."""
-    return requested_backend(patched), _plan.get(), tables.generation
+    return _context.get() or patched or _default or backend_of_environment(), _plan.get(), tables.generation
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch._C import _are_functorch_transforms_active as is_transformed
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
@@ -26,6 +27,12 @@ class _Nothing:
 
 
 @functools.cache
+def _nothing(count: int) -> _Nothing:
+    """One for all calls of so many arguments, as none changes it."""
+    return _Nothing(count)
+
+
+@functools.cache
 def _apply_of(function: type[torch.autograd.Function]) -> Callable:
     """What `function.apply` comes to outside of functorch's transforms."""
     return super(torch.autograd.Function, function).apply
@@ -40,13 +47,13 @@ def applied(function: type[torch.autograd.Function], *arguments, narrow: torch.d
     if narrow is not None:
         with without_autocast(arguments[0]):
             return applied(function, *arguments)
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = is_transformed()
     if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         if transformed or torch.compiler.is_dynamo_compiling():
             return function.apply(*arguments)
         first, *others = arguments
         return _apply_of(function)(unwrap_if_dead(first) if isinstance(first, torch.Tensor) else first, *others)
-    return function.forward(_Nothing(len(arguments)), *arguments)
+    return function.forward(_nothing(len(arguments)), *arguments)
 
 
 class _End(torch.autograd.Function):

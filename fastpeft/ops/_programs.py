@@ -98,18 +98,19 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
         function: the op's autograd.Function.
         tensors: x, a matrix of the layer's, and all others that the call has.
         patched: the backend that `patch` was given.
-        rest: whatever else was asked for, numbers of Python's and not what may change, and which of the tensors that
-            may be missing are.
+        rest: whatever else was asked for, and which of the tensors that may be missing are; what `learn` is told holds
+            numbers of Python's, and nothing that may change.
     """
-    if type(tensors[0]) not in _PLAIN:
+    x = tensors[0]
+    if type(x) not in _PLAIN:
         return None
-    found = _alike(function, tensors[0].shape, tensors[1].shape)
+    found = _alike(function, x.shape, tensors[1].shape)
     if not found:
         return None
     asked = _asked(patched, rest)
     for each in found:
         alike = each.asked == asked and each.guards.check(*tensors)
-        if alike and (each.narrow is None or each.narrow is torch.get_autocast_dtype(device_type_of(tensors[0]))):
+        if alike and (each.narrow is None or each.narrow is torch.get_autocast_dtype(device_type_of(x))):
             if each.call.programs is None:
                 each.seen += 1
                 if each.seen > AFTER:
@@ -143,10 +144,15 @@ def forward_of(call, needs: tuple, function: Callable, tensors: tuple):
     programs, rest = call.programs, (call, needs)
     if programs is None or something_failed():
         return function(*tensors, *rest)
-    if (program := programs.forward.get(needs)) is not None:
-        return _run(program, function, tensors, rest)
-    result, programs.forward[needs] = _recorded(function, tensors, rest)
-    return result
+    if (program := programs.forward.get(needs)) is None:
+        result, programs.forward[needs] = _recorded(function, tensors, rest)
+        return result
+    try:
+        return program(*tensors)
+    except Exception as error:  # where a kernel fails, the function deals with that
+        if not is_of_a_kernel(error):
+            raise
+    return function(*tensors, *rest)
 
 
 def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others):
@@ -158,23 +164,18 @@ def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others)
         given = [each for each in tensors if each is not None]
         for known_asked, guards, program in programs.backward:
             if known_asked == asked and guards.check(*given):  # which were made without autocast
-                return _run(program, function, tensors, rest)
+                try:
+                    return program(*tensors)
+                except Exception as error:
+                    if not is_of_a_kernel(error):
+                        raise
+                return function(*tensors, *rest)
         if not is_autocast(given[0]) and (guards := _guards(given)) is not None:
             result, program = _recorded(function, tensors, rest)
             programs.backward = ((asked, guards, program), *programs.backward)[:ALIKE]
             return result
     with without_autocast(next(each for each in tensors if each is not None)):
         return function(*tensors, *rest)
-
-
-def _run(program: Callable, function: Callable, tensors: tuple, rest: tuple):
-    """By the program; where a kernel fails in it, as the function deals with that."""
-    try:
-        return program(*tensors)
-    except Exception as error:
-        if not is_of_a_kernel(error):
-            raise
-    return function(*tensors, *rest)
 
 
 def _recorded(function: Callable, tensors: tuple, rest: tuple) -> tuple[Any, Callable]:

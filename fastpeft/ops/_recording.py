@@ -1,6 +1,7 @@
 """A function of straight lines, written while another one runs: what that does to tensors, in order (`_programs`)."""
 
 import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastpeft.kernels._common import on_device_of, watched_launches
+from fastpeft.ops._quick_tensors import quick_empty, quick_part
 
 MOST = 200  # lines: what takes more is no call whose Python counts
 
@@ -22,6 +24,9 @@ _METHODS = ("stride", "size", "dim", "numel", "is_contiguous", "is_floating_poin
 _COVERED = {getattr(Tensor, name).__get__ for name in _FIELDS}
 _COVERED |= {getattr(Tensor, name) for name in (*_METHODS, "__len__")}
 _OF_OWN = {Tensor._is_view, Tensor.storage_offset}
+
+# What makes new memory, of what values is nobody's business.
+_ALLOCATIONS = {torch.empty, torch.empty_like, Tensor.new_empty, torch.empty_strided}
 
 _CONSTANTS = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 
@@ -50,7 +55,7 @@ class Recording(TorchFunctionMode):
         self._lines: list[_Line] = []
         self._mentioned: set[str] = set()
         self._constants: dict[str, object] = {}
-        self._on_a_gpu = any(tensor.is_cuda for tensor in tensors if tensor is not None)
+        self._device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
         self.refused = False
         for tensor, name in zip(tensors, self._parameters, strict=True):
             if tensor is not None:
@@ -64,7 +69,11 @@ class Recording(TorchFunctionMode):
             return out
         name = getattr(func, "__name__", "_").partition(".")[0]  # of an OpOverload without that of the overload
         changes = name.endswith("_") or "out" in kwargs
-        if changes or not (isinstance(out, Tensor) and id(out) in self._names):
+        if changes or not (
+            (isinstance(out, Tensor) and id(out) in self._names)
+            or self._writes_allocation(func, kwargs, out)
+            or self._writes_parts(args, out)
+        ):
             self._write(self._constant(func), args, kwargs, out, not changes)
         return out
 
@@ -75,9 +84,51 @@ class Recording(TorchFunctionMode):
             yield
 
     def _launch(self, kernel, grid, on, arguments, options) -> None:
-        self._write(f"{self._constant(kernel)}[{self._source(grid)}]", arguments, options, None, False)
+        launcher = functools.partial(kernel[grid], **options)
+        self._write(self._constant(launcher), arguments, {}, None, False)
+        for option in options.values():  # which the program keeps
+            self.refused |= isinstance(option, Tensor)
+            self._source(option)
         with torch._C.DisableTorchFunction(), on_device_of(on):  # the interpreter is made of torch
-            kernel[grid](*arguments, **options)
+            launcher(*arguments)
+
+    def _writes_allocation(self, func, kwargs, out) -> bool:
+        """Whether it was one, of plain memory, and is written as a quicker one."""
+        make = quick_empty(self._device.type) if func in _ALLOCATIONS and not kwargs.get("pin_memory") else None
+        if make is None or not self._is_plain(out) or not out.is_contiguous():
+            return False
+        self._write(self._constant(make), (out.shape, out.stride(), out.dtype), {}, out, True)
+        return True
+
+    def _writes_parts(self, args, out) -> bool:
+        """Whether all that came of it are other views of the memory of its first argument, and are written as such."""
+        results, take = list(out) if isinstance(out, (tuple, list)) else [out], quick_part()
+        whole = args[0] if args and isinstance(args[0], Tensor) else None
+        if take is None or whole is None or not results or not all(self._is_part(each, whole) for each in results):
+            return False
+        for each in results:
+            where = each.storage_offset() - whole.storage_offset()
+            self._write(self._constant(take), (whole, each.shape, each.stride(), where), {}, each, True)
+        return True
+
+    def _is_plain(self, tensor) -> bool:
+        """Of torch's own kind, on the device of the call, with values that are as they are stored."""
+        return (
+            type(tensor) is Tensor
+            and tensor.layout is torch.strided
+            and tensor.device == self._device
+            and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg())
+        )
+
+    def _is_part(self, view, whole: Tensor) -> bool:
+        return (
+            self._is_plain(view)
+            and id(view) not in self._names
+            and view.dtype is whole.dtype
+            and whole.layout is torch.strided
+            and not (whole.is_conj() or whole.is_neg())
+            and view.untyped_storage()._cdata == whole.untyped_storage()._cdata
+        )
 
     def _name(self, tensor: Tensor, name: str) -> None:
         """Until it is let go of, as it is when nobody records."""
@@ -147,7 +198,7 @@ class Recording(TorchFunctionMode):
                 lines.append(f"del {', '.join(last)}")
             lines.append(line.text)
             used |= line.names
-        if self._on_a_gpu:
+        if self._device.type == "cuda":
             lines = [f"    {line}" for line in lines] + [f"with {self._constant(on_device_of)}(given_0):"]
         body = "\n    ".join(reversed(lines))
         scope = dict(self._constants)

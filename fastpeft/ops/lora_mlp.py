@@ -295,15 +295,14 @@ def apply_lora_mlp(
     """`lora_mlp` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`. The dropout
     of a projection is the probability in force."""
     flat = matrices = [*gate[:4], *up[:4], *down[:4]]
-    given = [x, *[each for each in flat if each is not None]]
-    some = [each.bias is None for each in (gate, up, down)], [each.lora_A is None for each in (gate, up, down)]
+    given, missing = [x, *[each for each in flat if each is not None]], [each is None for each in flat]
+    compiling = torch.compiler.is_compiling()
+    if LEARNED and not compiling:
+        asked = *gate[4:], *up[4:], *down[4:], activation, recompute, missing
+        if (found := known(LoraMlpFunction, given, patched_backend, asked)) is not None:
+            return applied(LoraMlpFunction, x, found.call, *flat, narrow=found.narrow)
     scalings = tuple([1.0 if each.lora_A is None else float(each.scaling) for each in (gate, up, down)])
     dropouts = tuple([0.0 if each.lora_A is None else float(each.dropout) for each in (gate, up, down)])
-    asked = scalings, dropouts, activation, recompute, some
-    compiling = torch.compiler.is_compiling()
-    found = None if compiling or not LEARNED else known(LoraMlpFunction, given, patched_backend, asked)
-    if found is not None:
-        return applied(LoraMlpFunction, x, found.call, *flat, narrow=found.narrow)
     narrow = autocast_dtype(x)
     dtype = narrow or x.dtype
     for number, weight in enumerate(flat[0::4] if narrow is None else ()):
@@ -323,7 +322,8 @@ def apply_lora_mlp(
         return of_rows(compiled_lora_mlp(as_rows(x), flat, activation, *numbers, dtype, recompute, patched_backend), x)
     call = decide(x, flat, activation, scalings, dropouts, dtype, recompute, patched_backend)
     if call.triton and all(map(operator.is_, flat, matrices)):  # what is cast here, autograd records
-        learn(LoraMlpFunction, given, patched_backend, asked, call, narrow)
+        numbers = [number for both in zip(scalings, dropouts, strict=True) for number in both]
+        learn(LoraMlpFunction, given, patched_backend, (*numbers, activation, recompute, missing), call, narrow)
     return applied(LoraMlpFunction, x, call, *flat, narrow=narrow)
 
 

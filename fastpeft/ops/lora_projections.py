@@ -286,15 +286,16 @@ def apply_lora_projections(
     based: `weight` is none, but the base product (..., N), which somebody else has computed; without a bias.
     """
     bases, biases, a, b, scalings, dropouts = zip(*projections, strict=True)
-    given = [x, *b, *a, *bases, *[bias for bias in biases if bias is not None]]
-    some = None if len(given) == 1 + 3 * len(b) else tuple([bias is None for bias in biases])
-    scalings, dropouts = tuple(map(float, scalings)), tuple(map(float, dropouts))
-    asked = scalings, dropouts, based, some
+    given, missing = [x, *b, *a, *bases], [bias is None for bias in biases]
+    if False in missing:
+        given += [bias for bias in biases if bias is not None]
     compiling = torch.compiler.is_compiling()
-    found = None if compiling or not LEARNED else known(LoraProjectionsFunction, given, patched_backend, asked)
-    if found is not None:
-        tensors = (*bases, *biases, *a, *b)
-        return list(applied(LoraProjectionsFunction, x, found.call, *tensors, narrow=found.narrow))
+    if LEARNED and not compiling:
+        asked = scalings, dropouts, based, missing
+        if (found := known(LoraProjectionsFunction, given, patched_backend, asked)) is not None:
+            tensors = (*bases, *biases, *a, *b)
+            return list(applied(LoraProjectionsFunction, x, found.call, *tensors, narrow=found.narrow))
+    scalings, dropouts = tuple(map(float, scalings)), tuple(map(float, dropouts))
     narrow, matrices = autocast_dtype(x), (a, b)
     dtype = x.dtype if narrow is None or based else narrow
     for weight in bases if narrow is None and not based else ():
@@ -315,6 +316,7 @@ def apply_lora_projections(
         return [of_rows(y, x) for y in ys]
     call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
     if call.plans is not None and a is matrices[0] and b is matrices[1]:  # what is cast here, autograd records
+        asked = scalings, dropouts, based, missing
         learn(LoraProjectionsFunction, given, patched_backend, asked, call, narrow)
     return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b, narrow=narrow))
 
