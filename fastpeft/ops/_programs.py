@@ -30,12 +30,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 class Known:
     """A call for tensors that the guards let through, and under all that was asked. narrow: autocast's dtype, as guards
-    see whether it is on, but not this."""
+    see whether it is on, but not this. tf32: see `_tf32_of`."""
 
-    __slots__ = ("guards", "asked", "call", "narrow", "seen")
+    __slots__ = ("guards", "asked", "call", "narrow", "tf32", "seen")
 
-    def __init__(self, guards, asked: tuple, call, narrow: torch.dtype | None):
-        self.guards, self.asked, self.call, self.narrow, self.seen = guards, asked, call, narrow, 1
+    def __init__(self, guards, asked: tuple, call, narrow: torch.dtype | None, tf32: bool | None):
+        self.guards, self.asked, self.call, self.narrow, self.tf32, self.seen = guards, asked, call, narrow, tf32, 1
 
 
 LEARNED: set[bool] = set()  # True in it once anything is known; to be asked first, and whether nothing is compiled
@@ -55,6 +55,7 @@ def forget() -> None:
 
 @functools.cache
 def _kernels():
+    """To be asked for before anything is kept: whoever forgets tiles forgets that too."""
     from fastpeft.kernels import _common, _tiles
 
     _tiles.also_forget(forget)
@@ -88,7 +89,18 @@ def _guards(tensors: Sequence[Tensor]):
 
 def _asked(patched: str | None, rest: tuple) -> tuple:
     """All that a call hangs on beside its tensors."""
-    return rest, circumstances(patched), is_strict(), _kernels().allows_tf32()
+    return rest, circumstances(patched), is_strict()
+
+
+def _tf32_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool | None:
+    """Whether products of fp32 may be tf32's, which takes long to ask, or None where these tensors, and products in
+    this dtype, come to none."""
+    kernels, some = _kernels(), dtype is torch.float32 or any(each.dtype is torch.float32 for each in tensors)
+    return kernels.allows_tf32() if some else None
+
+
+def _is_still(tf32: bool | None) -> bool:
+    return tf32 is None or tf32 is _kernels().allows_tf32()
 
 
 def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple) -> Known | None:
@@ -109,7 +121,7 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
         return None
     asked = _asked(patched, rest)
     for each in found:
-        alike = each.asked == asked and each.guards.check(*tensors)
+        alike = each.asked == asked and each.guards.check(*tensors) and _is_still(each.tf32)
         if alike and (each.narrow is None or each.narrow is torch.get_autocast_dtype(device_type_of(x))):
             if each.call.programs is None:
                 each.seen += 1
@@ -125,7 +137,7 @@ def learn(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple,
     if guards is None:
         return
     found = _alike(function, tensors[0].shape, tensors[1].shape)
-    found.insert(0, Known(guards, _asked(patched, rest), call, narrow))
+    found.insert(0, Known(guards, _asked(patched, rest), call, narrow, _tf32_of(tensors, call.dtype)))
     del found[ALIKE:]
     LEARNED.add(True)
 
@@ -135,7 +147,7 @@ class Programs:
 
     def __init__(self):
         self.forward: dict[tuple, Callable] = {}
-        self.backward: tuple[tuple[tuple, Any, Callable], ...] = ()  # and by more, see `backward_of`
+        self.backward: tuple[tuple[tuple, Any, bool | None, Callable], ...] = ()  # and by more, see `backward_of`
 
 
 def forward_of(call, needs: tuple, function: Callable, tensors: tuple):
@@ -160,10 +172,10 @@ def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others)
     is asked again, as a hook may have changed it."""
     programs, rest = call.programs, (call, needs, *others)
     if programs is not None and not something_failed():
-        asked = needs, circumstances(), _kernels().allows_tf32()  # which may not be what it was in forward
+        asked = needs, circumstances()  # which may not be what they were in forward, nor whether fp32 may be tf32
         given = [each for each in tensors if each is not None]
-        for known_asked, guards, program in programs.backward:
-            if known_asked == asked and guards.check(*given):  # which were made without autocast
+        for known_asked, guards, tf32, program in programs.backward:
+            if known_asked == asked and guards.check(*given) and _is_still(tf32):  # made without autocast
                 try:
                     return program(*tensors)
                 except Exception as error:
@@ -172,7 +184,8 @@ def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others)
                 return function(*tensors, *rest)
         if not is_autocast(given[0]) and (guards := _guards(given)) is not None:
             result, program = _recorded(function, tensors, rest)
-            programs.backward = ((asked, guards, program), *programs.backward)[:ALIKE]
+            tf32 = _tf32_of(given, call.dtype)
+            programs.backward = ((asked, guards, tf32, program), *programs.backward)[:ALIKE]
             return result
     with without_autocast(next(each for each in tensors if each is not None)):
         return function(*tensors, *rest)

@@ -125,10 +125,11 @@ def _path(triton: bool):
     return triton_path
 
 
+_NO_SEEDS = (None, None, None)
+
+
 def draw_seeds(x: Tensor, call: Call) -> list[Tensor | None]:
     """A seed for each projection that drops, in the order of the projections."""
-    if not any(call.dropouts):
-        return [None, None, None]
     draw = _path(call.triton).draw_seed
     return [draw(x) if p else None for p in call.dropouts]
 
@@ -139,7 +140,7 @@ class LoraMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, call: Call, *flat):
-        wanted, seeds = ctx.needs_input_grad, draw_seeds(x, call)
+        wanted, seeds = ctx.needs_input_grad, draw_seeds(x, call) if any(call.dropouts) else _NO_SEEDS
         if not call.triton:
             seeds = list(map(torch_path.keeping, seeds, call.dropouts, [x.device] * 3))
         y, saved, fell_back = forward_of(call, wanted, _forward, (x, *flat, *seeds))
@@ -295,10 +296,12 @@ def apply_lora_mlp(
     """`lora_mlp` for callers that have checked their tensors: autocast, dtypes, backend, shapes, `apply`. The dropout
     of a projection is the probability in force."""
     flat = matrices = [*gate[:4], *up[:4], *down[:4]]
-    given, missing = [x, *[each for each in flat if each is not None]], [each is None for each in flat]
+    given = [each for each in (x, *flat) if each is not None]
+    missing = gate.bias is None, gate.lora_A is None, up.bias is None, up.lora_A is None, down.bias is None
+    others = activation, recompute, missing, down.lora_A is None
     compiling = torch.compiler.is_compiling()
     if LEARNED and not compiling:
-        asked = *gate[4:], *up[4:], *down[4:], activation, recompute, missing
+        asked = (gate.scaling, up.scaling, down.scaling), (gate.dropout, up.dropout, down.dropout), others
         if (found := known(LoraMlpFunction, given, patched_backend, asked)) is not None:
             return applied(LoraMlpFunction, x, found.call, *flat, narrow=found.narrow)
     scalings = tuple([1.0 if each.lora_A is None else float(each.scaling) for each in (gate, up, down)])
@@ -322,8 +325,7 @@ def apply_lora_mlp(
         return of_rows(compiled_lora_mlp(as_rows(x), flat, activation, *numbers, dtype, recompute, patched_backend), x)
     call = decide(x, flat, activation, scalings, dropouts, dtype, recompute, patched_backend)
     if call.triton and all(map(operator.is_, flat, matrices)):  # what is cast here, autograd records
-        numbers = [number for both in zip(scalings, dropouts, strict=True) for number in both]
-        learn(LoraMlpFunction, given, patched_backend, (*numbers, activation, recompute, missing), call, narrow)
+        learn(LoraMlpFunction, given, patched_backend, (scalings, dropouts, others), call, narrow)
     return applied(LoraMlpFunction, x, call, *flat, narrow=narrow)
 
 

@@ -347,6 +347,7 @@ def test_threads_that_learn_and_forget(monkeypatch):
 
     class Call(NamedTuple):
         programs: object = None
+        dtype: torch.dtype = torch.float32
 
     def work():
         start.wait()
