@@ -6,9 +6,11 @@ nothing, beside a bare torch.autograd.Function of the same tensors, which is the
 In a loop of nothing else, and cold: between large products, as in a step on a CPU, where the interpreter's code and
 objects have left the caches each time and cost ten times as much. And on the Triton path, by the plans that a GPU has
 where no table knows better, of a batch x (B, S, K), with launches and vendor's products that compute nothing, and
-without what Triton's own launcher takes: there beside a Function that has as many arguments, saves the same and makes
-the same allocations, products and launches with everything known before. `own` is what a call takes beyond that where
-it runs a program (`fastpeft.ops._programs`), `first` what the first of calls alike does, which finds everything out.
+without what Triton's own launcher takes: there beside two Functions that have as many arguments, save the same and make
+the same allocations and launches with everything known before. `plain` is as one writes it, with torch.empty and
+kernel[grid](...); `least` allocates as torch's compiled code does and has bound what does not change. `own` is what a
+call takes beyond the least where it runs a program (`fastpeft.ops._programs`), `first` what the first of calls alike
+does, which finds everything out.
 """
 
 import argparse
@@ -148,10 +150,11 @@ class Recorded(TorchDispatchMode):
 
 
 class Steps(NamedTuple):
-    """What an action launches and allocates, in order, to be done `again`, which gives what the action did. What else
-    the steps give is there together with it, as what an op makes is."""
+    """What an action launches and allocates, in order, to be done again, which gives what the action did: as one writes
+    it, and with the least of Python. What else the steps give is there together with it, as what an op makes is."""
 
-    again: Callable[[], tuple[torch.Tensor, ...]]
+    plain: Callable[[], tuple[torch.Tensor, ...]]
+    least: Callable[[], tuple[torch.Tensor, ...]]
     launches: int
 
 
@@ -168,11 +171,8 @@ def steps_of(action: Callable[[], object]) -> Steps:
         else:
             steps[place] = Allocation(tuple(result.shape), result.stride(), result.dtype)
         places.append(place)
-    scope = {"torch": torch, "empty": quick_empty("cpu")}
-    lines = [_line(place, step, scope) for place, step in enumerate(steps)]
-    body = "\n    ".join([*lines, f"return {', '.join(f'made_{place}' for place in places)},"])
-    exec(f"def again():\n    {body}", scope)
-    return Steps(scope["again"], sum(line.startswith("launch") for line in lines))
+    launches = sum(not isinstance(step, (Allocation, torch.Tensor)) for step in steps)
+    return Steps(_written(steps, places, _plain_line), _written(steps, places, _least_line), launches)
 
 
 def _may_be(step, result: torch.Tensor) -> bool:
@@ -180,25 +180,43 @@ def _may_be(step, result: torch.Tensor) -> bool:
     return isinstance(step, Allocation) and (math.prod(step.shape), step.dtype) == (result.numel(), result.dtype)
 
 
-def _line(place: int, step, scope: dict) -> str:
-    """Of Python, that does the step with everything in `scope`."""
+def _written(steps: list, places: list[int], line_of: Callable) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A function that does the steps, and gives those in `places`."""
+    scope = {"torch": torch, "empty": quick_empty("cpu")}
+    lines = [
+        line_of(place, step, scope) if not isinstance(step, torch.Tensor) else f"made_{place} = given_{place}.detach()"
+        for place, step in enumerate(steps)
+    ]
+    scope |= {f"given_{place}": step for place, step in enumerate(steps) if isinstance(step, torch.Tensor)}
+    body = "\n    ".join([*lines, f"return {', '.join(f'made_{place}' for place in places)},"])
+    exec(f"def again():\n    {body}", scope)
+    return scope["again"]
+
+
+def _plain_line(place: int, step, scope: dict) -> str:
+    if isinstance(step, Allocation):
+        return f"made_{place} = torch.empty({step.shape}, dtype={step.dtype}, device='cpu')"
+    kernel, grid, arguments, options = step
+    scope |= {f"kernel_{place}": kernel, f"given_{place}": arguments}
+    scope |= {f"{name}_{place}": value for name, value in options.items()}
+    return f"kernel_{place}[{grid}](*given_{place}, {', '.join(f'{name}={name}_{place}' for name in options)})"
+
+
+def _least_line(place: int, step, scope: dict) -> str:
     if isinstance(step, Allocation):
         return f"made_{place} = empty({step.shape}, {step.strides}, {step.dtype})"
-    if isinstance(step, torch.Tensor):
-        scope[f"given_{place}"] = step
-        return f"made_{place} = given_{place}.detach()"
     kernel, grid, arguments, options = step
     scope |= {f"launch_{place}": functools.partial(kernel[grid], **options), f"given_{place}": arguments}
     return f"launch_{place}(*given_{place})"
 
 
-class Least(torch.autograd.Function):
-    """Does what is known before in forward and in backward, saves what it is told, and gives what comes of it."""
+class Known(torch.autograd.Function):
+    """Does what it is told in forward and in backward, saves what it is told, and gives what comes of it."""
 
     @staticmethod
     def forward(ctx, known, *tensors):
-        steps, _, saved, _ = known
-        outs = steps.again()
+        forward, _, saved, _ = known
+        outs = forward()
         ctx.save_for_backward(*saved)
         ctx.known = known
         return outs
@@ -206,8 +224,8 @@ class Least(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         _ = ctx.saved_tensors
-        _, steps, _, others = ctx.known
-        return None, *steps.again(), *others
+        _, backward, _, others = ctx.known
+        return None, *backward(), *others
 
 
 def cases_on_kernels() -> dict[str, tuple[Callable, list[torch.Tensor], list[torch.Tensor]]]:
@@ -295,28 +313,33 @@ def measured(
 
 
 class OnKernels(NamedTuple):
-    """Of a case, of a forward without a gradient, one with, and a backward: microseconds, those of what makes the same
-    steps alone, launches, and Python functions that each enters beyond that; and the microseconds of the first of calls
-    alike, which finds everything out."""
+    """Of a case, of a forward without a gradient, one with, and a backward: microseconds, those of a Function that does
+    the same steps as one writes them, and of one with the least of Python, launches, and Python functions that each
+    enters beyond the latter; and the microseconds of the first of calls alike, which finds everything out."""
 
     name: str
     times: list[float]
+    plain: list[float]
     least: list[float]
     launches: list[int]
     entered: list[int]
     first: list[float]
 
 
-def _least(forward, out, wanted, backward) -> tuple[list[Callable], list[int]]:
-    """(What does the same as a forward without a gradient, one with, and a backward, with all known before; launches of
-    each)."""
+def _known(forward, out, wanted, backward) -> tuple[list[Callable], list[Callable], list[int]]:
+    """(What does the same as a forward without a gradient, one with, and a backward, as one writes it; with the least
+    of Python; launches of each)."""
     steps = [steps_of(action) for action in (forward, forward, backward)]
     node = out.grad_fn
     others = [None] * (len(node.next_functions) - 1 - len(wanted))
-    known = *steps[1:], node.saved_tensors, others
-    least = functools.partial(Least.apply, known, *wanted, *others)
-    least_back = functools.partial(torch.autograd.grad, least(), wanted, backward.args[2], retain_graph=True)
-    return [steps[0].again, least, least_back], [each.launches for each in steps]
+
+    def actions(alone, *both):
+        forward = functools.partial(Known.apply, (*both, node.saved_tensors, others), *wanted, *others)
+        backward_too = functools.partial(torch.autograd.grad, forward(), wanted, backward.args[2], retain_graph=True)
+        return [alone, forward, backward_too]
+
+    plain, least = (actions(*each) for each in zip(*(step[:2] for step in steps), strict=True))
+    return plain, least, [each.launches for each in steps]
 
 
 def _measured(name: str, forward, wanted, dys, calls: int, repeats: int) -> OnKernels:
@@ -337,21 +360,21 @@ def _measured(name: str, forward, wanted, dys, calls: int, repeats: int) -> OnKe
 
     out = often()
     backward = backward_of(out)
-    least, launches = _least(forward, out if isinstance(out, torch.Tensor) else out[0], wanted, backward)
+    plain, least, launches = _known(forward, out if isinstance(out, torch.Tensor) else out[0], wanted, backward)
     _programs.forget()  # that steps were written down was a call of its own kind
     often(), backward()
     with torch.no_grad():
         often()
-        found = [microseconds([forward, least[0]], calls, repeats) + microseconds([anew], calls, repeats)]
+        found = [microseconds([forward, plain[0], least[0]], calls, repeats) + microseconds([anew], calls, repeats)]
         often()
         entered = [python_calls(forward) - python_calls(least[0])]
     often()
-    found += [microseconds([forward, least[1]], calls, repeats) + microseconds([anew], calls, repeats)]
+    found += [microseconds([forward, plain[1], least[1]], calls, repeats) + microseconds([anew], calls, repeats)]
     often()
-    found += [microseconds([backward, least[2], backward_of(first)], calls, repeats)]
+    found += [microseconds([backward, plain[2], least[2], backward_of(first)], calls, repeats)]
     entered += [python_calls(each) - python_calls(one) for each, one in ((forward, least[1]), (backward, least[2]))]
-    times, bare, anew_times = map(list, zip(*found, strict=True))
-    return OnKernels(name, times, bare, launches, entered, anew_times)
+    times, plain_times, least_times, anew_times = map(list, zip(*found, strict=True))
+    return OnKernels(name, times, plain_times, least_times, launches, entered, anew_times)
 
 
 def measured_on_kernels(calls: int = CALLS, repeats: int = REPEATS) -> list[OnKernels]:
@@ -367,14 +390,14 @@ def main(calls: int = CALLS, repeats: int = REPEATS, cold_calls: int = COLD_CALL
         print(f"{name:16}  {forward:10.1f}  {backward:11.1f}  {cold}  {entered:16}")
     if not torch.cuda.is_available():
         columns = "".join(
-            f"{words:>15}  least   own  first" for words in ("no gradient us", "forward us", "backward us")
+            f"{words:>15}  plain  least   own  first" for words in ("no gradient us", "forward us", "backward us")
         )
         print(f"\n{'on kernels':27}{columns}  launches")
         for row in measured_on_kernels(calls, repeats):
-            numbers = zip(row.times, row.least, row.first, strict=True)
+            numbers = zip(row.times, row.plain, row.least, row.first, strict=True)
             columns = "".join(
-                f"{took:15.1f}  {least:5.1f}  {took - least:4.1f}  {first - least:5.1f}"
-                for took, least, first in numbers
+                f"{took:15.1f}  {plain:5.1f}  {least:5.1f}  {took - least:4.1f}  {first - least:5.1f}"
+                for took, plain, least, first in numbers
             )
             print(f"{row.name:27}{columns}  {', '.join(map(str, row.launches))}")
     return 0

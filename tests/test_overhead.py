@@ -46,13 +46,14 @@ def test_the_times_are_of_calls(capsys):
     machine, *lines = lines.splitlines()
     assert machine.endswith(f"torch {torch.__version__}")
     assert [line[:16].strip() for line in lines[1:]] == ["a bare Function", "lora_linear", "a patched layer"]
-    kernels = {line[:27].strip(): list(map(float, line[27:].split()[:12])) for line in on_kernels.splitlines()[1:]}
+    kernels = {line[:27].strip(): list(map(float, line[27:].split()[:15])) for line in on_kernels.splitlines()[1:]}
     assert kernels.keys() == ON_KERNELS.keys()
     for row in kernels.values():
-        for took, least, own, first in zip(*(row[place::4] for place in range(4)), strict=True):
-            assert min(took, least, first) > 0 and abs(took - least - own) < 0.2
+        for took, plain, least, own, first in zip(*(row[place::5] for place in range(5)), strict=True):
+            assert min(took, plain, least, first) > 0 and abs(took - least - own) < 0.2
         # A backward's are within what the machine's pace changes by.
-        assert all(0 < own < first for own, first in zip(row[2:7:4], row[3:8:4], strict=True))
+        assert all(0 < own < first for own, first in zip(row[3:9:5], row[4:10:5], strict=True))
+        assert all(least < plain for plain, least in zip(row[1:7:5], row[2:8:5], strict=True))
     numbers = [list(map(float, line[16:].split())) for line in lines[1:]]
     bare, op, layer = (each[0] for each in numbers)
     assert 0 < bare < op < layer
