@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastpeft.dispatch import override_plan
+from fastpeft.ops._quick_tensors import quick_empty, quick_part
 from tests.cuda.launches import assert_replays, waiting_is_an_error
 from tests.ops.programs_cases import REFUSED, WITH_PROGRAMS, differentiated, same
 
@@ -52,6 +53,20 @@ def test_on_another_device_than_the_current(name, counted_programs):
         found = [differentiated(lambda *each: op(*each, **options), given) for _ in range(3)]
     assert all(same(each, found[0]) and each[0].get_device() == last for each in found)
     assert counted_programs["ran"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quick_memory_is_torch_s_own(dtype):
+    """Of its allocator, on the device that is current."""
+    last = torch.cuda.device_count() - 1
+    with torch.cuda.device(last):
+        before = torch.cuda.memory_allocated()
+        found = quick_empty("cuda")((3, 5), (5, 1), dtype)
+        assert torch.cuda.memory_allocated() > before
+    assert (found.shape, found.stride(), found.dtype, found.get_device()) == ((3, 5), (5, 1), dtype, last)
+    part = quick_part()(found.zero_(), (5,), (1,), 5)
+    part.fill_(1.0)
+    assert torch.equal(found[1], part) and part.device == found.device and float(found.sum()) == 5.0
 
 
 @pytest.mark.parametrize("inside", [False, True])
