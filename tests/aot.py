@@ -1,6 +1,7 @@
 """The compile gate: every launch that ships, compiled for GPUs that are not here; what came out is read and bounded.
 
     python tests/aot.py --all      every shipped configuration for every target, as a table; exit status 1 on a fault
+    python tests/aot.py --tiles    of each kernel, tile and element types the launch that does most: a quarter of them
     python tests/aot.py --quick    a few for each kernel
     python tests/aot.py --quick --known     as the tests do: of these what has changed, and a sample (aot_known.py)
     python tests/aot.py --quick --update    writes down what --known goes by
@@ -107,6 +108,19 @@ class Launch:
     @property
     def key(self) -> str:
         return repr((self.kernel.fn.__name__, self.signature, self.constants, self.attributes, self.options))
+
+    @property
+    def tile(self) -> str:
+        """What decides how much of a processor it fills: the blocks, the elements' types and the options."""
+        names = {self.kernel.arg_names[path[0]]: value for path, value in self.constants.items()}
+        blocks = sorted((name, value) for name, value in names.items() if name.startswith("BLOCK"))
+        types = sorted({str(kind) for kind in self.signature.values() if str(kind).startswith(("*", "tensordesc"))})
+        return repr((self.kernel.fn.__name__, blocks, types, self.options))
+
+    @property
+    def extent(self) -> int:
+        """How much it does: flags that are on, less what is left out."""
+        return sum((value is True) - (value is None) for value in self.constants.values())
 
     @property
     def outline(self) -> str:
@@ -269,15 +283,17 @@ def forget_places(modules: Iterable[ModuleType]) -> None:
                 function.starting_line_number, function.hash = 0, None
 
 
-def work(cases: Iterable[Case], targets: Iterable[str], quick: bool) -> list[tuple[Launch, str, Case]]:
-    """(launch, target, first case that makes it): each distinct launch once per target; if quick, each outline once."""
-    wanted = {}
+def work(cases: Iterable[Case], targets: Iterable[str], distinct: str) -> list[tuple[Launch, str, Case]]:
+    """(launch, target, case that makes it): of launches with one `distinct` property, "key", "tile" or "outline", that
+    of the greatest extent, and of these the first, for each target. By outlines, of quick cases alone."""
+    wanted: dict[tuple[str, str], tuple[Launch, str, Case]] = {}
     for case in cases:
         for target in targets:
-            if not quick or target in case.quick:
+            if distinct != "outline" or target in case.quick:
                 for launch in recorded_launches(case.run, TARGETS[target].gpu):
-                    key = launch.outline if quick else launch.key
-                    wanted.setdefault((key, target), (launch, target, case))
+                    key = getattr(launch, distinct), target
+                    if key not in wanted or distinct == "tile" and launch.extent > wanted[key][0].extent:
+                        wanted[key] = launch, target, case
     forget_places([module for name, module in sys.modules.items() if name.startswith("fastpeft.kernels.")])
     return list(wanted.values())
 
@@ -329,6 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile what ships for GPUs that are not here, and read the result.")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--all", action="store_true", help="every shipped configuration")
+    how.add_argument("--tiles", action="store_true", help="every tile for every type of elements, once")
     how.add_argument("--quick", action="store_true", help="the configurations of the test suite")
     parser.add_argument("--op", action="append", choices=ops, help="only this op")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target")
@@ -337,11 +354,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--known", action="store_true", help="take what aot_known.json has of unchanged launches")
     parser.add_argument("--update", action="store_true", help="write aot_known.json")
     chosen = parser.parse_args(arguments)
-    if chosen.update and (chosen.all or chosen.op or chosen.target or chosen.known):
+    if chosen.update and (not chosen.quick or chosen.op or chosen.target or chosen.known):
         parser.error("--update writes down the whole quick set, newly compiled: with --quick alone")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: compiled kernels need a process without it")
-    jobs = work(all_cases(chosen.op or ops), chosen.target or DEFAULT_TARGETS, chosen.quick)
+    distinct = "key" if chosen.all else "tile" if chosen.tiles else "outline"
+    jobs = work(all_cases(chosen.op or ops), chosen.target or DEFAULT_TARGETS, distinct)
     known = aot_known.load() if chosen.known else {}
     results = []
     for (launch, target, case), facts in zip(jobs, checked_or_known(jobs, chosen.processes, known), strict=True):

@@ -55,8 +55,10 @@ def _short_collections():
 
 @pytest.fixture(autouse=True)
 def _launches_anew():
-    """What launches are made of is worked out again: a test may have changed what it hangs on."""
+    """What launches and programs are made of is worked out again: a test may have changed what it hangs on."""
     yield
+    if programs := sys.modules.get("fastpeft.ops._programs"):
+        programs.forget()
     if tiles := sys.modules.get("fastpeft.kernels._tiles"):
         tiles.forget()
 
@@ -104,13 +106,19 @@ def symmetric_products():
 
 
 @pytest.fixture
-def on_kernels(monkeypatch):
-    """Nothing is known of any call, all are on the kernels, and the second of calls alike is recorded."""
-    from fastpeft.dispatch import backend
+def soon_recorded(monkeypatch):
+    """Nothing is known of any call, and the second of calls alike is recorded."""
     from fastpeft.ops import _programs
 
     _programs.forget()
     monkeypatch.setattr(_programs, "AFTER", 1)
+
+
+@pytest.fixture
+def on_kernels(soon_recorded):
+    """So it is, and all calls are on the kernels."""
+    from fastpeft.dispatch import backend
+
     with backend("triton"):
         yield
 
@@ -123,9 +131,9 @@ def counted_programs(monkeypatch):
     seen = {"recorded": [], "ran": 0}
     record = _programs._recorded
 
-    def recorded(function, tensors, rest):
+    def recorded(function, tensors, drawn, rest):
         seen["recorded"].append(function.__name__)
-        result, program = record(function, tensors, rest)
+        result, program = record(function, tensors, drawn, rest)
 
         def run(*given):
             seen["ran"] += program.__name__ == "program"  # and not what stands in for one that was refused

@@ -23,7 +23,10 @@ class Held(NamedTuple):
 
 
 def held() -> Held:
-    """What is alive after a collection, of what has come since the last `gc.freeze()`."""
+    """What is alive after a collection, of what has come since the last `gc.freeze()`. What is known of calls alike,
+    which more shapes make more until its cache is full, is forgotten before."""
+    if programs := sys.modules.get("fastpeft.ops._programs"):
+        programs.forget()
     gc.collect()
     objects = gc.get_objects()
     tensors = [each for each in objects if issubclass(type(each), torch.Tensor)]

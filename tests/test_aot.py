@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,25 @@ def planted(tmp_path_factory):
     done, facts = run_gate("aot_planted.py", tmp_path_factory.mktemp("aot") / "planted.json")
     assert facts, done.stderr
     return done.returncode, {(each["case"], each["target"]): each for each in facts}
+
+
+def test_of_a_tile_the_launch_that_does_most_is_compiled(monkeypatch):
+    names = ["x_ptr", "BLOCK_M", "DROPOUT", "bias_ptr"]
+    kernel = SimpleNamespace(fn=SimpleNamespace(__name__="_some_kernel"), arg_names=names)
+
+    def launch(block=16, dropout=False, bias=False, kind="*bf16", warps=4):
+        constants = {(1,): block, (2,): dropout} | ({} if bias else {(3,): None})
+        return aot.Launch(kernel, {"x_ptr": kind, "BLOCK_M": "constexpr"}, constants, {}, {"num_warps": warps})
+
+    most = launch(dropout=True, bias=True)
+    others = [launch(block=32), launch(kind="*fp32"), launch(warps=8)]
+    launches = [launch(), launch(bias=True), most, launch(dropout=True), launch(dropout=True, bias=True), *others]
+    monkeypatch.setattr(aot, "recorded_launches", lambda run, gpu: run())
+    cases = [aot.Case("a case", lambda: launches[:2]), aot.Case("another", lambda: launches[2:])]
+    found = aot.work(cases, ["sm_90"], "tile")
+    assert [each for each, _, _ in found] == [most, *others]
+    assert all(found[0][0] is most and case.name == "another" for _, _, case in found)
+    assert len(aot.work(cases, ["sm_80", "sm_90"], "tile")) == 8
 
 
 def test_every_kernel_is_compiled_for_nvidia_and_amd(shipped):

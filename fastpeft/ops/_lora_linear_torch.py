@@ -15,6 +15,7 @@ from fastpeft.ops import _cpu_products as cpu
 
 BLOCK_ELEMENTS = 1 << 18  # of an M×K operand, 1 MiB in fp32
 MASKED_ELEMENTS = 1 << 20  # where dropout is drawn as well: twelve calls a block, which show if there are many
+BLOCKS_AHEAD = 4  # of which all that is dropped is known at once: half a byte for an element at most
 DRAWS = 1 << 16
 
 
@@ -120,10 +121,34 @@ def given_mask(mask: torch.Tensor, p: float) -> Given:
     return given_parts((mask[block] for block in row_blocks(*mask.shape, masked=True)), p)
 
 
+def keeps(p: float) -> bool:
+    """Whether backward is spared the drawing: where that is about an eighth of a byte for an element of x at most, and
+    the gaps are of 16 bits."""
+    return 2.0**-10 <= p <= 2.0**-4
+
+
 def keeping(seed: torch.Tensor | None, p: float, device: torch.device) -> torch.Tensor | Dropout | None:
-    """For forward in the place of a seed, where `kept` then spares backward the drawing: where that is about an
-    eighth of a byte for an element of x at most, and the gaps are of 16 bits."""
-    return seed if seed is None or not 2.0**-10 <= p <= 2.0**-4 else Dropout(seed, p, device, keep=True)
+    """For forward in the place of a seed, whose gaps `kept` then has for backward where it `keeps` them."""
+    return Dropout(seed, p, device, keep=True) if seed is not None and keeps(p) else seed
+
+
+def ahead(seed: torch.Tensor, p: float, x: torch.Tensor, keep: bool, known: bool) -> tuple:
+    """(what forward takes in the place of the seed, what is drawn before it begins).
+
+    Where the call is `known`, and backward is to `keep` what is dropped of x (..., K), in few blocks, that is the gaps,
+    and the places of each block: what follows has then nothing to ask. Else nothing is drawn, and forward does that
+    block by block."""
+    if not keep:
+        return seed, ()
+    dropout = keeping(seed, p, x.device)
+    if known and isinstance(dropout, Dropout):
+        blocks = row_blocks(x.shape[:-1].numel(), x.shape[-1], masked=True)
+        if len(blocks) <= BLOCKS_AHEAD:
+            places = [dropout.next(block.stop - block.start, x.shape[-1]) for block in blocks]
+            if (gaps := kept(dropout)).dtype is torch.int16:
+                return None, (gaps, *places)
+            return seed, ()
+    return dropout, ()
 
 
 def kept(seed: torch.Tensor | Dropout | None) -> torch.Tensor | None:
@@ -148,7 +173,12 @@ def dropout_of(seed: torch.Tensor | Dropout | Given | None, p: float, device: to
     """What is dropped under a seed, or as given, or as `kept`."""
     if not isinstance(seed, torch.Tensor):
         return seed
-    return Given(map(_places, seed), p) if seed.dtype is torch.int16 else Dropout(seed, p, device)
+    return Given(places_of(seed), p) if seed.dtype is torch.int16 else Dropout(seed, p, device)
+
+
+def places_of(gaps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of gaps as `kept`, by block."""
+    return tuple(map(_places, gaps))
 
 
 def keep_mask(seed: torch.Tensor, p: float, rows: int, columns: int, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What calls on the kernels come to, written down once and done again.
+"""What calls on the kernels, and those of the torch path on a CPU, come to, written down once and done again.
 
 Which allocations, views, launches and vendor's products a call makes, in which order and of which sizes, hangs on what
 its tensors are like and on what is asked for, not on values. To find it out takes an op's Python several times as long
@@ -26,6 +26,7 @@ SIZES, ALIKE = 1024, 32  # sizes that are known, and calls for tensors of the sa
 AFTER = 8  # calls alike, the next is recorded: that takes as long as a dozen of them, which lengths that change are not
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_has_onednn = torch._C._get_mkldnn_enabled  # torch.backends.mkldnn.enabled, which programs of a CPU hang on
 
 
 class Known:
@@ -89,13 +90,15 @@ def _guards(tensors: Sequence[Tensor]):
 
 def _asked(patched: str | None, rest: tuple) -> tuple:
     """All that a call hangs on beside its tensors."""
-    return rest, circumstances(patched), is_strict()
+    return rest, circumstances(patched), is_strict(), _has_onednn()
 
 
-def _tf32_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool | None:
-    """Whether products of fp32 may be tf32's, which takes long to ask, or None where these tensors, and products in
-    this dtype, come to none."""
-    kernels, some = _kernels(), dtype is torch.float32 or any(each.dtype is torch.float32 for each in tensors)
+def _tf32_of(tensors: Sequence[Tensor], call) -> bool | None:
+    """Whether kernels' products of fp32 may be tf32's, which takes long to ask, or None where these tensors, and
+    products in the call's dtype, come to none."""
+    if not call.by_kernels:
+        return None
+    kernels, some = _kernels(), call.dtype is torch.float32 or any(each.dtype is torch.float32 for each in tensors)
     return kernels.allows_tf32() if some else None
 
 
@@ -123,7 +126,7 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
     for each in found:
         alike = each.asked == asked and each.guards.check(*tensors) and _is_still(each.tf32)
         if alike and (each.narrow is None or each.narrow is torch.get_autocast_dtype(device_type_of(x))):
-            if each.call.programs is None:
+            if each.call.programs is None and each.call.is_straight:
                 each.seen += 1
                 if each.seen > AFTER:
                     each.call = each.call._replace(programs=Programs())
@@ -132,12 +135,14 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
 
 
 def learn(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple, call, narrow) -> None:
-    """Keeps the call, a NamedTuple with a field `programs`, for those that will be alike."""
-    guards = _guards(tensors)
+    """Keeps the call, a NamedTuple, for those that will be alike: with a field `programs`, whether it is `by_kernels`,
+    and whether it `is_straight`, which the torch path is not where it asks how many elements are dropped. On a GPU that
+    is asked for to compare with, and is not kept."""
+    guards = _guards(tensors) if call.by_kernels or tensors[0].is_cpu else None
     if guards is None:
         return
     found = _alike(function, tensors[0].shape, tensors[1].shape)
-    found.insert(0, Known(guards, _asked(patched, rest), call, narrow, _tf32_of(tensors, call.dtype)))
+    found.insert(0, Known(guards, _asked(patched, rest), call, narrow, _tf32_of(tensors, call)))
     del found[ALIKE:]
     LEARNED.add(True)
 
@@ -150,56 +155,57 @@ class Programs:
         self.backward: tuple[tuple[tuple, Any, bool | None, Callable], ...] = ()  # and by more, see `backward_of`
 
 
-def forward_of(call, needs: tuple, function: Callable, tensors: tuple):
-    """function(*tensors, call, needs), by a program if calls alike have one: of tensors that are as they were when the
-    call was known."""
+def forward_of(call, needs: tuple, function: Callable, tensors: tuple, drawn: tuple = ()):
+    """function(*tensors, *drawn, call, needs), by a program if calls alike have one: of tensors that are as they were
+    when the call was known. drawn: others, as many in each, of any sizes."""
     programs, rest = call.programs, (call, needs)
     if programs is None or something_failed():
-        return function(*tensors, *rest)
+        return function(*tensors, *drawn, *rest)
     if (program := programs.forward.get(needs)) is None:
-        result, programs.forward[needs] = _recorded(function, tensors, rest)
+        result, programs.forward[needs] = _recorded(function, tensors, drawn, rest)
         return result
     try:
-        return program(*tensors)
+        return program(*tensors, *drawn)
     except Exception as error:  # where a kernel fails, the function deals with that
         if not is_of_a_kernel(error):
             raise
-    return function(*tensors, *rest)
+    return function(*tensors, *drawn, *rest)
 
 
-def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others):
-    """function(*tensors, call, needs, *others) under no autocast, likewise: of a gradient and of what was saved, which
-    is asked again, as a hook may have changed it."""
+def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others, drawn: tuple = ()):
+    """function(*tensors, *drawn, call, needs, *others) under no autocast, likewise: of a gradient and of what was
+    saved, which is asked again, as a hook may have changed it."""
     programs, rest = call.programs, (call, needs, *others)
     if programs is not None and not something_failed():
-        asked = needs, circumstances()  # which may not be what they were in forward, nor whether fp32 may be tf32
+        # Which may be others than in forward, as whether fp32 may be tf32.
+        asked = needs, circumstances(), _has_onednn()
         given = [each for each in tensors if each is not None]
         for known_asked, guards, tf32, program in programs.backward:
             if known_asked == asked and guards.check(*given) and _is_still(tf32):  # made without autocast
                 try:
-                    return program(*tensors)
+                    return program(*tensors, *drawn)
                 except Exception as error:
                     if not is_of_a_kernel(error):
                         raise
-                return function(*tensors, *rest)
+                return function(*tensors, *drawn, *rest)
         if not is_autocast(given[0]) and (guards := _guards(given)) is not None:
-            result, program = _recorded(function, tensors, rest)
-            tf32 = _tf32_of(given, call.dtype)
+            result, program = _recorded(function, tensors, drawn, rest)
+            tf32 = _tf32_of(given, call)
             programs.backward = ((asked, guards, tf32, program), *programs.backward)[:ALIKE]
             return result
     with without_autocast(next(each for each in tensors if each is not None)):
-        return function(*tensors, *rest)
+        return function(*tensors, *drawn, *rest)
 
 
-def _recorded(function: Callable, tensors: tuple, rest: tuple) -> tuple[Any, Callable]:
-    """(function(*tensors, *rest), what gives the same of tensors alike)."""
+def _recorded(function: Callable, tensors: tuple, drawn: tuple, rest: tuple) -> tuple[Any, Callable]:
+    """(function(*tensors, *drawn, *rest), what gives the same of tensors alike)."""
     from fastpeft.ops._recording import Recording
 
     def as_it_is(*given):
         return function(*given, *rest)
 
-    recording = Recording(tensors)
+    recording = Recording(tensors, drawn, rest[0].by_kernels)
     with recording.watching():
-        result = function(*tensors, *rest)
+        result = function(*tensors, *drawn, *rest)
     program = None if something_failed() else recording.program(result)
     return result, program or as_it_is

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastpeft.kernels._common import on_device_of, watched_launches
 from fastpeft.ops._quick_tensors import quick_empty, quick_part
 
 MOST = 200  # lines: what takes more is no call whose Python counts
@@ -22,7 +21,7 @@ MOST = 200  # lines: what takes more is no call whose Python counts
 _FIELDS = ("shape", "dtype", "device", "ndim", "is_cuda", "is_cpu", "is_meta", "nbytes", "itemsize", "requires_grad")
 _METHODS = ("stride", "size", "dim", "numel", "is_contiguous", "is_floating_point", "element_size", "get_device")
 _COVERED = {getattr(Tensor, name).__get__ for name in _FIELDS}
-_COVERED |= {getattr(Tensor, name) for name in (*_METHODS, "__len__")}
+_COVERED |= {getattr(Tensor, name) for name in (*_METHODS, "__len__")} | {torch.promote_types}
 _OF_OWN = {Tensor._is_view, Tensor.storage_offset}
 
 # What makes new memory, of what values is nobody's business.
@@ -40,16 +39,33 @@ class _Line(NamedTuple):
     pure: bool
 
 
+def _changes_tensors(func, kwargs) -> bool:
+    """Whether it may: in place, or where its results are written into what it is given."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.is_mutable
+    return getattr(func, "__name__", "_").endswith("_") or "out" in kwargs
+
+
+def _kernels():
+    from fastpeft.kernels import _common  # which imports triton
+
+    return _common
+
+
 class Recording(TorchFunctionMode):
-    """Within it what is called with tensors, and what is launched, becomes lines of a program.
+    """Within it what is called with tensors, and what is launched if there are `launches`, becomes lines of a program.
 
     Nothing is written of what only asks, as `_COVERED`, or gives the tensor that it was given. Anything that a line
-    cannot say, or that the guards do not cover, and the recording is `refused`.
+    cannot say, or that the guards do not cover, and the recording is `refused`: such as how many there are `drawn`, or
+    in what is made of these.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None]):
+    def __init__(self, tensors: Sequence[Tensor | None], drawn: Sequence[Tensor], launches: bool):
         super().__init__()
+        self._kernels = _kernels() if launches else None
+        tensors = (*tensors, *drawn)
         self._parameters = [f"given_{number}" for number in range(len(tensors))]
+        self._unsized = set(self._parameters[len(tensors) - len(drawn) :])
         self._names: dict[int, str] = {}  # by id, of those that are alive
         self._deaths: list[weakref.ref] = []
         self._lines: list[_Line] = []
@@ -65,10 +81,11 @@ class Recording(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self._unsized and (func in _COVERED or func in _ALLOCATIONS) and args:
+            self.refused |= self._names.get(id(args[0])) in self._unsized
         if func in _COVERED or (func in _OF_OWN and not self._is_given(args[0])):
             return out
-        name = getattr(func, "__name__", "_").partition(".")[0]  # of an OpOverload without that of the overload
-        changes = name.endswith("_") or "out" in kwargs
+        changes = _changes_tensors(func, kwargs)
         if changes or not (
             (isinstance(out, Tensor) and id(out) in self._names)
             or self._writes_allocation(func, kwargs, out)
@@ -80,7 +97,7 @@ class Recording(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self):
         """The block in which everything is written down."""
-        with watched_launches(self._launch), self:
+        with self._kernels.watched_launches(self._launch) if self._kernels else contextlib.nullcontext(), self:
             yield
 
     def _launch(self, kernel, grid, on, arguments, options) -> None:
@@ -89,7 +106,7 @@ class Recording(TorchFunctionMode):
         for option in options.values():  # which the program keeps
             self.refused |= isinstance(option, Tensor)
             self._source(option)
-        with torch._C.DisableTorchFunction(), on_device_of(on):  # the interpreter is made of torch
+        with torch._C.DisableTorchFunction(), self._kernels.on_device_of(on):  # the interpreter is made of torch
             launcher(*arguments)
 
     def _writes_allocation(self, func, kwargs, out) -> bool:
@@ -104,7 +121,9 @@ class Recording(TorchFunctionMode):
         """Whether all that came of it are other views of the memory of its first argument, and are written as such."""
         results, take = list(out) if isinstance(out, (tuple, list)) else [out], quick_part()
         whole = args[0] if args and isinstance(args[0], Tensor) else None
-        if take is None or whole is None or not results or not all(self._is_part(each, whole) for each in results):
+        if take is None or whole is None or self._names.get(id(whole)) in self._unsized:
+            return False
+        if not results or not all(self._is_part(each, whole) for each in results):
             return False
         for each in results:
             where = each.storage_offset() - whole.storage_offset()
@@ -156,6 +175,8 @@ class Recording(TorchFunctionMode):
         if makes:
             names = ["_" if each is None else self._source(each) for each in results]
             line = f"{', '.join(names)}{',' * several} = {line}"
+        if not self._unsized.isdisjoint(self._mentioned):
+            self._unsized |= makes
         self._lines.append(_Line(line, self._mentioned, makes, pure and bool(makes)))
         self.refused |= len(self._lines) > MOST
 
@@ -199,7 +220,7 @@ class Recording(TorchFunctionMode):
             lines.append(line.text)
             used |= line.names
         if self._device.type == "cuda":
-            lines = [f"    {line}" for line in lines] + [f"with {self._constant(on_device_of)}(given_0):"]
+            lines = [f"    {line}" for line in lines] + [f"with {self._constant(self._kernels.on_device_of)}(given_0):"]
         body = "\n    ".join(reversed(lines))
         scope = dict(self._constants)
         exec(f"def program({', '.join(self._parameters)}):\n    {body}", scope)

@@ -161,7 +161,7 @@ def apply_dora(x: Tensor, weight: Tensor, bias, lora_A, lora_B, factor, scaling,
     wide = widest(dtype, lora_A, lora_B, factor)
     a, b, f = cast(lora_A, wide), cast(lora_B, wide), cast(factor, wide)
     call = decide(x, dtype, a, b, scaling, dropout, patched)
-    if call.plan is not None and a is lora_A and b is lora_B and f is factor:  # what is cast here, autograd records
+    if a is lora_A and b is lora_B and f is factor:  # what is cast here, autograd records
         learn(DoraLinearFunction, given, patched, asked, call, narrow)
     return applied(DoraLinearFunction, x, weight, bias, a, b, f, call, narrow=narrow)
 

@@ -60,6 +60,14 @@ class Call(NamedTuple):
     fell_back: bool = False
     programs: Programs | None = None
 
+    @property
+    def by_kernels(self) -> bool:
+        return self.plan is not None
+
+    @property
+    def is_straight(self) -> bool:
+        return self.plan is not None or not self.dropout or torch_path.keeps(self.dropout)
+
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, p=0.0):
     """The definition, for autograd: x (..., K), keep a (M, K) mask or None. The order of HF peft's own forward:
@@ -104,15 +112,17 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight_NK, bias_N, residual, a_RK, b_NR, call: Call):
-        needs, seed = ctx.needs_input_grad, None
+        needs, seed, drawn = ctx.needs_input_grad, None, ()
         if call.dropout:
             seed = _path(call.plan is not None).draw_seed(x)
-            if call.plan is None and (needs[0] or needs[4]):
-                seed = torch_path.keeping(seed, call.dropout, x.device)
+            if call.plan is None:
+                seed, drawn = torch_path.ahead(seed, call.dropout, x, needs[0] or needs[4], call.programs is not None)
+                call = call if drawn else call._replace(programs=None)
         tensors = x, weight_NK, bias_N, residual, a_RK, b_NR, seed
-        y, saved, fell_back = (
-            _forward(*tensors, call, needs) if call.programs is None else forward_of(call, needs, _forward, tensors)
-        )
+        if call.programs is None:
+            y, saved, fell_back = _forward(*tensors, call, needs)
+        else:
+            y, saved, fell_back = forward_of(call, needs, _forward, tensors, drawn)
         if True in needs:
             ctx.save_for_backward(*saved)
             ctx.call = call._replace(fell_back=True, programs=None) if fell_back else call
@@ -122,12 +132,19 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        return backward_of(ctx.call, ctx.needs_input_grad, _backward, (dy, *ctx.saved_tensors), ctx.dtypes)
+        call, tensors, drawn = ctx.call, (dy, *ctx.saved_tensors), ()
+        if call.plan is None and call.programs is not None and tensors[-1] is not None:
+            drawn = torch_path.places_of(tensors[-1])
+            tensors = (*tensors[:-1], None)
+        return backward_of(call, ctx.needs_input_grad, _backward, tensors, ctx.dtypes, drawn=drawn)
 
 
-def _forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call, needs):
-    """(y, what backward reads, whether the kernels failed); needs: whether each of `apply`'s arguments wants a
-    gradient."""
+def _forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, *others):
+    """(y, what backward reads, whether the kernels failed); others: what was drawn `ahead` if anything was, the call,
+    and whether each of `apply`'s arguments wants a gradient."""
+    *drawn, call, needs = others
+    keep, *places = drawn or (seed,)
+    seed = torch_path.Given(places, call.dropout) if drawn else seed
     y, s_MR, call = run_forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call)
     need_x, need_w, _, _, need_a, need_b, _ = needs
     saved = (
@@ -136,13 +153,16 @@ def _forward(x, weight_NK, bias_N, residual, a_RK, b_NR, seed, call: Call, needs
         a_RK if need_x or need_a else None,
         b_NR if need_x or need_a else None,
         s_MR if need_b else None,
-        seed if seed is None else torch_path.kept(seed),
+        keep if keep is None else torch_path.kept(keep),
     )
     return y, saved, call.fell_back
 
 
-def _backward(dy, x, weight_NK, a_RK, b_NR, s_MR, seed, call: Call, needs, dtypes):
-    """A gradient for each of `apply`'s arguments; dtypes: those of x and the bias."""
+def _backward(dy, x, weight_NK, a_RK, b_NR, s_MR, seed, *others):
+    """A gradient for each of `apply`'s arguments; others: the places that are dropped if they are known, the call, what
+    is wanted, and the dtypes of x and the bias."""
+    *places, call, needs, dtypes = others
+    seed = torch_path.Given(places, call.dropout) if places else seed
     need_x, need_w, need_bias, need_residual, need_a, need_b, _ = needs
     of_tensors = need_x, need_w, need_bias, need_a, need_b
     s_MR = None if s_MR is None else s_MR.contiguous()  # as it was: a hook may have given it other strides
@@ -315,7 +335,7 @@ def apply_lora(x, weight, bias, residual, lora_A, lora_B, scaling, dropout, patc
         tensors = (as_rows(x), weight, bias, None if residual is None else as_rows(residual), a_RK, b_NR)
         return of_rows(compiled_lora_linear(*tensors, scaling, dropout, dtype, patched_backend), x)
     call = decide(x, dtype, a_RK, b_NR, scaling, dropout, patched_backend)
-    if call.plan is not None and a_RK is lora_A and b_NR is lora_B:  # what is cast here, autograd records
+    if a_RK is lora_A and b_NR is lora_B:  # what is cast here, autograd records
         learn(LoraLinearFunction, given, patched_backend, asked, call, narrow)
     return applied(LoraLinearFunction, x, weight, bias, residual, a_RK, b_NR, call, narrow=narrow)
 

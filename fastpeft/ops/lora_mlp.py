@@ -72,6 +72,14 @@ class Call(NamedTuple):
     fell_back: bool = False
     programs: Programs | None = None
 
+    @property
+    def by_kernels(self) -> bool:
+        return self.triton
+
+    @property
+    def is_straight(self) -> bool:
+        return self.triton or not any(self.dropouts)
+
 
 class Needs(NamedTuple):
     """Which gradients are wanted: of x, and of each projection's bias, A and B. hidden: whether dg and du are; inner:
@@ -324,7 +332,7 @@ def apply_lora_mlp(
         numbers = list(scalings), list(dropouts)
         return of_rows(compiled_lora_mlp(as_rows(x), flat, activation, *numbers, dtype, recompute, patched_backend), x)
     call = decide(x, flat, activation, scalings, dropouts, dtype, recompute, patched_backend)
-    if call.triton and all(map(operator.is_, flat, matrices)):  # what is cast here, autograd records
+    if all(map(operator.is_, flat, matrices)):  # what is cast here, autograd records
         learn(LoraMlpFunction, given, patched_backend, (scalings, dropouts, others), call, narrow)
     return applied(LoraMlpFunction, x, call, *flat, narrow=narrow)
 

@@ -58,6 +58,14 @@ class Call(NamedTuple):
     based: bool = False
     programs: Programs | None = None
 
+    @property
+    def by_kernels(self) -> bool:
+        return self.plans is not None
+
+    @property
+    def is_straight(self) -> bool:
+        return self.plans is not None or not any(self.dropouts)
+
     def only(self, which: Sequence[int]) -> "Call":
         """The call of these projections."""
         plans = self.plans and tuple(self.plans[p] for p in which)
@@ -315,7 +323,7 @@ def apply_lora_projections(
         )
         return [of_rows(y, x) for y in ys]
     call = decide(x, dtype, a, b, scalings, dropouts, patched_backend, based)
-    if call.plans is not None and a is matrices[0] and b is matrices[1]:  # what is cast here, autograd records
+    if a is matrices[0] and b is matrices[1]:  # what is cast here, autograd records
         asked = scalings, dropouts, based, missing
         learn(LoraProjectionsFunction, given, patched_backend, asked, call, narrow)
     return list(applied(LoraProjectionsFunction, x, call, *bases, *biases, *a, *b, narrow=narrow))

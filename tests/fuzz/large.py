@@ -8,6 +8,7 @@ import torch
 
 from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops import _lora_linear_torch as path
+from fastpeft.ops import _programs
 
 BLOCK, MASKED = 512, 1024  # elements of a block of rows, without dropout and with it
 
@@ -22,4 +23,7 @@ def as_if_large(wanted: bool):
             patch.setattr(cpu, "ELEMENTS", 1)
             patch.setattr(cpu, "ROWS", 1)
             patch.setattr(cpu, "prefers_onednn", lambda: torch.backends.mkldnn.is_available())
+            _programs.forget()
         yield
+        if wanted:
+            _programs.forget()

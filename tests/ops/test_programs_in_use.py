@@ -210,11 +210,12 @@ def test_a_program_holds_no_more_memory(name):
 
     record = _programs._recorded
 
-    def recorded(function, tensors, rest):
-        result, program = record(function, tensors, rest)
+    def recorded(function, tensors, drawn, rest):
+        assert drawn == ()
+        result, program = record(function, tensors, drawn, rest)
         watched(function, tensors, *rest)
         watched(program, tensors)
-        watched(lambda *tensors: record(function, tensors, rest)[0], tensors)
+        watched(lambda *tensors: record(function, tensors, drawn, rest)[0], tensors)
         return result, program
 
     with override_plan(plan) if plan else contextlib.nullcontext(), pytest.MonkeyPatch.context() as patch:
@@ -292,7 +293,7 @@ def test_threads(counted_programs, monkeypatch):
 def test_a_launch_that_fails_ends_the_recording(monkeypatch):
     call, _ = layer_call()
     call()
-    monkeypatch.setattr(_recording, "on_device_of", None)
+    monkeypatch.setattr(_common, "on_device_of", None)
     with pytest.raises(TypeError):
         call()
     monkeypatch.undo()
@@ -306,8 +307,7 @@ def test_what_is_asked_of_a_tensor_on_a_gpu_is_covered(counted_programs, monkeyp
         assert (tensor.is_cuda, tensor.get_device(), tensor.device) == (False, -1, torch.device("cpu"))
         return contextlib.nullcontext()
 
-    for module in (_common, _recording):
-        monkeypatch.setattr(module, "on_device_of", on_device_of)
+    monkeypatch.setattr(_common, "on_device_of", on_device_of)
     call, _ = layer_call()
     for _ in range(3):
         call()
@@ -348,6 +348,8 @@ def test_threads_that_learn_and_forget(monkeypatch):
     class Call(NamedTuple):
         programs: object = None
         dtype: torch.dtype = torch.float32
+        by_kernels: bool = True
+        is_straight: bool = True
 
     def work():
         start.wait()

@@ -21,9 +21,9 @@ def test_on_a_gpu_the_device_is_that_of_the_first_tensor(monkeypatch):
         entered.append(tensor)
         yield
 
-    monkeypatch.setattr(_recording, "on_device_of", on_device_of)
+    monkeypatch.setattr(_common, "on_device_of", on_device_of)
     x = torch.ones(3)
-    recording = _recording.Recording((x,))
+    recording = _recording.Recording((x,), (), True)
     recording._device = torch.device("cuda")
     with recording.watching():
         y = x + 1
@@ -34,7 +34,7 @@ def test_on_a_gpu_the_device_is_that_of_the_first_tensor(monkeypatch):
 
 
 def recorded(function, *tensors):
-    recording = _recording.Recording(tensors)
+    recording = _recording.Recording(tensors, (), True)
     with recording.watching():
         result = function(*tensors)
     return result, recording.program(result)
@@ -204,7 +204,7 @@ def test_an_option_that_is_a_tensor_is_not_kept():
 
     x = torch.ones(2)
     for option, kept in ((16, True), (x, False)):
-        recording = _recording.Recording((x,))
+        recording = _recording.Recording((x,), (), True)
         with recording.watching():
             _common.launch(Kernel(), (3,), x, x, 1.5, None, BLOCK=option)
         program = recording.program(x)
