@@ -5,6 +5,8 @@ from torch import nn
 
 from fastpeft.ops.dora_linear import apply_dora
 from fastpeft.ops.lora_linear import Projection, apply_lora
+from fastpeft.ops.lora_mlp import apply_lora_mlp
+from fastpeft.ops.lora_projections import apply_lora_projections
 from tests.op_calls import OPS, leaf
 
 K, N, R = 20, 24, 4
@@ -70,3 +72,27 @@ def layer_call(**changes):
         return [y.detach(), *torch.autograd.grad(y.float().square().sum(), wanted)]
 
     return call, given
+
+
+WAYS = {
+    "rows": lambda x: x.flatten(0, -2),
+    "batch": lambda x: x,
+    "turned": lambda x: x.transpose(0, 1),
+    "a part": lambda x: torch.cat((x, x), -1)[..., 7 : 7 + x.shape[-1]],
+    "spread": lambda x: x[:, :1].expand(-1, 4, -1),
+}
+
+
+def of_one(x, each):
+    return apply_lora(x, each[0].weight, each[0].bias, None, *each[0][2:])
+
+
+def of_three(x, each):
+    return torch.cat(apply_lora_projections(x, each), -1)
+
+
+def of_mlp(x, each):
+    return apply_lora_mlp(x, *each, "silu")
+
+
+LAYERS = {of_one: [(K, N)], of_three: [(K, N)] * 3, of_mlp: [(K, 28), (K, 28), (28, N)]}

@@ -21,13 +21,16 @@ from tests.memory import Allocations
 from tests.ops.lora_linear_cases import STRATEGIES
 from tests.ops.programs_cases import (
     DTYPES,
+    LAYERS,
     REFUSED,
+    WAYS,
     WITH_PROGRAMS,
     K,
     N,
     R,
     differentiated,
     layer_call,
+    of_mlp,
     projection,
     same,
 )
@@ -46,30 +49,6 @@ def test_a_program_gives_what_it_was_recorded_of(name, counted_programs):
     assert all(same(each, found[0]) for each in found[1:])
     assert len(counted_programs["recorded"]) == 2
     assert counted_programs["ran"] == (0 if name in REFUSED else 4)
-
-
-WAYS = {
-    "rows": lambda x: x.flatten(0, -2),
-    "batch": lambda x: x,
-    "turned": lambda x: x.transpose(0, 1),
-    "a part": lambda x: torch.cat((x, x), -1)[..., 7 : 7 + x.shape[-1]],
-    "spread": lambda x: x[:, :1].expand(-1, 4, -1),
-}
-
-
-def of_one(x, each):
-    return apply_lora(x, each[0].weight, each[0].bias, None, *each[0][2:])
-
-
-def of_three(x, each):
-    return torch.cat(apply_lora_projections(x, each), -1)
-
-
-def of_mlp(x, each):
-    return apply_lora_mlp(x, *each, "silu")
-
-
-LAYERS = {of_one: [(K, N)], of_three: [(K, N)] * 3, of_mlp: [(K, 28), (K, 28), (28, N)]}
 
 
 @pytest.mark.usefixtures("poison")

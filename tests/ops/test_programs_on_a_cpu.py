@@ -13,9 +13,19 @@ from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops import _lora_linear_torch as path
 from fastpeft.ops import _programs, lora_linear
 from fastpeft.ops.lora_linear import apply_lora
-from fastpeft.ops.lora_mlp import apply_lora_mlp
-from fastpeft.ops.lora_projections import apply_lora_projections
-from tests.ops.programs_cases import DTYPES, WITH_PROGRAMS, K, N, R, differentiated, layer_call, projection, same
+from tests.ops.programs_cases import (
+    DTYPES,
+    LAYERS,
+    WAYS,
+    WITH_PROGRAMS,
+    K,
+    N,
+    R,
+    differentiated,
+    layer_call,
+    projection,
+    same,
+)
 
 KEPT = 0.05  # a probability of dropout under which backward is given what forward dropped
 
@@ -36,29 +46,9 @@ def test_a_program_gives_what_it_was_recorded_of(name, counted_programs, poison)
     assert (len(counted_programs["recorded"]), counted_programs["ran"]) == ((0, 0) if options else (2, 4))
 
 
-def of_one(x, each):
-    return apply_lora(x, each[0].weight, each[0].bias, None, *each[0][2:])
-
-
-def of_three(x, each):
-    return torch.cat(apply_lora_projections(x, each), -1)
-
-
-def of_mlp(x, each):
-    return apply_lora_mlp(x, *each, "silu")
-
-
-SIZES = {of_one: [(K, N)], of_three: [(K, N)] * 3, of_mlp: [(K, 28), (K, 28), (28, N)]}
-WAYS = {
-    "rows": lambda x: x.flatten(0, -2),
-    "turned": lambda x: x.transpose(0, 1),
-    "spread": lambda x: x[:, :1].expand(-1, 4, -1),
-}
-
-
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("compute", SIZES)
+@pytest.mark.parametrize("compute", LAYERS)
 def test_whatever_the_call(compute, dtypes, onednn, counted_programs, poison, monkeypatch):
     if onednn:
         monkeypatch.setattr(cpu, "prefers_onednn", torch.backends.mkldnn.is_available)
@@ -67,7 +57,7 @@ def test_whatever_the_call(compute, dtypes, onednn, counted_programs, poison, mo
     torch.manual_seed(2)
     for way in WAYS:
         for bias in (False, True):
-            layers = [projection(*size, bias, DTYPES[dtypes]) for size in SIZES[compute]]
+            layers = [projection(*size, bias, DTYPES[dtypes]) for size in LAYERS[compute]]
             x = WAYS[way](torch.randn(2, 6, K, dtype=DTYPES[dtypes][0])).detach().requires_grad_()
             wanted = [x, *(each for one in layers for each in one[1:4] if each is not None)]
             ran = counted_programs["ran"]
