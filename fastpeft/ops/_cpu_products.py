@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from fastpeft.ops._selective import own
+
 ELEMENTS = 1 << 23  # M·N·K, below which a call of oneDNN costs more than it saves
 ROWS = 256  # of which the rows must be a multiple
 EDGE = 512  # of a block that is widened, 1 MiB in fp32
@@ -43,11 +45,11 @@ def processor() -> str:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x Wᵀ + bias (..., N): x (..., K), weight [N, K]."""
+    """x Wᵀ + bias (..., N), which can be changed in place: x (..., K), weight [N, K]."""
     bias = bias if bias is None else bias.contiguous()  # whose stride oneDNN takes for 1, and torch adds otherwise
     if is_onednns(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(x, weight, bias)
+        return own(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+    return own(torch.nn.functional.linear(x, weight, bias))
 
 
 def through(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from fastpeft.kernels import lora_linear as kernels
 from fastpeft.kernels._common import DROPOUT_LEVELS, Dropout, dropout_threshold
 from fastpeft.ops import _rooms
 from fastpeft.ops._lora_linear_torch import add_product, as_rows
+from fastpeft.ops._selective import own
 
 # Above this rank a rectangle of dB no longer stays in registers beside T: dY is then read twice.
 ONE_READ_RANK = 64
@@ -66,12 +67,14 @@ def expand(s, x, weight, bias, b, scale, plan: Plan, shared: dict):
     if strategy == "prewrite":
         strategy = _in_its_room(strategy, weight, b.shape[1], x.shape[-1] < b.shape[0])
     if strategy == "augment" and not wide and (abs(scale) <= 1 or s.dtype != torch.float16):  # s·S is in its range
-        return torch.nn.functional.linear(_in_turns(_rows(x, shared), s * scale, shared), _beside(weight, b, 1), bias)
+        both = _in_turns(_rows(x, shared), s * scale, shared)
+        return own(torch.nn.functional.linear(both, _beside(weight, b, 1), bias))
     if strategy == "addmm" or wide:  # an fp32 term that was rounded before the product would be HF peft's no more
         given = x if bias is None else _rows(x, shared)  # of a bias and more than rows torch makes a view
         y = torch.nn.functional.linear(given, weight, bias)
         if wide:
             return onto(y, s, b, scale)
+        y = own(y)
         add_product(as_rows(y), s, b.t(), scale)
         return y
     y = kernels.tail(s, b, x.dtype, bias=bias, scale=scale, lead=x.shape[:-1])

@@ -9,6 +9,7 @@ import torch
 from fastpeft.kernels import mixed_lora_linear as kernels
 from fastpeft.kernels._segments import Layout
 from fastpeft.ops._lora_linear_triton import honoured as honoured
+from fastpeft.ops._selective import own
 
 
 def draw_seeds(x: torch.Tensor, adapters: int) -> torch.Tensor:
@@ -51,7 +52,7 @@ def forward(x, weight, bias, residual, a, b, seeds, call):
     if weight is None:
         y = torch.empty_like(residual, memory_format=torch.contiguous_format)
         return kernels.expand(s, b_all, layout, y, y.dtype, residual=residual, of_b=True), s
-    y = torch.nn.functional.linear(x, weight, bias)
+    y = own(torch.nn.functional.linear(x, weight, bias))
     return kernels.expand(s, b_all, layout, y, y.dtype, residual=y, of_b=True), s
 
 

@@ -26,6 +26,7 @@ SIZES, ALIKE = 1024, 32  # sizes that are known, and calls for tensors of the sa
 AFTER = 8  # calls alike, the next is recorded: that takes as long as a dozen of them, which lengths that change are not
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_modes = torch._C._len_torch_dispatch_stack  # how many look at what torch dispatches, which programs go past
 _has_onednn = torch._C._get_mkldnn_enabled  # torch.backends.mkldnn.enabled, which programs of a CPU hang on
 
 
@@ -117,7 +118,7 @@ def known(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple)
             numbers of Python's, and nothing that may change.
     """
     x = tensors[0]
-    if type(x) not in _PLAIN:
+    if type(x) not in _PLAIN or _modes():
         return None
     found = _alike(function, x.shape, tensors[1].shape)
     if not found:
@@ -138,7 +139,7 @@ def learn(function, tensors: Sequence[Tensor], patched: str | None, rest: tuple,
     """Keeps the call, a NamedTuple, for those that will be alike: with a field `programs`, whether it is `by_kernels`,
     and whether it `is_straight`, which the torch path is not where it asks how many elements are dropped. On a GPU that
     is asked for to compare with, and is not kept."""
-    guards = _guards(tensors) if call.by_kernels or tensors[0].is_cpu else None
+    guards = _guards(tensors) if (call.by_kernels or tensors[0].is_cpu) and not _modes() else None
     if guards is None:
         return
     found = _alike(function, tensors[0].shape, tensors[1].shape)
@@ -176,7 +177,7 @@ def backward_of(call, needs: tuple, function: Callable, tensors: tuple, *others,
     """function(*tensors, *drawn, call, needs, *others) under no autocast, likewise: of a gradient and of what was
     saved, which is asked again, as a hook may have changed it."""
     programs, rest = call.programs, (call, needs, *others)
-    if programs is not None and not something_failed():
+    if programs is not None and not _modes() and not something_failed():
         # Which may be others than in forward, as whether fp32 may be tf32.
         asked = needs, circumstances(), _has_onednn()
         given = [each for each in tensors if each is not None]

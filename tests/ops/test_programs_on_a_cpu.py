@@ -13,6 +13,7 @@ from fastpeft.ops import _cpu_products as cpu
 from fastpeft.ops import _lora_linear_torch as path
 from fastpeft.ops import _programs, lora_linear
 from fastpeft.ops.lora_linear import apply_lora
+from tests.memory import Allocations
 from tests.ops.programs_cases import (
     DTYPES,
     LAYERS,
@@ -248,3 +249,30 @@ def test_public_calls_too(counted_programs):
     a, b = torch.randn(R, K, requires_grad=True), torch.randn(N, R, requires_grad=True)
     found = [differentiated(lambda *each: lora_linear(*each, 0.5), (x, weight, None, a, b)) for _ in range(4)]
     assert all(same(each, found[0]) for each in found) and counted_programs["ran"] == 4
+
+
+def test_who_looks_at_what_torch_dispatches_sees_it_all(counted_programs):
+    """Programs go past dispatch: a graph that is traced would have what they made for constants."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    weight, a, b = torch.randn(K, K) / K**0.5, torch.randn(R, K, requires_grad=True), torch.randn(K, R)
+    x, other = torch.randn(3, 5, K), torch.randn(3, 5, K)
+
+    def model(x):
+        for _ in range(4):
+            x = lora_linear(x, weight, None, a, b, 0.5).tanh()
+        return x
+
+    with torch.no_grad():
+        traced = make_fx(model)(x)
+        assert counted_programs["recorded"] == [] and not _programs.LEARNED
+        expected = model(other)
+        torch.testing.assert_close(traced(other), expected)
+        for _ in range(2):
+            model(x)
+        assert counted_programs["ran"] > 0
+        torch.testing.assert_close(make_fx(model)(x)(other), expected)
+    y, ran = model(x), counted_programs["ran"]
+    with Allocations():
+        y.sum().backward()
+    assert counted_programs["ran"] == ran and counted_programs["recorded"][-1] == "_forward"
