@@ -59,6 +59,8 @@ class DoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_NK, bias_N, a_RK, b_NR, f_N, call: Call):
         seed = path_of_lora(call.plan is not None).draw_seed(x) if call.dropout else None
+        if seed is not None and call.plan is None:
+            call = call._replace(programs=None)  # what is dropped is drawn on the way
         needs, tensors = ctx.needs_input_grad, (x, weight_NK, bias_N, a_RK, b_NR, f_N, seed)
         y, saved, fell_back = forward_of(call, needs, _forward, tensors)
         if True in needs:

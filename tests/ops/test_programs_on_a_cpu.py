@@ -139,6 +139,13 @@ def test_dropout_that_has_to_be_asked_has_no_program(case, counted_programs, mon
     assert counted_programs["ran"] == 0
 
 
+def test_dropout_of_dora_has_none(counted_programs):
+    op, tensors, *_ = WITH_PROGRAMS["dora"]
+    given = tensors()
+    found = [differentiated(lambda *each: op(*each, dropout=KEPT), given) for _ in range(4)]
+    assert all(same(each, found[0]) for each in found) and counted_programs["recorded"] == []
+
+
 @pytest.mark.parametrize("wanted", ["x", "lora_A", "lora_B"])
 def test_dropout_for_one_gradient(wanted, monkeypatch):
     call, given = dropped_call()
