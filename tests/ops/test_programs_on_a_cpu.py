@@ -1,6 +1,7 @@
 """Calls alike of the torch path on a CPU run a program too, and give the same bits."""
 
 import contextlib
+import gc
 import subprocess
 import sys
 
@@ -249,6 +250,22 @@ def test_a_number_of_drawn_elements_is_not_written_down(counted_programs):
         lambda x, drawn: x.take(drawn).view(2, 1) if drawn.numel() == 2 else x,
     ):
         assert program(asks, x, drawn) is None
+
+
+@pytest.mark.parametrize("p", [0.0, KEPT])
+def test_calls_alike_leave_nothing_behind(p, counted_programs):
+    """In what is known of them either."""
+    call, _ = dropped_call(p=p)
+
+    def objects(calls: int) -> int:
+        for seed in range(calls):
+            call(seed)
+        gc.collect()
+        return len(gc.get_objects())
+
+    objects(8)
+    before = objects(4)
+    assert objects(60) - before <= 3 and counted_programs["ran"] > 120
 
 
 def test_public_calls_too(counted_programs):
